@@ -1,0 +1,123 @@
+"""The contract of a text environment: Gymnasium's, with text in and text out."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import gymnasium as gym
+
+SPLITS = ("train", "validation", "test")
+"""The splits that an environment may offer; they are disjoint in content, not only in seed."""
+
+VIEWS = ("grid", "coordinates", "both")
+"""How a spatial environment shows its state."""
+
+
+class AnyText(gym.spaces.Text):
+    """The space of all strings, line breaks and any script included.
+
+    Gymnasium's own text space holds only strings over a fixed set of characters (ASCII letters and digits unless told
+    otherwise), so its environment checker would complain about every grid. Samples are still letters and digits.
+    """
+
+    def contains(self, x: Any) -> bool:
+        """Whether ``x`` is a string of an allowed length."""
+        return isinstance(x, str) and self.min_length <= len(x) <= self.max_length
+
+
+class TextEnv(gym.Env[str, str]):
+    """A Gymnasium environment whose observations and actions are plain text.
+
+    An author writes :meth:`reset` and :meth:`step` and, where it makes sense, the class attributes and the other
+    methods; ``rehearsal.check_env`` says what is missing or wrong.
+
+    What an environment may put into ``info``, all of it optional:
+
+    - ``task`` (str, at reset): a key of the task's content. Two resets with the same key show the same task.
+    - ``split`` (str): the split that the task was drawn from. Only an environment that honours ``options["split"]``
+      gives it: its splits are then disjoint in content.
+    - ``success`` (bool, at every step): whether the task is solved, apart from the reward.
+    - ``state`` (str): a key of the present state, used to count repeated states.
+    - ``effective`` (bool, at a step): whether the action changed the state.
+    """
+
+    name: ClassVar[str] = "environment"
+    """Short id, as in ``rehearsal.make(name)``."""
+
+    fast: ClassVar[bool] = False
+    """Whether a step takes microseconds, never blocks and never hangs. Such an environment is stepped in line (which
+    makes a run exactly repeatable); any other runs in a thread with a time limit."""
+
+    max_turns: int = 5
+    """How many turns an agent gets when nobody says otherwise."""
+    max_actions_per_turn: int = 1
+    """How many actions an agent may put into one answer when nobody says otherwise."""
+
+    # Text has no useful bounds: the spaces are there because Gymnasium's wrappers ask for them.
+    observation_space = AnyText(min_length=0, max_length=100_000)
+    action_space = AnyText(min_length=0, max_length=10_000)
+
+    @property
+    def instructions(self) -> str:
+        """The rules, told once in the system prompt: goal, symbols, actions. No word about the answer format."""
+        return ""
+
+    @abstractmethod
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        """Start a new episode and return its first observation and info.
+
+        An author's version calls ``super().reset(seed=seed)`` first, as in Gymnasium: it seeds ``self.np_random``.
+
+        Args:
+            seed: fixes the task and everything random that follows in this episode.
+            options: ``{"split": ...}`` with one of :data:`SPLITS`; "train" if left out.
+        """
+        super().reset(seed=seed)
+        return "", {}
+
+    @abstractmethod
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Take one action; return observation, reward, terminated, truncated, info.
+
+        Raises:
+            gymnasium.error.ResetNeeded: when the episode is over or has not begun.
+            ValueError: for an action that is not legal. The harness asks :meth:`parse_action` first, so an agent
+                never gets here with one.
+        """
+
+    def legal_actions(self) -> list[str] | None:
+        """The actions that are legal now, spelled as the agent should write them; None where any text is an action."""
+        return None
+
+    def parse_action(self, text: str) -> str | None:
+        """The action that ``text`` stands for, or None if it is not legal now.
+
+        The default compares with :meth:`legal_actions` without regard to case and surrounding space.
+        """
+        legal = self.legal_actions()
+        if legal is None:
+            return text.strip() or None
+        return {action.casefold(): action for action in legal}.get(text.strip().casefold())
+
+    def oracle(self) -> list[str] | None:
+        """The best actions from the present state on, up to the end of the episode; None where nobody knows them.
+
+        With chance moves it is the best plan as of now: ask again after each step. An empty list means that nothing
+        more can be won: the episode is over, or the state is a dead end.
+        """
+        return None
+
+    def optimal_success(self) -> float | None:
+        """The probability that the best player succeeds from the present state on, within the steps that are left.
+
+        It is the ceiling that chance moves and step limits set; None where nobody knows it.
+        """
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        """Facts of the present state by name (positions, numbers, names), for scripted players and reports.
+
+        Positions are ``(row, column)`` pairs that count from 0 at the top left. Empty where there is nothing to tell.
+        """
+        return {}

@@ -1,0 +1,427 @@
+"""The local engine: continuous batching over a Hugging Face model, in this process.
+
+One step reads one token of every sampling episode and whatever new text the others brought, in a single packed
+forward pass. Each episode keeps its keys and values across turns, an episode that ends frees its place at once, and
+whoever waits takes it in the same step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from rehearsal.errors import GenerationError
+from rehearsal.generation.cache import CachePlan, KeyValuePool, ShapeProbe
+from rehearsal.generation.sampling import SamplingParams, draw, uniforms
+from rehearsal.generation.session import EngineStats, Sampled
+from rehearsal.models.packed import causal_lm, logits_of, packed_attention, packed_hidden
+from rehearsal.trajectory import SampleStop
+
+
+@dataclass
+class _SharedPrefix:
+    """The first ``length`` tokens that forked sessions have in common, computed once."""
+
+    length: int
+    holders: set[int] = field(default_factory=set)
+    """Places whose keys and values begin with these tokens."""
+    filler: LocalSession | None = None
+    """The session that is computing them now."""
+    waiting: int = 0
+    """Forks that have no place yet."""
+    saved: list[torch.Tensor] | None = None
+    """A copy for those who wait, made when the last holder left."""
+
+
+class LocalSession:
+    """A session of the local engine; see :class:`rehearsal.generation.session.Session`."""
+
+    def __init__(self, engine: LocalEngine, key: int) -> None:
+        self._engine = engine
+        self.key = key
+        self.token_ids = np.empty(engine.max_context, dtype=np.int32)
+        self._length = 0
+        self.slot = -1
+        self.computed = 0
+        self.prefix: _SharedPrefix | None = None
+        self.params: SamplingParams | None = None
+        self.future: asyncio.Future[Sampled] | None = None
+        self.closed = False
+        self.last_used = 0
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    @property
+    def room(self) -> int:
+        return self._engine.max_context - self._length
+
+    def extend(self, token_ids: Sequence[int] | np.ndarray) -> None:
+        if self.future is not None:
+            raise GenerationError("A session cannot be extended while it samples; wait for sample() first.")
+        n = len(token_ids)
+        if n > self.room:
+            raise GenerationError(
+                f"{n} more tokens do not fit: {self._length} of {self._engine.max_context} tokens of context are used. "
+                "Raise max_context or shorten the episode."
+            )
+        self.token_ids[self._length : self._length + n] = token_ids
+        self._length += n
+
+    async def sample(self, params: SamplingParams) -> Sampled:
+        if self.closed:
+            raise GenerationError("This session is closed; open a new one.")
+        if self._length == 0:
+            raise GenerationError("A session needs at least one token before it can sample; call extend() first.")
+        if self.future is not None:
+            raise GenerationError("This session is sampling already; wait for the first call to return.")
+        if self.room == 0:
+            return Sampled(np.empty(0, np.int32), np.empty(0, np.float32), SampleStop.CONTEXT)
+        self.params = params
+        self.future = asyncio.get_running_loop().create_future()
+        self._engine._submit(self)
+        try:
+            return await self.future
+        finally:
+            self.future = None
+            self.params = None
+
+    def fork(self, key: int) -> LocalSession:
+        if self.future is not None:
+            raise GenerationError("A session cannot be forked while it samples; wait for sample() first.")
+        child = LocalSession(self._engine, key)
+        child.token_ids[: self._length] = self.token_ids[: self._length]
+        child._length = self._length
+        self._engine._share(self, child)
+        return child
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self._engine._release(self)
+
+
+def _available_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    with contextlib.suppress(ValueError, OSError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 2 << 30
+
+
+class LocalEngine:
+    """Samples from ``model`` for many sessions at once.
+
+    Args:
+        model: a Hugging Face decoder-only causal LM, bare or wrapped by PEFT. Its present weights are used.
+        max_context: the most tokens of one session.
+        max_sessions: the most places; fewer are made if the memory does not suffice.
+        memory_bytes: budget for keys and values; a quarter of the memory that is free now if None.
+        prefill_tokens: the most tokens of new text that one forward pass reads.
+
+    Raises:
+        GenerationError: if not even one session fits into the budget.
+    """
+
+    gives_logprobs = True
+
+    def __init__(
+        self, model: Any, *, max_context: int = 2048, max_sessions: int = 256, memory_bytes: int | None = None,
+        prefill_tokens: int = 4096,
+    ) -> None:  # fmt: skip
+        self.model = model
+        self.max_context = int(max_context)
+        self.stats = EngineStats()
+        self._device = next(causal_lm(model).parameters()).device
+        self._prefill_tokens = prefill_tokens
+        limit = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and max_context > limit:
+            raise GenerationError(f"max_context is {max_context}, but this model has {limit} positions; lower it.")
+        shapes = self._probe()
+        self.bytes_per_token = sum(shape.bytes_per_token for shape in shapes.values())
+        budget = _available_memory(self._device) // 4 if memory_bytes is None else int(memory_bytes)
+        per_session = self.bytes_per_token * self.max_context
+        self.capacity = min(max_sessions, budget // per_session)
+        if self.capacity < 1:
+            raise GenerationError(
+                f"The keys and values of one episode of {max_context} tokens take {per_session / 2**20:.1f} MiB, and "
+                f"the budget is {budget / 2**20:.1f} MiB; lower max_context or raise the memory budget."
+            )
+        self.cache_bytes = self.capacity * per_session
+        self._pool = KeyValuePool(shapes, self.capacity, self.max_context, self._device)
+        S, L = self.capacity, self.max_context
+        self._sessions: list[LocalSession | None] = [None] * S
+        self._free = list(range(S - 1, -1, -1))
+        self._prefixes: list[list[_SharedPrefix]] = [[] for _ in range(S)]
+        # State of the sampling places, as arrays, so that a step costs no Python per episode.
+        self._active = np.zeros(S, dtype=bool)
+        self._length = np.zeros(S, dtype=np.int64)
+        self._computed = np.zeros(S, dtype=np.int64)
+        self._limit = np.zeros(S, dtype=np.int64)
+        self._keys = np.zeros(S, dtype=np.uint64)
+        self._params_index = np.zeros(S, dtype=np.int64)
+        self._last_ids = np.zeros(S, dtype=np.int64)
+        self._new_ids = np.zeros((S, L), dtype=np.int32)
+        self._new_logprobs = np.zeros((S, L), dtype=np.float32)
+        self._params: list[SamplingParams] = []
+        self._stops: list[np.ndarray] = []
+        self._waiting: deque[LocalSession] = deque()
+        self._runner: asyncio.Task[None] | None = None
+        self._clock = 0
+
+    def session(self, key: int) -> LocalSession:
+        return LocalSession(self, key)
+
+    def reset_stats(self) -> None:
+        self.stats = EngineStats()
+
+    def describe(self) -> str:
+        """One line on the memory that the engine holds."""
+        return (
+            f"{self.capacity} episodes of up to {self.max_context} tokens at once, "
+            f"{self.cache_bytes / 2**20:.0f} MiB for keys and values at most"
+        )
+
+    @torch.no_grad()
+    def _probe(self) -> dict[int, Any]:
+        probe = ShapeProbe()
+        with packed_attention(self.model):
+            zero = torch.zeros(1, dtype=torch.long, device=self._device)
+            packed_hidden(self.model, zero, zero, probe)
+        return probe.shapes
+
+    # Places
+
+    def _submit(self, session: LocalSession) -> None:
+        self._clock += 1
+        session.last_used = self._clock
+        if session.slot >= 0:
+            self._activate(session)
+        else:
+            self._waiting.append(session)
+        if self._runner is None or self._runner.done():
+            self._runner = asyncio.get_running_loop().create_task(self._run())
+
+    def _activate(self, session: LocalSession) -> None:
+        assert session.params is not None
+        slot = session.slot
+        if session.params not in self._params:
+            self._params.append(session.params)
+            self._stops.append(np.array(session.params.stop_token_ids, dtype=np.int64))
+        self._params_index[slot] = self._params.index(session.params)
+        self._length[slot] = session.length
+        self._computed[slot] = session.computed
+        self._limit[slot] = min(session.length + session.params.max_tokens, self.max_context)
+        self._keys[slot] = np.uint64(session.key)
+        self._last_ids[slot] = session.token_ids[session.length - 1]
+        self._active[slot] = True
+
+    def _place(self, session: LocalSession) -> bool:
+        """Give a waiting session a place; False if it should wait for a sibling that computes their prompt now."""
+        prefix = session.prefix
+        if prefix is not None and not prefix.holders and prefix.saved is None:
+            if prefix.filler is not None and prefix.filler.slot >= 0 and not prefix.filler.closed:
+                return False
+            prefix.filler = session
+        slot = self._free.pop()
+        session.slot = slot
+        session.computed = 0
+        self._sessions[slot] = session
+        if prefix is not None:
+            if prefix.holders:
+                self._pool.copy(min(prefix.holders), slot, prefix.length)
+            elif prefix.saved is not None:
+                self._pool.load(slot, prefix.saved)
+            if prefix.filler is not session:
+                session.computed = prefix.length
+                self.stats.tokens_shared += prefix.length
+                self._hold(prefix, slot)
+            prefix.waiting -= 1
+            session.prefix = prefix if prefix.filler is session else None
+        self._activate(session)
+        self.stats.peak_sessions = max(self.stats.peak_sessions, self.capacity - len(self._free))
+        return True
+
+    def _hold(self, prefix: _SharedPrefix, slot: int) -> None:
+        prefix.holders.add(slot)
+        self._prefixes[slot].append(prefix)
+
+    def _share(self, parent: LocalSession, child: LocalSession) -> None:
+        # The last token is computed by each fork itself, because its output is what the first draw needs.
+        length = parent.length - 1
+        if length < 1:
+            return
+        prefix = getattr(parent, "_forked", None)
+        if prefix is None or prefix.length != length:
+            prefix = _SharedPrefix(length)
+            if parent.slot >= 0 and parent.computed >= length:
+                self._hold(prefix, parent.slot)
+            parent._forked = prefix  # type: ignore[attr-defined]
+        prefix.waiting += 1
+        child.prefix = prefix
+
+    def _leave(self, slot: int) -> None:
+        """Empty a place; what others still wait for is kept aside."""
+        for prefix in self._prefixes[slot]:
+            if prefix.waiting > 0 and prefix.holders == {slot}:
+                prefix.saved = self._pool.save(slot, prefix.length)
+            prefix.holders.discard(slot)
+        self._prefixes[slot] = []
+        self._sessions[slot] = None
+        self._active[slot] = False
+        self._free.append(slot)
+
+    def _release(self, session: LocalSession) -> None:
+        prefix, session.prefix = session.prefix, None
+        if prefix is not None:
+            if prefix.filler is session:
+                prefix.filler = None
+            if session.slot < 0:
+                prefix.waiting -= 1
+        if session.slot >= 0:
+            self._leave(session.slot)
+            session.slot = -1
+        with contextlib.suppress(ValueError):
+            self._waiting.remove(session)
+        if session.future is not None and not session.future.done():
+            session.future.cancel()
+
+    def _admit(self) -> None:
+        postponed: list[LocalSession] = []
+        while self._waiting:
+            if not self._free and not self._evict():
+                break
+            session = self._waiting.popleft()
+            if not self._place(session):
+                postponed.append(session)
+        self._waiting.extendleft(reversed(postponed))
+
+    def _evict(self) -> bool:
+        """Take the place of an episode that waits for its environment, but only if nothing could run otherwise."""
+        if self._active.any():
+            return False
+        idle = [session for session in self._sessions if session is not None]
+        if not idle:
+            return False
+        session = min(idle, key=lambda session: session.last_used)
+        self._leave(session.slot)
+        session.slot, session.computed = -1, 0
+        self.stats.evictions += 1
+        return True
+
+    # Steps
+
+    async def _run(self) -> None:
+        started = time.perf_counter()
+        try:
+            with packed_attention(self.model), torch.inference_mode():
+                causal_lm(self.model).eval()
+                while self._active.any() or self._waiting:
+                    self._admit()
+                    self._step()
+                    # Those whose turn is done act now, and their next request joins the next step.
+                    await asyncio.sleep(0)
+        except BaseException as error:
+            for session in (*self._waiting, *(session for session in self._sessions if session is not None)):
+                if session.future is not None and not session.future.done():
+                    session.future.set_exception(error if isinstance(error, Exception) else GenerationError(str(error)))
+            raise
+        finally:
+            self.stats.seconds += time.perf_counter() - started
+
+    def _step(self) -> None:
+        slots = np.nonzero(self._active)[0]
+        if len(slots) == 0:
+            return
+        new = self._length[slots] - self._computed[slots]
+        single = slots[new == 1]
+        prefill: list[tuple[int, int, int]] = []
+        budget = self._prefill_tokens
+        for slot in slots[new > 1]:
+            count = int(min(self._length[slot] - self._computed[slot], budget))
+            if count > 0:
+                prefill.append((int(slot), int(self._computed[slot]), count))
+                budget -= count
+        plan = CachePlan(self._pool, single, self._computed[single], prefill, self._device)
+        ids = np.empty(len(single) + sum(count for _, _, count in prefill), dtype=np.int64)
+        position = len(single)
+        ids[: len(single)] = self._last_ids[single]
+        for slot, first, count in prefill:
+            session = self._sessions[slot]
+            assert session is not None
+            ids[position : position + count] = session.token_ids[first : first + count]
+            position += count
+        hidden_TW = packed_hidden(self.model, torch.from_numpy(ids).to(self._device), plan.positions_T, plan)
+        self.stats.forwards += 1
+        self.stats.tokens_prefilled += len(ids) - len(single)
+        self._computed[single] += 1
+        ends = list(range(len(single)))
+        drawing = list(single)
+        position = len(single)
+        for slot, first, count in prefill:
+            position += count
+            self._computed[slot] = first + count
+            if self._computed[slot] == self._length[slot]:
+                ends.append(position - 1)
+                drawing.append(slot)
+            self._filled(slot)
+        if drawing:
+            self._draw(hidden_TW, np.array(ends), np.array(drawing))
+
+    def _filled(self, slot: int) -> None:
+        """Let the siblings of a session that computed their common prompt take it over."""
+        session = self._sessions[slot]
+        assert session is not None
+        prefix = session.prefix
+        if prefix is not None and self._computed[slot] >= prefix.length:
+            self._hold(prefix, slot)
+            session.prefix = prefix.filler = None
+
+    def _draw(self, hidden_TW: torch.Tensor, ends_R: np.ndarray, slots_R: np.ndarray) -> None:
+        rows = hidden_TW if len(ends_R) == len(hidden_TW) else hidden_TW[torch.from_numpy(ends_R).to(self._device)]
+        logits_RV = logits_of(self.model, rows)
+        uniforms_R = torch.from_numpy(uniforms(self._keys[slots_R], self._length[slots_R])).to(self._device)
+        kinds_R = self._params_index[slots_R]
+        ids_R = np.empty(len(slots_R), dtype=np.int64)
+        logprobs_R = np.empty(len(slots_R), dtype=np.float32)
+        ended_R = np.zeros(len(slots_R), dtype=bool)
+        for kind in np.unique(kinds_R):
+            part = np.nonzero(kinds_R == kind)[0]
+            whole = len(part) == len(slots_R)
+            index = torch.from_numpy(part).to(self._device)
+            ids, logprobs = draw(
+                logits_RV if whole else logits_RV[index], uniforms_R if whole else uniforms_R[index], self._params[kind]
+            )
+            ids_R[part], logprobs_R[part] = ids.cpu().numpy(), logprobs.float().cpu().numpy()
+            ended_R[part] = np.isin(ids_R[part], self._stops[kind])
+        self.stats.tokens_sampled += len(slots_R)
+        at_R = self._length[slots_R]
+        self._new_ids[slots_R, at_R] = self._last_ids[slots_R] = ids_R
+        self._new_logprobs[slots_R, at_R] = logprobs_R
+        self._length[slots_R] += 1
+        for row in np.nonzero(ended_R | (self._length[slots_R] >= self._limit[slots_R]))[0]:
+            self._finish(int(slots_R[row]), bool(ended_R[row]))
+
+    def _finish(self, slot: int, ended: bool) -> None:
+        session = self._sessions[slot]
+        assert session is not None and session.future is not None
+        begin, end = session.length, int(self._length[slot])
+        stop = SampleStop.END if ended else SampleStop.CONTEXT if end == self.max_context else SampleStop.LENGTH
+        session.token_ids[begin:end] = self._new_ids[slot, begin:end]
+        session._length = end
+        session.computed = int(self._computed[slot])
+        self._active[slot] = False
+        if not session.future.done():
+            session.future.set_result(
+                Sampled(self._new_ids[slot, begin:end].copy(), self._new_logprobs[slot, begin:end].copy(), stop)
+            )

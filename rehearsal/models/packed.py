@@ -1,0 +1,283 @@
+"""Packed forward passes: many sequences in one row of tokens, with no padding in any linear layer.
+
+Both the learner and the local engine call the model on inputs of shape (1, T) that hold tokens of many sequences.
+Everything in a decoder but attention works on single tokens, so only attention must know where sequences begin. It is
+told by a *plan* that travels through the model's keyword arguments to an attention function registered here; any
+Hugging Face decoder that uses the library's attention interface works, and :func:`verify_packing` finds out at load
+whether a given one does.
+
+Dimension suffixes: T packed tokens, H query heads, G key/value heads, D head width, n sequences of a bucket, q queries,
+k keys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+from rehearsal.errors import ModelError
+
+IMPLEMENTATION = "rehearsal_packed"
+
+
+class AttentionPlan(Protocol):
+    """What attention needs to know about a packed row of tokens."""
+
+    def attend(
+        self, layer: int, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, scaling: float, window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attention output of shape (T, H, D)."""
+
+
+def _packed_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None,
+    softcap: float | None = None, packing: AttentionPlan | None = None, s_aux: Tensor | None = None, **_: Any,
+) -> tuple[Tensor, None]:
+    if packing is None:
+        raise ModelError("This model drops the arguments that packed sequences need; it cannot be used for training.")
+    if s_aux is not None:
+        raise ModelError("Models with attention sinks are not supported yet; use another model.")
+    if dropout:
+        raise ModelError("Attention dropout would make sampled and trained probabilities differ; set it to 0.")
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    out_THD = packing.attend(
+        int(module.layer_idx), query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
+        scale, sliding_window, softcap,
+    )  # fmt: skip
+    return out_THD.unsqueeze(0), None
+
+
+AttentionInterface.register(IMPLEMENTATION, _packed_attention)
+
+
+def attention(
+    query_nqHD: Tensor, key_nkGD: Tensor, value_nkGD: Tensor, mask_nqk: Tensor, scaling: float, softcap: float | None,
+) -> Tensor:
+    """Masked attention over a batch of padded sequences, returned as (n, q, H, D).
+
+    Query heads that share a key head are folded into the query dimension, so keys are never copied per head.
+    """
+    n, q, H, D = query_nqHD.shape
+    G = key_nkGD.shape[2]
+    shared = H // G
+    # (n, q, G, shared, D) -> (n, G, q * shared, D): one row of the mask serves the `shared` heads of each query.
+    query = query_nqHD.reshape(n, q, G, shared, D).transpose(1, 2).reshape(n, G, q * shared, D)
+    key, value = key_nkGD.transpose(1, 2), value_nkGD.transpose(1, 2)
+    mask = mask_nqk[:, None]
+    if shared > 1 and q > 1:
+        mask = mask.repeat_interleave(shared, dim=2)
+    elif shared > 1:
+        mask = mask.expand(n, 1, shared, mask.shape[-1])
+    if softcap is None:
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    else:
+        scores = softcap * torch.tanh(torch.matmul(query, key.transpose(-1, -2)) * (scaling / softcap))
+        out = torch.matmul(scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(value), value)
+    return out.reshape(n, G, q, shared, value.shape[-1]).transpose(1, 2).reshape(n, q, H, value.shape[-1])
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where one sequence's own tokens lie in the pack, and the earlier tokens that it attends to as well.
+
+    Attributes:
+        start, stop: the sequence's own tokens.
+        prefix: ranges of packed tokens that come before them, oldest first (a prompt that several sequences share).
+    """
+
+    start: int
+    stop: int
+    prefix: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def n_keys(self) -> int:
+        return self.stop - self.start + sum(stop - start for start, stop in self.prefix)
+
+
+@dataclass
+class _Bucket:
+    n: int
+    query_index: Tensor
+    key_index: Tensor
+    query_positions_nq: Tensor
+    key_positions_nk: Tensor
+    rows: Tensor
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> Tensor:
+        if window not in self.masks:
+            distance = self.query_positions_nq[:, :, None] - self.key_positions_nk[:, None, :]
+            mask = distance >= 0
+            if window is not None:
+                mask &= distance < window
+            self.masks[window] = mask
+        return self.masks[window]
+
+
+class PackedPlan:
+    """Attention among packed sequences without a cache: what the learner uses.
+
+    Sequences of similar length are padded together into buckets, for attention alone.
+    """
+
+    # A bucket may compute at most this many times the score entries that its sequences need.
+    _WASTE = 1.3
+    # More sequences at once bring nothing once a bucket's scores fill the processor's cache.
+    _BUCKET_SCORES = 1 << 21
+
+    def __init__(self, spans: Sequence[Span], n_tokens: int, device: torch.device | str = "cpu") -> None:
+        self.n_tokens = n_tokens
+        self.positions_T = np.zeros(n_tokens, dtype=np.int64)
+        for span in spans:
+            offset = span.n_keys - (span.stop - span.start)
+            self.positions_T[span.start : span.stop] = np.arange(offset, span.n_keys)
+        self._buckets = [self._bucket(part, device) for part in self._split(spans)]
+        rows = np.concatenate([np.arange(span.start, span.stop) for part in self._split(spans) for span in part])
+        if len(rows) != n_tokens:
+            raise ValueError(f"the spans cover {len(rows)} of {n_tokens} packed tokens; each must be covered once")
+        self._restore_T = torch.from_numpy(np.argsort(rows, kind="stable")).to(device)
+
+    def _split(self, spans: Sequence[Span]) -> list[list[Span]]:
+        order = sorted(spans, key=lambda span: (span.n_keys, span.stop - span.start))
+        parts: list[list[Span]] = []
+        needed = longest_q = longest_k = 0
+        for span in order:
+            q, k = span.stop - span.start, span.n_keys
+            total_q, total_k = max(longest_q, q), max(longest_k, k)
+            size = (len(parts[-1]) + 1) * total_q * total_k if parts else 0
+            if parts and size <= self._WASTE * (needed + q * k) and size <= max(self._BUCKET_SCORES, q * k):
+                parts[-1].append(span)
+                needed, longest_q, longest_k = needed + q * k, total_q, total_k
+            else:
+                parts.append([span])
+                needed, longest_q, longest_k = q * k, q, k
+        return parts
+
+    def _bucket(self, spans: list[Span], device: torch.device | str) -> _Bucket:
+        n = len(spans)
+        q = max(span.stop - span.start for span in spans)
+        k = max(span.n_keys for span in spans)
+        query_index, key_index = np.zeros((n, q), np.int64), np.zeros((n, k), np.int64)
+        # A padded query sees the first key (a softmax needs one); a padded key is seen by no query.
+        query_positions = np.zeros((n, q), np.int64)
+        key_positions = np.full((n, k), np.iinfo(np.int64).max // 2, np.int64)
+        rows = []
+        for i, span in enumerate(spans):
+            own = span.stop - span.start
+            query_index[i, :own] = np.arange(span.start, span.stop)
+            query_positions[i, :own] = np.arange(span.n_keys - own, span.n_keys)
+            keys = [np.arange(start, stop) for start, stop in (*span.prefix, (span.start, span.stop))]
+            key_index[i, : span.n_keys] = np.concatenate(keys)
+            key_positions[i, : span.n_keys] = np.arange(span.n_keys)
+            rows.append(i * q + np.arange(own))
+
+        def tensor(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        return _Bucket(
+            n, tensor(query_index.reshape(-1)), tensor(key_index.reshape(-1)), tensor(query_positions),
+            tensor(key_positions), tensor(np.concatenate(rows)),
+        )  # fmt: skip
+
+    def attend(
+        self, layer: int, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, scaling: float, window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        outputs = []
+        for bucket in self._buckets:
+            query, key, value = (
+                x.index_select(0, index).view(bucket.n, -1, *x.shape[1:])
+                for x, index in (
+                    (query_THD, bucket.query_index), (key_TGD, bucket.key_index), (value_TGD, bucket.key_index),
+                )
+            )  # fmt: skip
+            out_nqHD = attention(query, key, value, bucket.mask(window), scaling, softcap)
+            outputs.append(out_nqHD.flatten(0, 1).index_select(0, bucket.rows))
+        return torch.cat(outputs).index_select(0, self._restore_T)
+
+
+def causal_lm(model: Any) -> PreTrainedModel:
+    """The Hugging Face model inside ``model``, which may be wrapped by PEFT (adapters stay in place)."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextlib.contextmanager
+def packed_attention(model: Any) -> Iterator[None]:
+    """Route the attention of ``model`` through packed plans inside the block, and back afterwards."""
+    config = causal_lm(model).config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = IMPLEMENTATION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def packed_hidden(model: Any, token_ids_T: Tensor, positions_T: Tensor, plan: AttentionPlan, **kwargs: Any) -> Tensor:
+    """Last hidden states, (T, width), of packed tokens. Call inside :func:`packed_attention`."""
+    decoder = causal_lm(model).get_decoder()
+    output = decoder(
+        input_ids=token_ids_T[None], position_ids=positions_T[None], use_cache=False, packing=plan, **kwargs
+    )
+    return output.last_hidden_state[0]
+
+
+def logits_of(model: Any, hidden_ND: Tensor) -> Tensor:
+    """Logits, (N, V), of last hidden states, with the output scaling that the model's configuration asks for."""
+    lm = causal_lm(model)
+    logits = lm.get_output_embeddings()(hidden_ND)
+    config = lm.config.get_text_config()
+    if (scale := getattr(config, "logit_scale", None)) is not None:
+        logits = logits * scale
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        logits = logits / divisor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def verify_packing(model: Any) -> None:
+    """Check on a few tokens that a packed forward pass of ``model`` equals ordinary ones.
+
+    Raises:
+        ModelError: if it does not, with what to do.
+    """
+    lm = causal_lm(model)
+    device = next(lm.parameters()).device
+    vocabulary = lm.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randint(0, vocabulary, (n,), generator=generator).to(device) for n in (5, 3))
+    plan = PackedPlan([Span(0, 5), Span(5, 8)], 8, device)
+    was_training = lm.training
+    lm.eval()
+    try:
+        with torch.no_grad():
+            expected = torch.cat([lm(input_ids=ids[None], use_cache=False).logits[0] for ids in (first, second)])
+            try:
+                with packed_attention(model):
+                    positions = torch.from_numpy(plan.positions_T).to(device)
+                    actual = logits_of(model, packed_hidden(model, torch.cat([first, second]), positions, plan))
+            except (TypeError, AttributeError, ValueError, RuntimeError) as error:
+                raise ModelError(
+                    f"{type(lm).__name__} does not run on packed sequences ({error}); use a decoder-only model whose "
+                    "attention goes through the transformers attention interface."
+                ) from error
+    finally:
+        lm.train(was_training)
+    scale = float(expected.float().abs().max()) + 1e-6
+    tolerance = 2e-2 if expected.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    if not torch.allclose(actual.float() / scale, expected.float() / scale, atol=tolerance):
+        raise ModelError(
+            f"{type(lm).__name__} gives other logits on packed sequences than on single ones (it mixes tokens outside "
+            "of attention); use a decoder-only transformer without recurrent or convolutional layers."
+        )

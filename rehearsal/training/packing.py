@@ -1,0 +1,141 @@
+"""Sequences into packs: no padding, and a prompt that a group shares is read once.
+
+T packed tokens, N target tokens (those whose log-prob somebody wants).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rehearsal.models.packed import PackedPlan, Span
+
+# A shorter common prefix is not worth the bookkeeping in attention.
+_MIN_PREFIX = 16
+
+
+@dataclass
+class PackItem:
+    """One sequence to be packed.
+
+    Attributes:
+        token_ids: int32 of shape (T,).
+        targets: positions (at least 1) of the tokens whose log-probs are wanted, ascending.
+        group: sequences of the same group may share a prefix; they should stand next to each other.
+    """
+
+    token_ids: np.ndarray
+    targets: np.ndarray
+    group: int
+
+
+@dataclass
+class Pack:
+    """One micro-batch, ready for a packed forward pass.
+
+    Attributes:
+        token_ids_T, positions_T: int64.
+        plan: attention among the sequences.
+        sources_N: index into T of the hidden state that predicts each target.
+        targets_N: the target's token id.
+        items: which of the sequences given to :func:`make_packs` it holds, in order; targets follow this order.
+        saved_tokens: tokens that sharing prefixes left out.
+    """
+
+    token_ids_T: Tensor
+    positions_T: Tensor
+    plan: PackedPlan
+    sources_N: Tensor
+    targets_N: Tensor
+    items: list[int]
+    saved_tokens: int
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.token_ids_T)
+
+
+def common_prefix(sequences: Sequence[np.ndarray]) -> int:
+    """Length of the longest prefix that all sequences share."""
+    length = min(len(sequence) for sequence in sequences)
+    first = sequences[0][:length]
+    for sequence in sequences[1:]:
+        different = np.nonzero(first[:length] != sequence[:length])[0]
+        if len(different):
+            length = int(different[0])
+    return length
+
+
+def _pack(items: Sequence[PackItem], members: list[int], share: bool, device: torch.device | str) -> Pack:
+    token_ids: list[np.ndarray] = []
+    spans: list[Span] = []
+    sources: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    position = saved = start = 0
+    while start < len(members):
+        stop = start
+        while stop < len(members) and items[members[stop]].group == items[members[start]].group:
+            stop += 1
+        sequences = [items[i].token_ids for i in members[start:stop]]
+        # Each sequence keeps a token of its own, so that every span is non-empty.
+        shared = min(common_prefix(sequences), min(len(s) for s in sequences) - 1) if share and stop - start > 1 else 0
+        if shared < _MIN_PREFIX:
+            shared = 0
+        prefix: tuple[tuple[int, int], ...] = ()
+        if shared:
+            prefix = ((position, position + shared),)
+            spans.append(Span(position, position + shared))
+            token_ids.append(sequences[0][:shared])
+            position += shared
+            saved += shared * (stop - start - 1)
+        for i, sequence in zip(members[start:stop], sequences, strict=True):
+            own = len(sequence) - shared
+            spans.append(Span(position, position + own, prefix))
+            token_ids.append(sequence[shared:])
+            wanted = items[i].targets
+            before = wanted - 1
+            offset = prefix[0][0] if prefix else 0
+            sources.append(np.where(before < shared, before + offset, before - shared + position))
+            targets.append(sequence[wanted])
+            position += own
+        start = stop
+    plan = PackedPlan(spans, position, device)
+
+    def tensor(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array.astype(np.int64)).to(device)
+
+    return Pack(
+        tensor(np.concatenate(token_ids)), torch.from_numpy(plan.positions_T).to(device), plan,
+        tensor(np.concatenate(sources)), tensor(np.concatenate(targets)), list(members), saved,
+    )  # fmt: skip
+
+
+def make_packs(
+    items: Sequence[PackItem], max_tokens: int, *, share_prefixes: bool = True, device: torch.device | str = "cpu"
+) -> list[Pack]:
+    """Cut sequences into packs of about ``max_tokens``, in order, never splitting one.
+
+    A sequence longer than that gets a pack of its own. Nothing is dropped and nothing repeated.
+    """
+    packs: list[Pack] = []
+    members: list[int] = []
+    size = 0
+    previous: int | None = None
+    for i, item in enumerate(items):
+        length = len(item.token_ids)
+        # What the item adds if its group's prefix is in the pack already; a guess from its neighbour is enough here.
+        if share_prefixes and members and previous is not None and items[previous].group == item.group:
+            length -= common_prefix([items[previous].token_ids, item.token_ids])
+        if members and size + length > max_tokens:
+            packs.append(_pack(items, members, share_prefixes, device))
+            members, size, length = [], 0, len(item.token_ids)
+        members.append(i)
+        size += length
+        previous = i
+    if members:
+        packs.append(_pack(items, members, share_prefixes, device))
+    return packs
