@@ -1,0 +1,54 @@
+"""What to learn from a step: advantages, filters and the terms of the loss.
+
+Pure functions and small dataclasses: no models, no sampling, no files. The learner calls, in this order,
+:func:`has_variance` (which groups), :func:`token_advantages` (whole step), ``objective.mask`` and
+:meth:`StepTotals.count` (whole step), and then for every micro-batch ``objective(batch, output)`` and
+:func:`token_weights`.
+"""
+
+from rehearsal.algorithms.aggregation import AGGREGATIONS, Aggregation, StepTotals, token_weights
+from rehearsal.algorithms.batch import Objective, PolicyOutput, TokenBatch, TokenLoss
+from rehearsal.algorithms.credit import SequenceRewards, token_advantages
+from rehearsal.algorithms.filters import has_variance
+from rehearsal.algorithms.objectives import CISPOLoss, EntropyBonus, KLLoss, PolicyLoss, ValueLoss
+from rehearsal.algorithms.presets import (
+    ESTIMATORS,
+    OPTION_NAMES,
+    PRESETS,
+    AdvantageSettings,
+    Algorithm,
+    Options,
+    preset,
+)
+from rehearsal.algorithms.ratios import CORRECTIONS, ImportanceCorrection
+from rehearsal.algorithms.shaping import OverlongPenalty, was_cut_off
+
+__all__ = [
+    "AGGREGATIONS",
+    "CORRECTIONS",
+    "ESTIMATORS",
+    "OPTION_NAMES",
+    "PRESETS",
+    "AdvantageSettings",
+    "Aggregation",
+    "Algorithm",
+    "CISPOLoss",
+    "EntropyBonus",
+    "ImportanceCorrection",
+    "KLLoss",
+    "Objective",
+    "Options",
+    "OverlongPenalty",
+    "PolicyLoss",
+    "PolicyOutput",
+    "SequenceRewards",
+    "StepTotals",
+    "TokenBatch",
+    "TokenLoss",
+    "ValueLoss",
+    "has_variance",
+    "preset",
+    "token_advantages",
+    "token_weights",
+    "was_cut_off",
+]

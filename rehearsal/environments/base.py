@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 
@@ -42,10 +42,10 @@ class TextEnv(gym.Env[str, str]):
     - ``effective`` (bool, at a step): whether the action changed the state.
     """
 
-    name: ClassVar[str] = "environment"
+    name: str = "environment"
     """Short id, as in ``rehearsal.make(name)``."""
 
-    fast: ClassVar[bool] = False
+    fast: bool = False
     """Whether a step takes microseconds, never blocks and never hangs. Such an environment is stepped in line (which
     makes a run exactly repeatable); any other runs in a thread with a time limit."""
 

@@ -87,11 +87,17 @@ class LocalSession:
             raise GenerationError("This session is sampling already; wait for the first call to return.")
         if self.room == 0:
             return Sampled(np.empty(0, np.int32), np.empty(0, np.float32), SampleStop.CONTEXT)
+        begin = self._length
         self.params = params
         self.future = asyncio.get_running_loop().create_future()
         self._engine._submit(self)
         try:
             return await self.future
+        except asyncio.CancelledError:
+            # The caller never saw an answer that came in the same moment, so it is not part of the context.
+            self._length = begin
+            self._engine._withdraw(self)
+            raise
         finally:
             self.future = None
             self.params = None
@@ -209,8 +215,10 @@ class LocalEngine:
             self._activate(session)
         else:
             self._waiting.append(session)
-        if self._runner is None or self._runner.done():
-            self._runner = asyncio.get_running_loop().create_task(self._run())
+        loop = asyncio.get_running_loop()
+        # A loop that was closed in the middle of a step left a runner behind that will never go on.
+        if self._runner is None or self._runner.done() or self._runner.get_loop() is not loop:
+            self._runner = loop.create_task(self._run())
 
     def _activate(self, session: LocalSession) -> None:
         assert session.params is not None
@@ -294,7 +302,21 @@ class LocalEngine:
         with contextlib.suppress(ValueError):
             self._waiting.remove(session)
         if session.future is not None and not session.future.done():
-            session.future.cancel()
+            session.future.set_exception(GenerationError("The session was closed while it was sampling."))
+
+    def _withdraw(self, session: LocalSession) -> None:
+        """Stop sampling for a session; it keeps its place and what is computed of its context."""
+        with contextlib.suppress(ValueError):
+            self._waiting.remove(session)
+        if session.slot < 0:
+            return
+        self._active[session.slot] = False
+        # At least the last token is computed again: its output is what the next draw needs.
+        session.computed = min(int(self._computed[session.slot]), session.length - 1)
+        prefix, session.prefix = session.prefix, None
+        if prefix is not None:
+            # Siblings that wait for the common prompt must not wait for a session that stands still.
+            prefix.filler = None
 
     def _admit(self) -> None:
         postponed: list[LocalSession] = []
@@ -324,20 +346,31 @@ class LocalEngine:
     async def _run(self) -> None:
         started = time.perf_counter()
         try:
-            with packed_attention(self.model), torch.inference_mode():
-                causal_lm(self.model).eval()
-                while self._active.any() or self._waiting:
+            causal_lm(self.model).eval()
+            while self._active.any() or self._waiting:
+                # Whoever else runs on this loop, another engine for one, must not see these settings.
+                with packed_attention(self.model), torch.inference_mode():
                     self._admit()
                     self._step()
-                    # Those whose turn is done act now, and their next request joins the next step.
-                    await asyncio.sleep(0)
+                # Those whose turn is done act now, and their next request joins the next step.
+                await asyncio.sleep(0)
         except BaseException as error:
-            for session in (*self._waiting, *(session for session in self._sessions if session is not None)):
-                if session.future is not None and not session.future.done():
-                    session.future.set_exception(error if isinstance(error, Exception) else GenerationError(str(error)))
-            raise
+            told = self._fail(error if isinstance(error, Exception) else GenerationError("Sampling was interrupted."))
+            # An error that its callers have is not raised again: nobody awaits this task.
+            if not told or not isinstance(error, Exception):
+                raise
         finally:
             self.stats.seconds += time.perf_counter() - started
+
+    def _fail(self, error: Exception) -> bool:
+        """Hand an error to everyone who is sampling; whether there was anyone. The engine can be used again."""
+        told = False
+        for session in (*self._waiting, *(session for session in self._sessions if session is not None)):
+            if session.future is not None and not session.future.done():
+                session.future.set_exception(error)
+                told = True
+            self._withdraw(session)
+        return told
 
     def _step(self) -> None:
         slots = np.nonzero(self._active)[0]

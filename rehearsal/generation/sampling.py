@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rehearsal.errors import RecipeError
+from rehearsal.errors import GenerationError, RecipeError
 
+_NOT_FINITE = "The model's logits are not finite, so no token can be drawn; load weights from before they diverged."
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -82,9 +83,14 @@ def draw(logits_RV: Tensor, uniforms_R: Tensor, params: SamplingParams) -> tuple
     Returns:
         ids of shape (R,) and their log-probs under the distribution that was sampled from, temperature and truncation
         included (0 for greedy decoding, whose distribution is one token).
+
+    Raises:
+        GenerationError: if logits are not a number.
     """
     if params.temperature == 0.0:
         ids_R = logits_RV.argmax(dim=-1)
+        if bool(logits_RV.gather(1, ids_R[:, None]).isnan().any()):
+            raise GenerationError(_NOT_FINITE)
         return ids_R, torch.zeros(ids_R.shape, dtype=torch.float32, device=ids_R.device)
     logits_RV = logits_RV.float()
     if params.temperature != 1.0:
@@ -93,16 +99,15 @@ def draw(logits_RV: Tensor, uniforms_R: Tensor, params: SamplingParams) -> tuple
     cumulative_RV = logprobs_RV.exp().cumsum(dim=-1)
     # The last entry stands for 1 whatever rounding made of it; a token of probability zero is never hit, because its
     # cumulative value equals its left neighbour's and the search takes the first entry that exceeds the target.
-    target_R1 = uniforms_R.to(cumulative_RV)[:, None] * cumulative_RV[:, -1:]
-    ids_R = torch.searchsorted(cumulative_RV, target_R1, right=True)[:, 0].clamp(max=logits_RV.shape[-1] - 1)
-    chosen_R = logprobs_RV.gather(1, ids_R[:, None])[:, 0]
-    # Rounding can push the target past every token of non-zero probability: take the likeliest then.
-    lost_R = torch.isinf(chosen_R)
-    if bool(lost_R.any()):
-        best_R = logprobs_RV.argmax(dim=-1)
-        ids_R = torch.where(lost_R, best_R, ids_R)
-        chosen_R = logprobs_RV.gather(1, ids_R[:, None])[:, 0]
-    return ids_R, chosen_R
+    total_R1 = cumulative_RV[:, -1:].contiguous()
+    target_R1 = uniforms_R.to(cumulative_RV)[:, None] * total_R1
+    ids_R1 = torch.searchsorted(cumulative_RV, target_R1, right=True)
+    # Rounding can push the target up to the total: the token that reached it is the last one of non-zero probability.
+    ids_R1 = torch.minimum(ids_R1, torch.searchsorted(cumulative_RV, total_R1))
+    chosen_R = logprobs_RV.gather(1, ids_R1.clamp(max=logits_RV.shape[-1] - 1))[:, 0]
+    if bool(chosen_R.isnan().any()):
+        raise GenerationError(_NOT_FINITE)
+    return ids_R1[:, 0], chosen_R
 
 
 def truncate(logits_RV: Tensor, params: SamplingParams) -> Tensor:

@@ -1,0 +1,243 @@
+"""What an agent sees and does each turn, with no engine in it.
+
+An :class:`Agent` holds one episode. Whoever plays it asks for the next tokens, samples, hands the sample back, and
+steps the environment; the agent keeps the books:
+
+    agent = Agent(renderer, protocol, limits)
+    prompt = agent.opening(env.instructions, observation)
+    while prompt is not None:
+        session.extend(prompt.token_ids)
+        sample = session.sample(max_tokens=agent.tokens_left)
+        turn = agent.read(sample.ids, sample.logprobs, sample.stop)
+        result = play_actions(env, turn, agent.protocol, agent.actions_left)
+        prompt = agent.next_turn(result)
+    agent.stop_reason, agent.turns, agent.counters, agent.transcript.segment()
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rehearsal.agents.play import PlayResult, check_reset, play_actions
+from rehearsal.agents.protocol import THINK_CLOSE, Protocol
+from rehearsal.agents.transcript import TranscriptBuilder
+from rehearsal.environments.base import TextEnv
+from rehearsal.errors import RecipeError
+from rehearsal.models.chat import ChatRenderer, Piece, Rendered
+from rehearsal.trajectory import Kind, SampleStop, StopReason, Turn
+
+__all__ = ["Agent", "Limits", "PlayResult", "TranscriptBuilder", "check_reset", "play_actions"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one episode may use.
+
+    Attributes:
+        max_turns: answers in an episode.
+        max_actions_per_turn: actions in an answer that count.
+        max_actions: actions in an episode.
+        max_tokens_per_turn: sampled tokens in an answer.
+        max_context: tokens in an episode, prompts and answers together.
+
+    Raises:
+        RecipeError: if one of them is less than 1.
+    """
+
+    max_turns: int = 5
+    max_actions_per_turn: int = 1
+    max_actions: int = 10
+    max_tokens_per_turn: int = 256
+    max_context: int = 4096
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise RecipeError(f"{name} must be at least 1, not {value}.")
+
+    @classmethod
+    def for_env(
+        cls,
+        env: TextEnv,
+        *,
+        max_turns: int | None = None,
+        max_actions_per_turn: int | None = None,
+        max_actions: int | None = None,
+        max_tokens_per_turn: int = 256,
+        max_context: int = 4096,
+    ) -> Limits:
+        """The environment's own limits where none is given; as many actions as all turns together may hold."""
+        turns = env.max_turns if max_turns is None else max_turns
+        per_turn = env.max_actions_per_turn if max_actions_per_turn is None else max_actions_per_turn
+        actions = turns * per_turn if max_actions is None else max_actions
+        return cls(turns, per_turn, actions, max_tokens_per_turn, max_context)
+
+
+class Agent:
+    """The turns of one episode.
+
+    Args:
+        renderer: renders messages; shared by all episodes.
+        protocol: the answer format. Its ``max_actions_per_turn`` is taken from ``limits``, its end tokens and the id of
+            ``</think>`` from the renderer.
+        limits: what the episode may use.
+
+    Attributes:
+        protocol: the format as it is used here.
+        transcript: the tokens so far.
+        turns: the turns so far; the last one is filled in as the episode goes on.
+        actions_left: actions that the episode has left.
+        stop_reason: why the episode is over; None while it is not.
+        final_observation: the environment's words after the last action.
+        success: what the environment said last about whether the task is solved.
+        counters: by name: ``format_errors`` (answers that could not be read), ``illegal_actions``, ``surplus_actions``
+            (left out because an answer or the episode had no room for them), ``skipped_actions`` (left out behind an
+            illegal one), ``ineffective_actions``, ``cut_answers`` (ended by a limit, not by the policy),
+            ``defused_tokens`` (special tokens spelled out in messages).
+    """
+
+    def __init__(self, renderer: ChatRenderer, protocol: Protocol, limits: Limits) -> None:
+        self.renderer = renderer
+        self.limits = limits
+        self.protocol = protocol_for(renderer, protocol, limits)
+        self.transcript = TranscriptBuilder()
+        self.turns: list[Turn] = []
+        self.actions_left = limits.max_actions
+        self.stop_reason: StopReason | None = None
+        self.final_observation = ""
+        self.success: bool | None = None
+        self.counters: Counter[str] = Counter()
+        self._sampled_ids: Sequence[int] | np.ndarray = ()
+        self._problem = ""
+
+    @property
+    def tokens_left(self) -> int:
+        """How many tokens the next answer may take; at least 1 whenever a prompt was given."""
+        return max(0, min(self.limits.max_tokens_per_turn, self.limits.max_context - len(self.transcript)))
+
+    def opening(
+        self, env_instructions: str, observation: str, state: str = "", env: TextEnv | None = None
+    ) -> Rendered | None:
+        """The tokens before the first answer: rules, answer format, first observation.
+
+        Args:
+            env_instructions: the environment's rules, ``env.instructions``.
+            observation: its first observation.
+            state: ``info["state"]`` of the reset, if there is one.
+            env: for the wording of the answer format.
+
+        Returns:
+            None if they leave no room for an answer; ``stop_reason`` is ``CONTEXT_LIMIT`` then, and there is no turn.
+        """
+        rules = env_instructions.strip()
+        instructions = self.protocol.format_instructions(env)
+        system = [Piece(f"{rules}\n{instructions}" if rules else instructions, Kind.SYSTEM)]
+        turn = Turn(observation, notice=self._status(), state=state)
+        return self._show(turn, self.renderer.first(system, self._pieces(turn)))
+
+    def read(
+        self, sampled_ids: Sequence[int] | np.ndarray, logprobs: Sequence[float] | np.ndarray, stop: SampleStop
+    ) -> Turn:
+        """Take an answer as it was sampled, and read it.
+
+        Args:
+            sampled_ids: its ids, the token that ends the turn included.
+            logprobs: natural-log probability of each id under the distribution it was sampled from.
+            stop: why sampling ended.
+
+        Returns:
+            The current turn, with what the agent wants to do. :func:`play_actions` takes it from there.
+        """
+        opened = self.renderer.opens_thought
+        turn = self.turns[-1]
+        kinds = self.protocol.kinds_of(sampled_ids, self.renderer.decode, opened)
+        self.transcript.add_sampled(sampled_ids, logprobs, kinds, len(self.turns) - 1)
+        self._sampled_ids = sampled_ids
+        if stop == SampleStop.LENGTH and len(self.transcript) >= self.limits.max_context:
+            # The engine was given what was left of the context and cannot know that it was less than a turn's worth.
+            stop = SampleStop.CONTEXT
+        turn.stop = stop
+        turn.response = self.renderer.decode(sampled_ids)
+        parsed = self.protocol.parse(turn.response, opened)
+        turn.thought, turn.actions, turn.valid = parsed.thought, list(parsed.actions), parsed.valid
+        self._problem = f"Your last answer had {parsed.problem}." if parsed.problem else ""
+        if stop != SampleStop.END:
+            self.counters["cut_answers"] += 1
+            if not parsed.valid:
+                self._problem = f"Your last answer was cut off after {len(sampled_ids)} tokens."
+        self.counters["format_errors"] += not parsed.valid
+        self.counters["surplus_actions"] += parsed.surplus
+        return turn
+
+    def next_turn(self, result: PlayResult) -> Rendered | None:
+        """Take what came of the answer, and give the tokens before the next one.
+
+        Returns:
+            None when the episode is over; ``stop_reason`` says why.
+        """
+        turn = self.turns[-1]
+        turn.executed, turn.rewards, turn.penalty = list(result.executed), list(result.rewards), result.penalty
+        if result.illegal:
+            turn.valid = False
+            self.counters["illegal_actions"] += 1
+            self.counters["skipped_actions"] += result.not_executed
+        else:
+            self.counters["surplus_actions"] += result.not_executed
+        self.counters["ineffective_actions"] += result.ineffective
+        self.actions_left -= len(result.executed)
+        observation = turn.observation if result.observation is None else result.observation
+        self.final_observation = observation
+        if result.executed:
+            self.success = result.success
+        self.stop_reason = self._stop_reason(result, turn.stop)
+        if self.stop_reason is not None:
+            return None
+        state = turn.state if result.observation is None else (result.state or "")
+        notices = [text for text in (self._problem, result.notice, self._status()) if text]
+        shown = Turn(observation, notice=" ".join(notices), state=state)
+        return self._show(shown, self.renderer.after_answer(self._sampled_ids, self._pieces(shown)))
+
+    def _stop_reason(self, result: PlayResult, stop: SampleStop) -> StopReason | None:
+        if result.terminated:
+            return StopReason.TERMINATED
+        if result.truncated:
+            return StopReason.TRUNCATED
+        if stop == SampleStop.CONTEXT:
+            return StopReason.CONTEXT_LIMIT
+        if len(self.turns) >= self.limits.max_turns:
+            return StopReason.TURN_LIMIT
+        if self.actions_left < 1:
+            return StopReason.ACTION_LIMIT
+        return None
+
+    def _show(self, turn: Turn, rendered: Rendered) -> Rendered | None:
+        if len(self.transcript) + len(rendered) >= self.limits.max_context:
+            # Not even one token of an answer would fit. What was not shown is not part of the transcript.
+            self.stop_reason = StopReason.CONTEXT_LIMIT
+            return None
+        self.transcript.add_rendered(rendered, len(self.turns))
+        self.turns.append(turn)
+        self.counters["defused_tokens"] += rendered.defused
+        return rendered
+
+    def _status(self) -> str:
+        actions = "1 action" if self.actions_left == 1 else f"{self.actions_left} actions"
+        return f"Turn {len(self.turns) + 1} of {self.limits.max_turns}, {actions} left."
+
+    @staticmethod
+    def _pieces(turn: Turn) -> list[Piece]:
+        return [Piece(turn.observation, Kind.OBSERVATION), Piece("\n" + turn.notice, Kind.NOTICE)]
+
+
+def protocol_for(renderer: ChatRenderer, protocol: Protocol, limits: Limits) -> Protocol:
+    """The protocol as it is used with a model and limits: its number of actions, end tokens and ``</think>`` id."""
+    return replace(
+        protocol,
+        max_actions_per_turn=limits.max_actions_per_turn,
+        end_tokens=tuple(dict.fromkeys([*renderer.stop_texts, *protocol.end_tokens])),
+        think_close_id=renderer.single_token(THINK_CLOSE),
+    )

@@ -1,0 +1,207 @@
+"""The format of an agent's answers: a thought, then one or several actions.
+
+    <think>The goal is to the left.</think><answer>Left || Down</answer>
+
+Two things are made of a sampled answer, and they never depend on each other: :meth:`Protocol.parse` reads the text for
+what the agent wants to do, and :meth:`Protocol.kinds_of` says of each sampled token whether it belongs to the thought
+or to the action. Neither changes the answer: what was sampled is what is kept and trained on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rehearsal.environments.base import TextEnv
+from rehearsal.errors import RecipeError
+from rehearsal.trajectory import Kind
+
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
+TAGS = (THINK_OPEN, THINK_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
+
+END_TOKENS = (
+    "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>", "<|return|>", "<end_of_turn>", "</s>",
+    "<|user|>", "<｜end▁of▁sentence｜>",
+)  # fmt: skip
+"""Tokens that end a turn in common chat formats; taken off the end of an answer before it is read."""
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What an answer says.
+
+    Attributes:
+        thought: the text inside the thought, trimmed; also of an answer that broke the format later on.
+        actions: the actions, trimmed, in order, at most as many as a turn allows; empty if the answer is not valid.
+        valid: whether the answer kept the format.
+        problem: what is wrong with it, as what an answer can *have* ("no <answer> tag"); "" if nothing is. Too many
+            actions are told here too, although the answer stays valid.
+        surplus: how many actions there were beyond those allowed; they are left out.
+    """
+
+    thought: str = ""
+    actions: tuple[str, ...] = ()
+    valid: bool = False
+    problem: str = ""
+    surplus: int = 0
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The answer format and what breaking it costs.
+
+    An answer that breaks the format has no actions at all: guessing what a broken answer meant would reward breaking
+    it. (RAGEN's parser searches the text for the tags and takes what is between them; text around them is cut out of
+    the conversation there, which is not possible where the sampled tokens are kept.) More actions than a turn allows
+    are no breach: the first ones count, the rest are left out and counted.
+
+    Attributes:
+        thinking: whether a thought comes before the answer. Without one the format is ``<answer>...</answer>`` alone.
+        action_separator: what stands between several actions of one answer.
+        max_actions_per_turn: how many actions of one answer count.
+        format_penalty: what an unreadable answer, or one with an illegal action, adds to the turn's reward; not
+            positive.
+        end_tokens: texts of the tokens that end a turn; they are taken off before an answer is read.
+        think_close_id: the id of ``</think>`` where it is one token: finds the end of a thought faster.
+
+    Raises:
+        RecipeError: for settings that cannot be used.
+    """
+
+    thinking: bool = True
+    action_separator: str = "||"
+    max_actions_per_turn: int = 1
+    format_penalty: float = -0.1
+    end_tokens: tuple[str, ...] = END_TOKENS
+    think_close_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_actions_per_turn < 1:
+            raise RecipeError(f"max_actions_per_turn must be at least 1, not {self.max_actions_per_turn}.")
+        if not math.isfinite(self.format_penalty) or self.format_penalty > 0:
+            raise RecipeError(f"format_penalty must be zero or negative, not {self.format_penalty}.")
+        if not self.action_separator.strip():
+            raise RecipeError("action_separator must have a character that is not a blank.")
+        if any(tag in self.action_separator or self.action_separator in tag for tag in TAGS):
+            raise RecipeError(f'action_separator "{self.action_separator}" cannot be told from the tags of the format.')
+
+    def format_instructions(self, env: TextEnv | None = None) -> str:
+        """One short line that tells the agent how to answer.
+
+        Args:
+            env: the environment that it is for; one where any text is an action gets "your answer" for "action".
+        """
+        word = "your answer" if env is not None and env.legal_actions() is None else "action"
+        thought = f"{THINK_OPEN}...{THINK_CLOSE}" if self.thinking else ""
+        line = f"Answer as {thought}{ANSWER_OPEN}{word}{ANSWER_CLOSE}"
+        if self.max_actions_per_turn > 1:
+            line += f", up to {self.max_actions_per_turn} actions separated by {self.action_separator}"
+        return line + "."
+
+    def without_end(self, response_text: str) -> str:
+        """The answer without the tokens that end the turn, and without blanks around it."""
+        ends = tuple(token for token in self.end_tokens if token)
+        end = len(response_text)
+        # By position, not by cutting: an answer may be nothing but a million of these tokens.
+        while end > 0:
+            if response_text[end - 1].isspace():
+                end -= 1
+            elif ends and response_text.endswith(ends, 0, end):
+                end -= max(len(token) for token in ends if response_text.endswith(token, 0, end))
+            else:
+                break
+        return response_text[:end].lstrip()
+
+    def parse(self, response_text: str, opened_thought: bool = False) -> Parsed:
+        """Read an answer. Never raises, whatever the text, and takes time in proportion to its length.
+
+        The thought ends at the first ``</think>``; what is in it is not looked at. The answer ends at the first
+        ``</answer>``. Blanks may stand around both, and nothing else.
+
+        Args:
+            response_text: the sampled answer, decoded with its special tokens.
+            opened_thought: whether the generation prompt has already opened the thought. There is a thought then, even
+                where the protocol does not ask for one.
+        """
+        text = self.without_end(response_text)
+        thought = ""
+        if self.thinking or opened_thought:
+            opened = text.startswith(THINK_OPEN)
+            if not opened and not opened_thought:
+                if not text:
+                    return Parsed(problem="nothing in it")
+                return Parsed(problem="text outside the tags" if THINK_OPEN in text else f"no {THINK_OPEN} tag")
+            text = text[len(THINK_OPEN) :] if opened else text
+            thought, closed, text = text.partition(THINK_CLOSE)
+            thought = thought.strip()
+            if not closed:
+                return Parsed(thought, problem="an unclosed thought")
+            text = text.strip()
+        elif not text:
+            return Parsed(problem="nothing in it")
+        before, opened_answer, rest = text.partition(ANSWER_OPEN)
+        if not opened_answer:
+            return Parsed(thought, problem=f"no {ANSWER_OPEN} tag")
+        answer, closed_answer, after = rest.partition(ANSWER_CLOSE)
+        if before or after.strip():
+            return Parsed(thought, problem="text outside the tags")
+        if not closed_answer:
+            return Parsed(thought, problem="an unclosed answer")
+        if any(tag in answer for tag in TAGS):
+            return Parsed(thought, problem="a tag inside the answer")
+        actions = tuple(part.strip() for part in answer.split(self.action_separator) if part.strip())
+        if not actions:
+            return Parsed(thought, problem="an empty answer")
+        surplus = max(0, len(actions) - self.max_actions_per_turn)
+        problem = f"too many actions: {len(actions)}, {self.max_actions_per_turn} allowed" if surplus else ""
+        return Parsed(thought, actions[: self.max_actions_per_turn], True, problem, surplus)
+
+    def kinds_of(
+        self,
+        sampled_ids: Sequence[int] | np.ndarray,
+        decode: Callable[[Sequence[int]], str],
+        opened_thought: bool = False,
+    ) -> np.ndarray:
+        """The kind of each sampled token: ``THOUGHT`` up to the end of the first ``</think>``, ``ACTION`` after it.
+
+        The token that completes ``</think>`` belongs to the thought, also where it carries letters beyond it. A thought
+        that is never closed takes all the tokens. An answer that neither opens nor closes a thought has none, so all
+        its tokens are ``ACTION``, as they are where no thought is asked for.
+
+        Args:
+            sampled_ids: ids of one answer, in the order they were sampled.
+            decode: ids to text, special tokens included.
+            opened_thought: whether the generation prompt has already opened the thought.
+
+        Returns:
+            int8 of shape (T,). Takes one or two decodings where ``think_close_id`` is known, else O(log T) of them.
+        """
+        ids = [int(index) for index in sampled_ids]
+        kinds = np.full(len(ids), int(Kind.ACTION), dtype=np.int8)
+        if not ids or not (self.thinking or opened_thought):
+            return kinds
+        # The end of the thought lies in (low, high]: a prefix of `high` tokens contains "</think>", one of `low` does
+        # not. Once a prefix contains the tag, so does every longer one, which is what a binary search asks for.
+        low, high = 0, len(ids)
+        if self.think_close_id is not None and self.think_close_id in ids:
+            high = ids.index(self.think_close_id) + 1
+            if THINK_CLOSE not in decode(ids[: high - 1]):
+                low = high - 1
+        else:
+            text = decode(ids)
+            if THINK_CLOSE not in text:
+                if opened_thought or text.lstrip().startswith(THINK_OPEN):
+                    kinds[:] = int(Kind.THOUGHT)
+                return kinds
+        while high - low > 1:
+            middle = (low + high) // 2
+            if THINK_CLOSE in decode(ids[:middle]):
+                high = middle
+            else:
+                low = middle
+        kinds[:high] = int(Kind.THOUGHT)
+        return kinds

@@ -1,0 +1,268 @@
+"""The command line: ``rehearsal train``, ``eval``, ``play``, ``report``, ``envs``, ``check``, ``recipes``, ``base``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.console import Console
+from rich.table import Table
+
+from rehearsal import __version__
+from rehearsal.errors import RecipeError, RehearsalError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 where the user can mend what is wrong, 130 after Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(given)
+    if not hasattr(options, "run"):
+        parser.print_help()
+        return 0
+    console = Console(stderr=True)
+    try:
+        if rest and not getattr(options, "takes_dotted", False):
+            raise RecipeError(f"{rest[0]} is not an option of `rehearsal {given[0]}`; try --help.")
+        options.dotted = _dotted(rest)
+        options.command_line = "rehearsal " + shlex.join(given)
+        return int(options.run(options) or 0)
+    except RehearsalError as error:
+        console.print(f"[bold red]error[/] {error}", highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        console.print("Stopped.", highlight=False)
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rehearsal",
+        description="Train language-model agents that keep learning, and know whether the learning signal is real.",
+    )
+    parser.add_argument("--version", action="version", version=f"rehearsal {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def command(name: str, text: str, run: Any, dotted: bool = False) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run=run, takes_dotted=dotted)
+        return sub
+
+    train = command("train", "Train an agent in an environment.", _train, dotted=True)
+    train.add_argument("recipe", nargs="?", help="a built-in recipe or a TOML file; without one the defaults")
+    train.add_argument("--output", type=Path, help="run folder; runs/NAME if left out")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run")
+    train.add_argument("--overwrite", action="store_true", help="delete an earlier run in --output first")
+    train.add_argument("--dry-run", action="store_true", help="show the resolved recipe and its memory, and stop")
+    train.add_argument("--options", action="store_true", help="list all dotted options, and stop")
+    train.epilog = "Any option of the recipe can be given by its dotted name: --training.steps 30"
+
+    evaluate = command("eval", "Play held-out tasks with a policy.", _eval, dotted=True)
+    evaluate.add_argument("policy", help="a run folder, a Hugging Face folder, or base")
+    evaluate.add_argument("--recipe", help="where environment and limits come from; a run folder brings its own")
+    evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    evaluate.add_argument("--episodes", type=int, default=256)
+    evaluate.add_argument("--temperature", type=float, default=1.0)
+    evaluate.add_argument("--url", help="of a server that speaks the OpenAI API; POLICY is the model's name there")
+    evaluate.add_argument("--api-key-env", default="OPENAI_API_KEY", help="environment variable with the server's key")
+    evaluate.add_argument("--json", type=Path, help="write the figures here")
+
+    play = command("play", "Play an environment yourself.", _play, dotted=True)
+    play.add_argument("environment", help="a built-in name or package.module:Class")
+    play.add_argument("--seed", type=int)
+    play.add_argument("--split", default="train", choices=("train", "validation", "test"))
+
+    report = command("report", "Write the HTML report of a run.", _report)
+    report.add_argument("run_folder", metavar="RUN", type=Path)
+
+    command("envs", "List the environments.", _envs)
+    command("recipes", "List the recipes that come along.", _recipes)
+
+    check = command("check", "Say what is wrong with an environment.", _check, dotted=True)
+    check.add_argument("environment", help="a built-in name or package.module:Class")
+
+    base = command("base", "Make the small base model.", _base, dotted=True)
+    base.add_argument("--output", type=Path, default=Path("base"), help="folder for the model")
+    return parser
+
+
+def _dotted(rest: Sequence[str]) -> dict[str, Any]:
+    """``--a.b 3`` and ``--a.b=3`` as {"a.b": 3}; a flag without a value is true."""
+    from rehearsal.training.recipe import parse_value
+
+    values: dict[str, Any] = {}
+    position = 0
+    while position < len(rest):
+        word = rest[position]
+        if not word.startswith("--") or len(word) < 3:
+            raise RecipeError(f"{word} is out of place: options look like --training.steps 30.")
+        name, equals, value = word[2:].partition("=")
+        position += 1
+        if not equals:
+            if position < len(rest) and not rest[position].startswith("--"):
+                value = rest[position]
+                position += 1
+            else:
+                value = "true"
+        values[name.replace("-", "_")] = parse_value(value)
+    return values
+
+
+# Commands
+
+
+def _train(options: argparse.Namespace) -> int:
+    from rehearsal.display import TerminalObserver, closing_line
+    from rehearsal.reports import write_report
+    from rehearsal.training.loop import train
+    from rehearsal.training.recipe import resolve_recipe
+
+    console = Console()
+    if options.options:
+        _list_options(console)
+        return 0
+    resume = options.resume is not None
+    output = options.resume if resume else options.output
+    if resume and options.output is not None:
+        raise RecipeError("--resume already names the run folder; leave --output out.")
+    source: Any = options.recipe
+    if resume and source is None:
+        source = options.resume / "recipe.toml"
+    recipe = resolve_recipe(source, options.dotted)
+    if options.dry_run:
+        from rehearsal.training.plan import describe_plan
+
+        console.print(recipe.to_toml(), highlight=False, markup=False)
+        console.print(describe_plan(recipe))
+        return 0
+    if options.overwrite and output is not None and not resume:
+        _remove_run(output)
+    observer = TerminalObserver(console)
+    try:
+        result = train(recipe, output=output, resume=resume, observer=observer, command=options.command_line)
+    finally:
+        observer.close()
+    report = write_report(result.path)
+    console.print(closing_line(result.summary, report), highlight=False, soft_wrap=True)
+    return 0
+
+
+def _remove_run(path: Path) -> None:
+    if not path.exists():
+        return
+    if not (path / "run.json").is_file() and any(path.iterdir()):
+        raise RecipeError(f"{path} is not a run folder, so --overwrite does not delete it; choose another --output.")
+    from rehearsal.training.runs import RunFolder
+
+    if (path / "run.json").is_file() and RunFolder.open(path).in_use:
+        raise RecipeError(f"Another process writes to {path}; stop it first, or choose another --output.")
+    shutil.rmtree(path)
+
+
+def _list_options(console: Console) -> None:
+    from rehearsal.training.recipe import option_names
+
+    table = Table("option", "type", "default", "what it does", box=None, padding=(0, 2, 0, 0))
+    for name, info in option_names().items():
+        default = info.get_default(call_default_factory=True)
+        table.add_row(f"--{name}", _type_name(info.annotation), "" if default is None else str(default), info.description)
+    console.print(table)
+
+
+def _type_name(annotation: Any) -> str:
+    arguments = [argument for argument in get_args(annotation) if argument is not type(None)]
+    if getattr(annotation, "__origin__", None) in (dict, list):
+        return str(annotation.__origin__.__name__)
+    if arguments and all(isinstance(argument, str) for argument in arguments):
+        return "|".join(arguments)
+    if arguments:
+        return "|".join(_type_name(argument) for argument in arguments)
+    return str(getattr(annotation, "__name__", annotation))
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from rehearsal.display import percent
+    from rehearsal.evaluation.run import evaluate_policy
+
+    figures = evaluate_policy(
+        options.policy, recipe=options.recipe, overrides=options.dotted, split=options.split, episodes=options.episodes,
+        temperature=options.temperature, url=options.url, api_key_env=options.api_key_env,
+    )  # fmt: skip
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    if "success" in figures:
+        interval = f"({percent(figures['success_low'])} to {percent(figures['success_high'])})"
+        table.add_row("success", f"{percent(figures['success'])} {interval}")
+    for name, value in figures.items():
+        if not name.startswith("success"):
+            table.add_row(name, f"{value:.4g}")
+    Console().print(table)
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+def _play(options: argparse.Namespace) -> int:
+    from rehearsal.environments.play import play
+    from rehearsal.environments.registry import make
+
+    play(make(options.environment, **options.dotted), seed=options.seed, split=options.split)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from rehearsal.reports import write_report
+
+    Console().print(str(write_report(options.run_folder)), highlight=False, soft_wrap=True)
+    return 0
+
+
+def _envs(options: argparse.Namespace) -> int:
+    from rehearsal.environments.registry import describe_all
+
+    table = Table("name", "what it is", "parameters", box=None, padding=(0, 2, 0, 0))
+    for name, text, params in describe_all():
+        table.add_row(name, text, params)
+    Console().print(table)
+    return 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from rehearsal.training.recipe import built_in_recipes, read_recipe
+
+    table = Table("name", "environment", "algorithm", "steps", box=None, padding=(0, 2, 0, 0))
+    for name in built_in_recipes():
+        values = read_recipe(name)
+        table.add_row(
+            name, values.get("environment", {}).get("name", "frozenlake"),
+            values.get("algorithm", {}).get("name", "grpo"), str(values.get("training", {}).get("steps", "")),
+        )  # fmt: skip
+    Console().print(table)
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from rehearsal.environments.check import check_env
+    from rehearsal.environments.registry import make
+
+    env = make(options.environment, **options.dotted)
+    report = check_env(env)
+    Console().print(str(report), highlight=False, soft_wrap=True)
+    return 0 if report.ok else 2
+
+
+def _base(options: argparse.Namespace) -> int:
+    from rehearsal.training.base_model import make_base_command
+
+    return make_base_command(options.output, options.dotted)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""What a person sees in the terminal while a run goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from rehearsal.trajectory import Trajectory
+from rehearsal.training.loop import Trainer
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None or value != value else f"{100 * value:.0f}%"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "9m 12s" or "1h 05m"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+
+
+class TerminalObserver:
+    """One line a step, a bar for the episodes at play, and the held-out figures as they come."""
+
+    _HEADER_EVERY = 20
+    _COLUMNS = (
+        ("step", 9), ("success", 8), ("reward", 8), ("dead groups", 12), ("entropy", 8), ("tokens/turn", 12),
+        ("tokens/s", 9), ("episodes/s", 11), ("time left", 10),
+    )  # fmt: skip
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._lines = 0
+        self._trainer: Trainer | None = None
+        self._first: tuple[int, float] | None = None
+
+    def started(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        assert trainer.policy is not None
+        recipe = trainer.recipe
+        limits = trainer.rollout.limits
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        table.add_column(style="dim")
+        table.add_column(overflow="fold")
+        params = ", ".join(f"{key}={value}" for key, value in recipe.environment.params.items())
+        table.add_row("agent", f"{trainer.policy.source}, {trainer.policy.n_parameters / 1e6:.2f}M parameters")
+        table.add_row("environment", recipe.environment.name + (f" ({params})" if params else ""))
+        table.add_row(
+            "episode",
+            f"at most {limits.max_turns} turns of {limits.max_actions_per_turn} actions, {limits.max_context} tokens",
+        )
+        table.add_row(
+            "step",
+            f"{recipe.training.groups} tasks x {recipe.training.group_size} episodes, {trainer.algorithm.name}, "
+            f"learning rate {recipe.training.learning_rate:g}",
+        )
+        if hasattr(trainer.rollout.engine, "describe"):
+            table.add_row("engine", trainer.rollout.engine.describe())
+        if trainer.folder is not None:
+            table.add_row("run", str(trainer.folder.path))
+        self.console.print(table)
+        for note in trainer.policy.renderer.notes:
+            self.console.print(f"[yellow]note[/] {note}", highlight=False)
+
+    def playing(self, what: str, total: int) -> None:
+        self._stop()
+        if not self.console.is_terminal:
+            return
+        self._progress = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30),
+            TextColumn("{task.completed}/{task.total} episodes"), TimeElapsedColumn(), console=self.console,
+            transient=True, refresh_per_second=8,
+        )  # fmt: skip
+        self._progress.start()
+        self._task = self._progress.add_task(f"playing: {what}", total=total)
+
+    def episode(self, trajectory: Trajectory) -> None:
+        if self._progress is not None and self._task is not None:
+            self._progress.advance(self._task)
+
+    def learning(self) -> None:
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description="learning")
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._stop()
+        assert self._trainer is not None
+        if self._lines % self._HEADER_EVERY == 0:
+            self._line([name for name, _ in self._COLUMNS], "bold")
+        self._lines += 1
+        now = time.monotonic()
+        if self._first is None:
+            # The first step of a session has nothing before it to be timed by; it times itself.
+            self._first = (step - 1, now - metrics.get("time/step", 0.0))
+        steps = self._trainer.recipe.training.steps
+        left = (now - self._first[1]) / max(1, step - self._first[0]) * (steps - step)
+        self._line(
+            [
+                f"{step}/{steps}",
+                percent(metrics.get("train/success")),
+                f"{metrics.get('train/reward', float('nan')):.3f}",
+                percent(metrics.get("signal/dead_groups")),
+                f"{metrics.get('policy/entropy', float('nan')):.3f}",
+                f"{metrics.get('train/response_tokens', float('nan')):.1f}",
+                f"{metrics.get('speed/tokens_per_second', float('nan')):,.0f}",
+                f"{metrics.get('speed/episodes_per_second', float('nan')):.1f}",
+                duration(left),
+            ]
+        )
+
+    def evaluation(self, step: int, split: str, figures: Mapping[str, float]) -> None:
+        self._stop()
+        name = "held-out" if split == "test" else split
+        if "success" in figures:
+            text = (
+                f"success [bold]{percent(figures['success'])}[/] "
+                f"({percent(figures['success_low'])} to {percent(figures['success_high'])})"
+            )
+        else:
+            text = f"reward [bold]{figures.get('reward', float('nan')):.3f}[/]"
+        self.console.print(
+            f"[cyan]{name}[/] after {step} steps: {text} on {figures['episodes']:.0f} tasks", highlight=False
+        )
+
+    def finished(self, summary: Mapping[str, Any]) -> None:
+        self._stop()
+
+    def close(self) -> None:
+        """Leave the terminal in order, whatever happened."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = self._task = None
+
+    def _line(self, cells: list[str], style: str = "") -> None:
+        text = "".join(cell.rjust(width) for cell, (_, width) in zip(cells, self._COLUMNS, strict=True))
+        self.console.print(text, style=style, highlight=False)
+
+
+def closing_line(summary: Mapping[str, Any], report: Any) -> str:
+    """The last line of a run: "success 24% -> 86% on 256 held-out maps in 9m 12s, report: PATH"."""
+    things = {"frozenlake": "maps", "sokoban": "levels"}.get(str(summary.get("environment")), "tasks")
+    n = f"{summary.get('episodes', 0):.0f} held-out {things}"
+    took = f" in {duration(summary['seconds'])}" if "seconds" in summary else ""
+    if "success_before" in summary and "success_after" in summary:
+        what = f"success {percent(summary['success_before'])} -> {percent(summary['success_after'])} on {n}"
+    elif "reward_before" in summary and "reward_after" in summary:
+        what = f"reward {summary['reward_before']:.3f} -> {summary['reward_after']:.3f} on {n}"
+    else:
+        what = f"stopped after {summary.get('steps', 0)} steps"
+    return f"{what}{took}, report: {report}"

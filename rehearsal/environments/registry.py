@@ -1,0 +1,161 @@
+"""Environments by name: the built-in ones, those that a user registers, and any ``package.module:Class``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import gymnasium as gym
+
+from rehearsal.environments.adapters import GymTextAdapter
+from rehearsal.environments.base import TextEnv
+from rehearsal.errors import EnvironmentFault, RecipeError, RehearsalError
+
+Factory = Callable[..., gym.Env[Any, Any]]
+
+_GYMNASIUM_IDS = {
+    "rehearsal/FrozenLake-v0": "rehearsal.environments.frozenlake:FrozenLake",
+    "rehearsal/Sokoban-v0": "rehearsal.environments.sokoban:Sokoban",
+    "rehearsal/Bandit-v0": "rehearsal.environments.bandit:Bandit",
+    "rehearsal/Countdown-v0": "rehearsal.environments.countdown:Countdown",
+}
+
+_registered: dict[str, str | Factory] = {
+    "frozenlake": _GYMNASIUM_IDS["rehearsal/FrozenLake-v0"],
+    "sokoban": _GYMNASIUM_IDS["rehearsal/Sokoban-v0"],
+    "bandit": _GYMNASIUM_IDS["rehearsal/Bandit-v0"],
+    "countdown": _GYMNASIUM_IDS["rehearsal/Countdown-v0"],
+    "reasoning-gym": "rehearsal.environments.adapters:ReasoningGymEnv",
+}
+
+
+def names() -> list[str]:
+    """The names that :func:`make` knows, sorted."""
+    return sorted(_registered)
+
+
+def register(name: str, environment: str | Factory) -> None:
+    """Give an environment a name for :func:`make`.
+
+    Args:
+        name: without a colon, not in use yet.
+        environment: the class, a function that returns an environment, or "package.module:Class".
+
+    Raises:
+        RecipeError: for a name that is in use or not usable.
+    """
+    if not name or ":" in name or name != name.strip():
+        raise RecipeError(
+            f"{name!r} cannot name an environment: a name is not empty, has no colon and no outer spaces."
+        )
+    if name in _registered:
+        raise RecipeError(f"There is an environment named {name!r} already; choose another name.")
+    if not isinstance(environment, str) and not callable(environment):
+        raise RecipeError(f"{environment!r} is neither a class nor a function that makes an environment.")
+    _registered[name] = environment
+
+
+def make(name: str, **params: Any) -> TextEnv:
+    """Make an environment.
+
+    Args:
+        name: one of :func:`names`, or "package.module:Class" for a class (or a function that returns an environment) of
+            your own; modules in the present folder are found too. A Gymnasium environment whose spaces are text, or
+            that is otherwise fit for it, is wrapped in :class:`GymTextAdapter`.
+        **params: passed to the class.
+
+    Raises:
+        RecipeError: for an unknown name or parameter, an import that fails, or a value that the class refuses.
+        EnvironmentFault: where what was made is not an environment, or its own code raised.
+    """
+    factory = _factory(name)
+    _check_params(name, factory, params)
+    try:
+        made: object = factory(**params)
+    except RehearsalError:
+        raise
+    except Exception as problem:
+        raise EnvironmentFault(
+            f"The environment {name} could not be made: {type(problem).__name__}: {problem}"
+        ) from problem
+    if isinstance(made, TextEnv):
+        return made
+    if isinstance(made, gym.Env):
+        return GymTextAdapter(made)
+    raise EnvironmentFault(
+        f"{name} made a {type(made).__name__}, which is not an environment; derive it from rehearsal.TextEnv."
+    )
+
+
+def check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise a :class:`RecipeError` for the first name in ``given`` that is not in ``known``, with close matches."""
+    known = sorted(known)
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(known) or 'none'}."
+            raise RecipeError(f"There is no {what} {name!r}; {hint}")
+
+
+def _factory(name: str) -> Factory:
+    target: str | Factory = name
+    if ":" not in name:
+        check_names("environment", [name], _registered)
+        target = _registered[name]
+    return _load(target) if isinstance(target, str) else target
+
+
+def _load(target: str) -> Factory:
+    module_name, _, attribute = target.partition(":")
+    if not module_name or not attribute:
+        raise RecipeError(f"{target!r} does not name an environment; write package.module:Class.")
+    # A console script does not look into the folder that it was started in, where people keep their own modules.
+    here = os.getcwd()
+    added = here not in sys.path and "" not in sys.path
+    if added:
+        sys.path.insert(0, here)
+    try:
+        found: object = importlib.import_module(module_name)
+    except Exception as problem:
+        raise RecipeError(
+            f"The module {module_name} of the environment {target} cannot be imported: "
+            f"{type(problem).__name__}: {problem}"
+        ) from problem
+    finally:
+        if added:
+            sys.path.remove(here)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            close = difflib.get_close_matches(part, dir(found), n=1)
+            hint = f"; did you mean {close[0]}?" if close else "."
+            raise RecipeError(f"There is no {part} in {module_name}{hint}")
+        found = getattr(found, part)
+    if isinstance(found, type) and not issubclass(found, gym.Env):
+        raise EnvironmentFault(f"{target} is a class but not an environment; derive it from rehearsal.TextEnv.")
+    if not callable(found):
+        raise EnvironmentFault(f"{target} is neither a class nor a function that makes an environment.")
+    return found
+
+
+def _check_params(name: str, factory: Factory, params: Mapping[str, Any]) -> None:
+    """Compare the names of the parameters with the factory's signature before calling it."""
+    try:
+        accepted = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):  # some callables written in C have no signature; the call itself will tell
+        return
+    known = {p.name for p in accepted if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    if not any(p.kind is p.VAR_KEYWORD for p in accepted):
+        check_names(f"parameter of {name} called", params, known)
+    needed = [p.name for p in accepted if p.name in known and p.default is p.empty and p.name not in params]
+    if needed:
+        raise RecipeError(f"The environment {name} needs the parameter {needed[0]}; give it a value.")
+
+
+for _id, _entry_point in _GYMNASIUM_IDS.items():
+    if _id not in gym.registry:
+        gym.register(_id, entry_point=_entry_point)

@@ -1,0 +1,67 @@
+"""Held-out play: the same tasks for every policy, never those of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rehearsal.evaluation.statistics import wilson_interval
+from rehearsal.generation.sampling import SamplingParams, stream_key
+from rehearsal.rollout import Rollout, Task, rollout_metrics
+from rehearsal.trajectory import Group, Trajectory
+
+
+def held_out_tasks(seed: int, split: str, count: int) -> list[Task]:
+    """The held-out tasks of a seed: the first ones do not depend on how many are asked for."""
+    return [Task(stream_key(seed, "held-out", split, i) % 2**31, split) for i in range(count)]
+
+
+@dataclass
+class Evaluation:
+    """What held-out play showed.
+
+    Attributes:
+        groups: one episode for each task.
+        figures: "success" with its 95% interval "success_low" and "success_high", "reward", "episodes", "turns",
+            "response_tokens", "format_errors", "failed_episodes" and the shares of stop reasons.
+    """
+
+    groups: list[Group]
+    figures: dict[str, float]
+
+    @property
+    def success(self) -> float:
+        return self.figures.get("success", float("nan"))
+
+
+def evaluate(
+    rollout: Rollout, tasks: Sequence[Task], *, temperature: float = 1.0, step: int = 0,
+    on_episode: Callable[[Trajectory], None] | None = None,
+) -> Evaluation:  # fmt: skip
+    """Play one episode of each task.
+
+    The sampling noise depends on the task alone and not on the step, so two policies meet the same luck.
+    """
+    sampling = SamplingParams(temperature=temperature)
+    groups = rollout.play(tasks, 1, step=-1, sampling=sampling, on_episode=on_episode)
+    for group in groups:
+        for trajectory in group:
+            trajectory.policy_step = step
+    return Evaluation(groups, evaluation_figures(groups))
+
+
+def evaluation_figures(groups: Sequence[Group]) -> dict[str, float]:
+    """The figures of :class:`Evaluation`. A failed episode is counted as failed and enters no rate."""
+    plain = {name.removeprefix("eval/"): value for name, value in rollout_metrics(groups, "eval").items()}
+    scored = [trajectory for group in groups for trajectory in group if not trajectory.failed]
+    if scored and any(trajectory.success is not None for trajectory in scored):
+        solved = sum(bool(trajectory.success) for trajectory in scored)
+        plain["success"] = solved / len(scored)
+        plain["success_low"], plain["success_high"] = wilson_interval(solved, len(scored))
+    else:
+        rewards = np.array([trajectory.reward for trajectory in scored])
+        if len(rewards):
+            plain["reward"] = float(rewards.mean())
+    return plain

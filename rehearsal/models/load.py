@@ -1,0 +1,158 @@
+"""Loading and saving a policy: an ordinary Hugging Face folder, with its tokenizer and chat template."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rehearsal.errors import ModelError
+from rehearsal.models.chat import ChatRenderer
+from rehearsal.models.packed import causal_lm, verify_packing
+
+
+@dataclass
+class Policy:
+    """A model with all that is needed to talk to it.
+
+    Attributes:
+        model: a Hugging Face causal LM.
+        tokenizer: its tokenizer, with a chat template.
+        renderer: the chat format, token-exact.
+        source: where it came from, for people.
+    """
+
+    model: Any
+    tokenizer: Any
+    renderer: ChatRenderer
+    source: str
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in causal_lm(self.model).parameters())
+
+    @property
+    def device(self) -> torch.device:
+        return next(causal_lm(self.model).parameters()).device
+
+
+def base_folder() -> Path:
+    """The folder of the base model that ships with the package."""
+    return Path(str(resources.files("rehearsal") / "models" / "base"))
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of that name; "auto" takes a GPU where there is one.
+
+    Raises:
+        ModelError: if there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f'There is no device "{name}"; use "auto", "cpu" or "cuda".') from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError('This machine has no CUDA device that PyTorch can use; set model.device to "cpu".')
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelError('This machine has no MPS device; set model.device to "cpu".')
+    return device
+
+
+def load_policy(
+    path: str | Path = "base", *, device: str = "auto", dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    history: Literal["preserve", "refuse"] = "preserve", template_options: dict[str, Any] | None = None,
+    gradient_checkpointing: bool = False,
+) -> Policy:  # fmt: skip
+    """Load a policy and check that it can be trained token-exactly.
+
+    Args:
+        path: "base" for the model that ships, a Hugging Face folder, or a hub name.
+        device: see :func:`pick_device`.
+        dtype: of the weights; "auto" is float32 on a processor and bfloat16 on a GPU.
+        history: what to do with a chat template that rewrites earlier answers, see ``ChatRenderer``.
+        template_options: variables for the chat template.
+        gradient_checkpointing: compute activations twice to keep fewer of them.
+
+    Raises:
+        ModelError: with one sentence, if something is missing or does not fit.
+    """
+    folder = base_folder() if str(path) == "base" else Path(path)
+    local = folder.exists() or str(path).startswith((".", "/", "~")) or str(path) == "base"
+    if local and not (folder / "config.json").is_file():
+        hint = " Make it with `rehearsal base`." if str(path) == "base" else ""
+        raise ModelError(f"{folder} is not a Hugging Face model folder: it has no config.json.{hint}")
+    source = str(folder) if local else str(path)
+    where = pick_device(device)
+    weights = {"auto": torch.float32 if where.type == "cpu" else torch.bfloat16}.get(dtype) or getattr(torch, dtype)
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=weights)
+    except Exception as error:  # whatever a third-party loader raises is about this folder
+        told = " ".join(str(error).split())[:300]
+        if local and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+            raise ModelError(
+                f"{folder} has no tokenizer; save it there with tokenizer.save_pretrained({str(folder)!r})."
+            ) from error
+        raise ModelError(f"The model {source} cannot be loaded: {told}") from error
+    if local and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise ModelError(f"{folder} has no tokenizer; save it there with tokenizer.save_pretrained({str(folder)!r}).")
+    text_config = model.config.get_text_config()
+    if len(tokenizer) > text_config.vocab_size:
+        raise ModelError(
+            f"The tokenizer of {source} has {len(tokenizer)} tokens and the model only {text_config.vocab_size}; they do "
+            "not belong together, or the model's embeddings were not resized."
+        )
+    for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        if getattr(text_config, name, 0.0):
+            # Dropout would make the learner's probabilities differ from those that were sampled from.
+            setattr(text_config, name, 0.0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.to(where)
+    model.eval()
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    stops = model.generation_config.eos_token_id if model.generation_config is not None else None
+    stop_ids = [stops] if isinstance(stops, int) else list(stops or [])
+    renderer = ChatRenderer(
+        tokenizer, history=history, template_kwargs=template_options,
+        extra_stop_ids=[i for i in stop_ids if 0 <= i < len(tokenizer)],
+    )  # fmt: skip
+    verify_packing(model)
+    return Policy(model, tokenizer, renderer, "base" if str(path) == "base" else source)
+
+
+def save_policy(model: Any, tokenizer: Any, folder: str | Path) -> None:
+    """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence progress bars and advice of the library inside the block; warnings of ours go another way."""
+    from transformers.utils import logging as hf_logging
+
+    verbosity = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled() if hasattr(hf_logging, "is_progress_bar_enabled") else True
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()

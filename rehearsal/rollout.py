@@ -1,0 +1,378 @@
+"""Plays many episodes at once and returns groups of trajectories.
+
+Every episode is a coroutine: it shows its agent what the environment said, waits for the engine's sample, and steps its
+environment. The engine batches whoever is waiting for it; environments that are not ``fast`` run in threads of their
+own with a time limit, so a slow or hanging one holds nobody else up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from rehearsal.agents.agent import Agent, Limits
+from rehearsal.agents.play import check_reset, play_actions
+from rehearsal.agents.protocol import Protocol
+from rehearsal.environments.base import TextEnv
+from rehearsal.errors import EnvironmentFault, RehearsalError
+from rehearsal.generation.sampling import SamplingParams, stream_key
+from rehearsal.generation.session import Engine, Session
+from rehearsal.models.chat import ChatRenderer, Rendered
+from rehearsal.trajectory import Group, StopReason, Trajectory
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a group of episodes is about.
+
+    Attributes:
+        seed: the environment is reset with it.
+        split: "train", "validation" or "test".
+    """
+
+    seed: int
+    split: str = "train"
+
+
+def tasks_of_step(seed: int, step: int, count: int, split: str = "train", first: int = 0) -> list[Task]:
+    """The tasks of a training step: a function of (seed, step), so a resumed run gets the same ones."""
+    return [Task(stream_key(seed, "task", split, step, first + i) % 2**31, split) for i in range(count)]
+
+
+class _HungError(Exception):
+    """The environment did not answer in time."""
+
+
+class _EnvironmentThread:
+    """Runs the calls of one environment in a daemon thread, which can be left behind if a call never returns."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.AbstractEventLoop, asyncio.Future[Any]] | None]
+        self._calls = queue.SimpleQueue()
+        threading.Thread(target=self._serve, daemon=True, name="rehearsal-environment").start()
+
+    def _serve(self) -> None:
+        while (job := self._calls.get()) is not None:
+            call, loop, future = job
+            try:
+                result, error = call(), None
+            except BaseException as caught:  # whatever an environment raises belongs to its episode
+                result, error = None, caught
+            try:
+                loop.call_soon_threadsafe(_resolve, future, result, error)
+            except RuntimeError:  # the loop is closed: nobody waits any more
+                return
+
+    async def call(self, function: Callable[[], T], timeout: float) -> T:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._calls.put((function, loop, future))
+        try:
+            return await asyncio.wait_for(future, timeout)
+        except TimeoutError as error:
+            if future.done() and not future.cancelled():
+                raise  # the environment itself raised it
+            raise _HungError from error
+
+    def stop(self) -> None:
+        self._calls.put(None)
+
+
+def _resolve(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        # StopIteration cannot be raised into a future.
+        future.set_exception(error if isinstance(error, Exception) and not isinstance(error, StopIteration) else
+                             EnvironmentFault(f"the environment raised {type(error).__name__}"))  # fmt: skip
+
+
+class _Place:
+    """One environment and, if it is not fast, its thread."""
+
+    def __init__(self, env: TextEnv) -> None:
+        self.env = env
+        self.thread = None if env.fast else _EnvironmentThread()
+
+    async def call(self, function: Callable[[], T], timeout: float) -> T:
+        if self.thread is None:
+            return function()
+        return await self.thread.call(function, timeout)
+
+    def close(self, hung: bool = False) -> None:
+        """Let go of the environment; one that hangs is left to its thread."""
+        if self.thread is not None:
+            self.thread.stop()
+        if not hung:
+            self.env.close()
+
+
+def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end, also where an event loop is running already (a notebook)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    box: list[Any] = []
+
+    def target() -> None:
+        try:
+            box.append((asyncio.run(coroutine), None))
+        except BaseException as error:
+            box.append((None, error))
+
+    thread = threading.Thread(target=target, name="rehearsal-rollout")
+    thread.start()
+    thread.join()
+    result, error = box[0]
+    if error is not None:
+        raise error
+    return result  # type: ignore[no-any-return]
+
+
+class Rollout:
+    """Plays an agent in an environment.
+
+    Args:
+        make_env: makes one environment; called once for each episode that is played at the same time.
+        engine: where answers are sampled.
+        renderer, protocol, limits: what the agent sees and may do.
+        sampling: the distribution of the answers; its ``max_tokens`` and stop tokens are set here.
+        seed: part of the sampling noise.
+        workers: how many environments that are not fast may be stepped at the same time.
+        step_timeout: seconds that a reset or the actions of one turn may take, for environments that are not fast.
+    """
+
+    def __init__(
+        self, make_env: Callable[[], TextEnv], engine: Engine, renderer: ChatRenderer, protocol: Protocol,
+        limits: Limits, *, sampling: SamplingParams | None = None, seed: int = 0, workers: int = 64,
+        step_timeout: float = 60.0,
+    ) -> None:  # fmt: skip
+        self.make_env = make_env
+        self.engine = engine
+        self.renderer = renderer
+        self.protocol = protocol
+        self.limits = limits
+        self.sampling = sampling or SamplingParams()
+        self.seed = seed
+        self.workers = workers
+        self.step_timeout = step_timeout
+        self._places: list[_Place] = []
+        self._stop_ids = tuple(renderer.stop_token_ids)
+
+    def play(
+        self, tasks: Sequence[Task], group_size: int, *, step: int = 0, sampling: SamplingParams | None = None,
+        on_episode: Callable[[Trajectory], None] | None = None,
+    ) -> list[Group]:  # fmt: skip
+        """Play ``group_size`` episodes of every task.
+
+        Args:
+            tasks: what to play.
+            group_size: episodes of each task.
+            step: the optimiser step of the policy; part of the sampling noise and noted in the trajectories.
+            sampling: another distribution than usual, for evaluation.
+            on_episode: called as each episode ends, for progress.
+
+        Returns:
+            one group for each task, in order. Episodes that failed are in their group, with a stop reason and without
+            a reward.
+        """
+        return run_coroutine(self.play_async(tasks, group_size, step=step, sampling=sampling, on_episode=on_episode))
+
+    async def play_async(
+        self, tasks: Sequence[Task], group_size: int, *, step: int = 0, sampling: SamplingParams | None = None,
+        on_episode: Callable[[Trajectory], None] | None = None,
+    ) -> list[Group]:  # fmt: skip
+        # Enough groups to keep every place of the engine busy while others wait for their environments, and no more:
+        # ten thousand tasks must not mean ten thousand environments.
+        in_flight = asyncio.Semaphore(max(1, 2 * self.engine.capacity // max(1, group_size)))
+        stepping = asyncio.Semaphore(self.workers)
+
+        async def one(task: Task) -> Group:
+            async with in_flight:
+                return await self._group(task, group_size, step, sampling or self.sampling, stepping, on_episode)
+
+        return list(await asyncio.gather(*(one(task) for task in tasks)))
+
+    def close(self) -> None:
+        """Close the environments."""
+        while self._places:
+            self._places.pop().close()
+
+    async def _group(
+        self, task: Task, size: int, step: int, sampling: SamplingParams, stepping: asyncio.Semaphore,
+        on_episode: Callable[[Trajectory], None] | None,
+    ) -> Group:  # fmt: skip
+        openings = await asyncio.gather(*(self._open(task, sample, step, stepping) for sample in range(size)))
+        # What the members of a group have in common is computed once: each is a fork of a session with the opening.
+        roots: dict[bytes, Session] = {}
+        sessions: list[Session | None] = []
+        for episode in openings:
+            if episode.prompt is None:
+                sessions.append(None)
+                continue
+            content = episode.prompt.token_ids.tobytes()
+            if content not in roots:
+                roots[content] = self.engine.session(stream_key(self.seed, "group", task.split, task.seed, step))
+                roots[content].extend(episode.prompt.token_ids)
+            key = stream_key(self.seed, "episode", task.split, task.seed, episode.trajectory.sample, step)
+            sessions.append(roots[content].fork(key))
+        for root in roots.values():
+            root.close()
+        trajectories = await asyncio.gather(
+            *(
+                self._episode(episode, session, sampling, stepping, on_episode)
+                for episode, session in zip(openings, sessions, strict=True)
+            )
+        )
+        return Group(list(trajectories))
+
+    async def _open(self, task: Task, sample: int, step: int, stepping: asyncio.Semaphore) -> _Episode:
+        place = self._places.pop() if self._places else _Place(self.make_env())
+        env = place.env
+        trajectory = Trajectory(env.name, task.seed, task.split, sample=sample, policy_step=step)
+        episode = _Episode(trajectory, Agent(self.renderer, self.protocol, self.limits), place)
+
+        def reset() -> Any:
+            return env.reset(seed=task.seed, options={"split": task.split})
+
+        try:
+            observation, info = check_reset(env, await self._call(place, reset, stepping))
+            trajectory.task = str(info.get("task", ""))
+            episode.prompt = episode.agent.opening(env.instructions, observation, str(info.get("state", "")), env)
+        except Exception as error:
+            self._failed(episode, error, "reset")
+        return episode
+
+    async def _episode(
+        self, episode: _Episode, session: Session | None, sampling: SamplingParams, stepping: asyncio.Semaphore,
+        on_episode: Callable[[Trajectory], None] | None,
+    ) -> Trajectory:  # fmt: skip
+        agent, place, trajectory = episode.agent, episode.place, episode.trajectory
+        try:
+            while episode.prompt is not None:
+                assert session is not None
+                sample = await session.sample(
+                    SamplingParams(
+                        sampling.temperature, sampling.top_k, sampling.top_p, agent.tokens_left, self._stop_ids
+                    )
+                )
+                turn = agent.read(sample.token_ids, sample.logprobs, sample.stop)
+
+                def act(turn: Any = turn) -> Any:
+                    return play_actions(place.env, turn, agent.protocol, agent.actions_left)
+
+                try:
+                    result = await self._call(place, act, stepping)
+                except Exception as error:
+                    self._failed(episode, error, "step")
+                    break
+                episode.prompt = agent.next_turn(result)
+                if episode.prompt is not None:
+                    session.extend(episode.prompt.token_ids)
+        finally:
+            if session is not None:
+                session.close()
+        if not trajectory.failed and agent.stop_reason is not None:
+            trajectory.stop_reason = agent.stop_reason
+        if len(agent.transcript):
+            trajectory.segments = [agent.transcript.segment()]
+        trajectory.turns = agent.turns
+        trajectory.success = agent.success
+        trajectory.final_observation = agent.final_observation
+        trajectory.counters |= {name: float(count) for name, count in agent.counters.items()}
+        if episode.hung:
+            place.close(hung=True)
+        else:
+            self._places.append(place)
+        if on_episode is not None:
+            on_episode(trajectory)
+        return trajectory
+
+    async def _call(self, place: _Place, function: Callable[[], T], stepping: asyncio.Semaphore) -> T:
+        if place.thread is None:
+            return function()
+        async with stepping:
+            return await place.call(function, self.step_timeout)
+
+    def _failed(self, episode: _Episode, error: Exception, where: str) -> None:
+        name = type(episode.place.env).__name__
+        if isinstance(error, _HungError):
+            episode.hung = True
+            episode.trajectory.stop_reason = StopReason.TIMEOUT
+            episode.trajectory.error = f"{name}.{where} took longer than {self.step_timeout:g} s."
+            return
+        episode.trajectory.stop_reason = StopReason.ERROR
+        if isinstance(error, RehearsalError):
+            episode.trajectory.error = str(error)
+        else:
+            told = " ".join(str(error).split())[:200]
+            episode.trajectory.error = f"{name}.{where} raised {type(error).__name__}{': ' + told if told else ''}."
+
+
+@dataclass
+class _Episode:
+    trajectory: Trajectory
+    agent: Agent
+    place: _Place
+    prompt: Rendered | None = None
+    hung: bool = False
+
+
+def rollout_metrics(groups: Sequence[Group], prefix: str = "train") -> dict[str, float]:
+    """What a batch of episodes says at a glance: success, reward, lengths, errors and stop reasons."""
+    episodes = [trajectory for group in groups for trajectory in group]
+    if not episodes:
+        return {}
+    scored = [trajectory for trajectory in episodes if not trajectory.failed]
+    turns = max(1, sum(len(trajectory.turns) for trajectory in episodes))
+    metrics = {
+        f"{prefix}/episodes": float(len(episodes)),
+        f"{prefix}/failed_episodes": float(len(episodes) - len(scored)),
+        f"{prefix}/turns": float(np.mean([len(trajectory.turns) for trajectory in episodes])),
+        f"{prefix}/response_tokens": sum(trajectory.n_sampled for trajectory in episodes) / turns,
+        f"{prefix}/format_errors": sum(t.counters.get("format_errors", 0) for t in episodes) / turns,
+        f"{prefix}/illegal_actions": sum(t.counters.get("illegal_actions", 0) for t in episodes) / turns,
+    }
+    if scored:
+        metrics[f"{prefix}/reward"] = float(np.mean([trajectory.reward for trajectory in scored]))
+        metrics[f"{prefix}/reward_std"] = float(np.std([trajectory.reward for trajectory in scored]))
+        known = [trajectory.success for trajectory in scored if trajectory.success is not None]
+        # An episode in which no action was ever executed has not succeeded, whatever the environment would have said.
+        if known:
+            metrics[f"{prefix}/success"] = sum(bool(value) for value in known) / len(scored)
+    for reason in StopReason:
+        share = sum(trajectory.stop_reason == reason for trajectory in episodes) / len(episodes)
+        if share:
+            metrics[f"{prefix}/stop/{reason.value}"] = share
+    return metrics
+
+
+def signal_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """How many groups can teach the policy anything: their rewards must differ."""
+    judged = [group.rewards[~np.isnan(group.rewards)] for group in groups]
+    judged = [rewards for rewards in judged if len(rewards)]
+    if not judged:
+        return {"signal/dead_groups": 1.0}
+    dead = [rewards for rewards in judged if rewards.max() == rewards.min()]
+    successes = [[t.success for t in group if not t.failed] for group in groups]
+    dead_success = [
+        values for values, group in zip(successes, groups, strict=True)
+        if values and np.nanmax(group.rewards) == np.nanmin(group.rewards)
+    ]  # fmt: skip
+    return {
+        "signal/dead_groups": len(dead) / len(judged),
+        "signal/dead_groups_solved": sum(all(values) for values in dead_success) / len(judged),
+        "signal/dead_groups_failed": sum(not any(values) for values in dead_success) / len(judged),
+        "signal/reward_std_in_group": float(np.mean([rewards.std() for rewards in judged])),
+    }

@@ -1,0 +1,135 @@
+"""What goes into the small base model: its size, its players, its scenes and its training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rehearsal.agents.players import SkillMix
+from rehearsal.errors import RecipeError
+from rehearsal.training.base_tokenizer import MIN_VOCABULARY
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An environment with its parameters, and how often it is played.
+
+    Attributes:
+        environment: a name for :func:`rehearsal.environments.make`.
+        params: its parameters.
+        weight: share of the episodes, relative to the other scenes.
+    """
+
+    environment: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
+
+    @property
+    def title(self) -> str:
+        """Name and parameters in one line."""
+        params = ", ".join(f"{name}={value}" for name, value in self.params.items())
+        return f"{self.environment}({params})"
+
+
+SCENES = (
+    Scene("frozenlake", {"slip": 0.0}, 24.0),
+    Scene("frozenlake", {"slip": 0.2}, 7.0),
+    Scene("frozenlake", {"slip": 0.0, "frozen": 0.8}, 6.0),
+    Scene("frozenlake", {"size": 3}, 4.0),
+    Scene("frozenlake", {"size": 5}, 5.0),
+    Scene("frozenlake", {"size": 5, "slip": 0.2}, 2.0),
+    Scene("frozenlake", {"view": "coordinates"}, 4.0),
+    Scene("frozenlake", {"view": "coordinates", "slip": 0.2}, 1.0),
+    Scene("sokoban", {}, 18.0),
+    Scene("sokoban", {"size": 5}, 5.0),
+    Scene("sokoban", {"size": 7}, 4.0),
+    Scene("sokoban", {"view": "coordinates"}, 3.0),
+    Scene("bandit", {}, 4.0),
+    Scene("bandit", {"reversed": True}, 4.0),
+    Scene("countdown", {}, 18.0),
+)
+"""The four built-in environments: mostly as they are by default, with other sizes, slips and views beside it."""
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Everything that fixes a base model; two runs with the same values and threads give the same weights.
+
+    Attributes:
+        hidden: width of the model.
+        layers: decoder layers.
+        heads: query heads; they share one key/value head.
+        head_dim: width of a head.
+        mlp: width of the gated feed-forward layer.
+        max_positions: tokens of context.
+        vocabulary: the most tokens of the tokenizer.
+        tokens: training tokens, those that carry no loss included.
+        tokens_per_step: tokens of one optimiser step.
+        learning_rate: peak of the schedule (linear warm-up, then a cosine to zero).
+        warmup: share of the steps for the warm-up.
+        weight_decay: of the matrices other than the embedding.
+        clip: the largest norm of a gradient.
+        opening_weight: loss weight of the first observation of an episode, which nothing foretells.
+        observation_weight: loss weight of all later observations. Thoughts and actions weigh 1, everything else 0.
+        thoughtless: share of the episodes that are played without thoughts.
+        free_limits: share of the episodes with other numbers of turns and actions than the environment's own.
+        mix: the players.
+        scenes: the environments.
+        tokenizer_episodes: episodes that the tokenizer is trained on.
+        heldout_episodes: episodes of the validation split that the losses at the end are measured on.
+        seed: fixes tasks, players, initial weights and order.
+
+    Raises:
+        RecipeError: for values that cannot be used.
+    """
+
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4
+    head_dim: int = 32
+    mlp: int = 384
+    max_positions: int = 4096
+    vocabulary: int = 1024
+    tokens: int = 16_000_000
+    tokens_per_step: int = 8192
+    learning_rate: float = 3e-3
+    warmup: float = 0.03
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    opening_weight: float = 0.05
+    observation_weight: float = 0.5
+    thoughtless: float = 0.1
+    free_limits: float = 0.3
+    mix: SkillMix = field(default_factory=SkillMix)
+    scenes: tuple[Scene, ...] = SCENES
+    tokenizer_episodes: int = 1500
+    heldout_episodes: int = 400
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        whole = ("hidden", "layers", "heads", "head_dim", "mlp", "max_positions", "tokenizer_episodes")
+        for name in (*whole, "heldout_episodes", "tokens_per_step"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.head_dim % 2:
+            raise RecipeError(f"head_dim must be even (positions are rotations of pairs), not {self.head_dim}.")
+        if self.vocabulary < MIN_VOCABULARY:
+            raise RecipeError(f"vocabulary must be at least {MIN_VOCABULARY}, not {self.vocabulary}.")
+        if self.tokens < self.tokens_per_step:
+            raise RecipeError(f"tokens must be at least tokens_per_step ({self.tokens_per_step}), not {self.tokens}.")
+        if not self.learning_rate > 0 or not self.clip > 0:
+            raise RecipeError("learning_rate and clip must be above 0.")
+        for name in ("warmup", "thoughtless", "free_limits"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise RecipeError(f"{name} must be a share from 0 to 1, not {getattr(self, name)}.")
+        for name in ("weight_decay", "opening_weight", "observation_weight", "seed"):
+            if getattr(self, name) < 0:
+                raise RecipeError(f"{name} must not be negative, not {getattr(self, name)}.")
+        if not self.scenes or min(scene.weight for scene in self.scenes) <= 0:
+            raise RecipeError("There must be at least one scene, and every scene needs a weight above 0.")
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        return self.tokens // self.tokens_per_step

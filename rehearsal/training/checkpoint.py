@@ -1,0 +1,148 @@
+"""Checkpoints: written whole or not at all, and enough to go on exactly where a run stopped.
+
+A checkpoint is a folder ``step_000020`` with the policy as a Hugging Face folder and ``state.pt`` beside it. It is
+written under another name, flushed to disk and renamed, so a folder with the right name is complete. Tasks, noise and
+schedules are functions of (seed, step), so weights, optimiser and step number are all the state there is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from rehearsal.errors import CheckpointError
+from rehearsal.training.storage import storage_errors
+
+_NAME = re.compile(r"step_(\d+)")
+_MANIFEST = "manifest.json"
+
+
+def _checksum(file: Path) -> int:
+    value = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(folder: Path, step: int, weights: dict[str, torch.Tensor], state: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint and remove all but the newest ``keep``.
+
+    Args:
+        folder: the run's checkpoint folder.
+        step: steps done.
+        weights: the trained tensors by name.
+        state: everything else; must be loadable by ``torch.load(weights_only=True)``.
+        keep: checkpoints that stay, this one included.
+
+    Raises:
+        CheckpointError: if it cannot be written; earlier checkpoints are untouched.
+    """
+    target = folder / f"step_{step:06d}"
+    partial = folder / f".partial-{step:06d}"
+    with storage_errors(target):
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            save_file({name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()},
+                      partial / "weights.safetensors")  # fmt: skip
+            torch.save({**state, "step": step}, partial / "state.pt")
+            files = {file.name: _checksum(file) for file in sorted(partial.iterdir())}
+            (partial / _MANIFEST).write_text(json.dumps({"step": step, "crc32": files}))
+            for file in partial.iterdir():
+                _flush(file)
+            _flush(partial)
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+            _flush(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first. What a crash left half-written is not among them."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what a crash left half-written."""
+    if folder.is_dir():
+        for path in folder.glob(".partial-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights and state of a checkpoint, verified against its checksums.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged.
+    """
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text())
+        for name, expected in manifest["crc32"].items():
+            if _checksum(path / name) != expected:
+                raise CheckpointError(f"{path / name} is damaged (its checksum does not match).")
+        weights = load_file(path / "weights.safetensors")
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {_advice(path)}") from error
+    except Exception as error:  # a damaged file may raise anything
+        raise CheckpointError(f"The checkpoint {path} cannot be read ({type(error).__name__}). {_advice(path)}") from error
+    return weights, state
+
+
+def _advice(path: Path) -> str:
+    others = [other.name for other in checkpoints(path.parent) if other != path]
+    if others:
+        return f"Delete that folder to go on from {others[-1]}."
+    return "Delete that folder and start the run anew with --overwrite."
+
+
+def trainable_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that training changes, by name; tied ones once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def restore_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where: Path) -> None:
+    """Copy saved weights into a model in place.
+
+    Raises:
+        CheckpointError: if they belong to a model of another shape.
+    """
+    current = trainable_weights(model)
+    missing = sorted(set(current) ^ set(weights))
+    wrong = [name for name in current if name in weights and current[name].shape != weights[name].shape]
+    if missing or wrong:
+        raise CheckpointError(
+            f"The checkpoint {where} belongs to another model: {(missing or wrong)[0]} does not fit. Resume with the "
+            "model that the run began with."
+        )
+    with torch.no_grad():
+        for name, parameter in current.items():
+            parameter.copy_(weights[name])
+
+

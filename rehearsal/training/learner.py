@@ -1,0 +1,397 @@
+"""One update from one batch of episodes.
+
+The learner knows no algorithm: it lays the sampled tokens of all episodes flat, asks the algorithm for advantages, asks
+each objective for per-token losses, and reduces them with counts over the whole optimiser step. How the step is cut
+into packs therefore changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rehearsal.algorithms.aggregation import StepTotals, token_weights
+from rehearsal.algorithms.batch import Objective, PolicyOutput, TokenBatch
+from rehearsal.algorithms.credit import SequenceRewards, token_advantages
+from rehearsal.algorithms.objectives import CISPOLoss, PolicyLoss
+from rehearsal.algorithms.presets import Algorithm
+from rehearsal.algorithms.shaping import was_cut_off
+from rehearsal.errors import TrainingDiverged
+from rehearsal.models.head import token_logprobs
+from rehearsal.models.packed import causal_lm, packed_attention, packed_hidden
+from rehearsal.trajectory import Group, Segment, rewards_matrix
+from rehearsal.training.critic import Critic
+from rehearsal.training.optimiser import clipped_update, make_optimiser, scheduled_share
+from rehearsal.training.packing import Pack, PackItem, make_packs
+from rehearsal.training.recipe import TrainingOptions
+
+
+@dataclass
+class _Sequences:
+    """The sequences of a step with their target tokens, in order of group and sample."""
+
+    segments: list[Segment] = field(default_factory=list)
+    targets: list[np.ndarray] = field(default_factory=list)
+    group: list[int] = field(default_factory=list)
+    sample: list[int] = field(default_factory=list)
+    turn_rewards: list[np.ndarray] = field(default_factory=list)
+    cut_off: list[bool] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+    def items(self) -> list[PackItem]:
+        return [
+            PackItem(segment.token_ids, targets, group)
+            for segment, targets, group in zip(self.segments, self.targets, self.group, strict=True)
+        ]
+
+
+def _collect(groups: Sequence[Group]) -> _Sequences:
+    collected = _Sequences()
+    for p, group in enumerate(groups):
+        for g, trajectory in enumerate(group):
+            if trajectory.failed:
+                continue
+            for segment in trajectory.segments:
+                targets = np.nonzero(segment.sampled_mask)[0]
+                collected.segments.append(segment)
+                collected.targets.append(targets[targets > 0])
+                collected.group.append(p)
+                collected.sample.append(g)
+                collected.turn_rewards.append(trajectory.turn_rewards)
+                collected.cut_off.append(was_cut_off(trajectory))
+    return collected
+
+
+class Learner:
+    """Updates ``model`` in place.
+
+    Args:
+        model: a Hugging Face causal LM, float32 (or with adapters in float32).
+        algorithm: from ``rehearsal.algorithms.presets.preset``.
+        options: batches and optimiser.
+        temperature: the temperature that episodes are sampled at; log-probs are taken at the same one.
+        reference: the frozen policy for objectives that need one; a copy of ``model`` is made if None.
+    """
+
+    def __init__(
+        self, model: Any, algorithm: Algorithm, options: TrainingOptions, *, temperature: float = 1.0,
+        reference: Any | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.model = model
+        self.algorithm = algorithm
+        self.options = options
+        self.temperature = temperature
+        self.device = next(causal_lm(model).parameters()).device
+        self.optimiser = make_optimiser(model.parameters(), options)
+        self.updates = 0
+        self._seed = seed
+        self._needs_entropy = any(objective.needs_entropy for objective in algorithm.objectives)
+        self.reference = reference
+        if reference is None and any(objective.needs_reference for objective in algorithm.objectives):
+            self.reference = _frozen_copy(model)
+        self.critic: Critic | None = None
+        self.critic_optimiser: torch.optim.AdamW | None = None
+        if algorithm.needs_critic:
+            self.critic = Critic(model)
+            critic_options = options.model_copy(update={"learning_rate": options.critic_learning_rate})
+            self.critic_optimiser = make_optimiser(self.critic.parameters(), critic_options)
+
+    # One step
+
+    def step(self, groups: Sequence[Group], step: int, keep_P: np.ndarray | None = None) -> dict[str, float]:
+        """Learn from one batch.
+
+        Args:
+            groups: the episodes; failed ones are left out.
+            step: number of the step, from 0; the schedule and messages use it.
+            keep_P: bool, the groups that the policy may learn from; all if None.
+
+        Returns:
+            figures of the step by name.
+
+        Raises:
+            TrainingDiverged: if a loss or a gradient is not finite.
+        """
+        started = time.perf_counter()
+        sequences = _collect(groups)
+        metrics: dict[str, float] = {"policy/learning_rate": self._learning_rate(step), "policy/updates": 0.0}
+        if len(sequences) == 0 or sum(len(targets) for targets in sequences.targets) == 0:
+            return metrics
+        batch = self._batch(groups, sequences, keep_P)
+        batch.check()
+        sums: dict[str, float] = defaultdict(float)
+        counts: dict[str, float] = defaultdict(float)
+        grad_norms: list[float] = []
+        n_tokens = saved = 0
+        rng = np.random.default_rng([self._seed, step])
+        for _ in range(self.options.epochs):
+            for part in self._minibatches(len(sequences), rng):
+                norms, used, shared = self._update(sequences, batch, part, step, sums, counts)
+                grad_norms += norms
+                n_tokens += used
+                saved += shared
+                metrics["policy/updates"] += 1
+        metrics |= {name: sums[name] / counts[name] for name in sums if counts[name]}
+        metrics["policy/grad_norm"] = float(np.mean(grad_norms)) if grad_norms else 0.0
+        metrics["policy/grad_clipped"] = float(np.mean([n > self.options.max_grad_norm for n in grad_norms or [0.0]]))
+        metrics["speed/learner_tokens"] = float(n_tokens)
+        metrics["speed/shared_tokens"] = float(saved)
+        metrics["time/learning"] = time.perf_counter() - started
+        return metrics
+
+    def _learning_rate(self, step: int) -> float:
+        return self.options.learning_rate * scheduled_share(step, self.options)
+
+    def _minibatches(self, n_sequences: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        if self.options.minibatches == 1:
+            yield np.arange(n_sequences)
+            return
+        # Sorted again inside each part, so that members of a group stand together and share their prefix.
+        for part in np.array_split(rng.permutation(n_sequences), self.options.minibatches):
+            if len(part):
+                yield np.sort(part)
+
+    def _update(
+        self, sequences: _Sequences, batch: TokenBatch, part: np.ndarray, step: int, sums: dict[str, float],
+        counts: dict[str, float],
+    ) -> tuple[list[float], int, int]:  # fmt: skip
+        whole = len(part) == batch.n_sequences
+        index_N = batch.token_index(torch.from_numpy(part))
+        mini = batch if whole else batch.select(index_N)
+        totals: dict[str, StepTotals] = {}
+        for objective in self.algorithm.objectives:
+            totals[objective.name] = StepTotals.count(objective.mask(mini), mini.sequence_N, mini.n_sequences)
+        items = sequences.items()
+        mini_items = [items[i] for i in part]
+        wanted = self._wanted(mini)
+        packs = make_packs(
+            [mini_items[i] for i in wanted], self.options.pack_tokens, share_prefixes=self.options.share_prefixes,
+            device=self.device,
+        )  # fmt: skip
+        self.model.train()
+        for number, pack in enumerate(packs):
+            numbers = torch.as_tensor([int(wanted[i]) for i in pack.items])
+            micro = mini.select(mini.token_index(numbers)).to(self.device)
+            output = self._forward(pack)
+            loss: Tensor | float = 0.0
+            for objective in self.algorithm.objectives:
+                totals_here = totals[objective.name].select(numbers)
+                loss = loss + self._term(objective, micro, output, totals_here, sums, counts)
+            if not isinstance(loss, Tensor) or not loss.requires_grad:
+                continue
+            if not bool(torch.isfinite(loss)):
+                self._forget()
+                where = sorted({(sequences.group[part[int(n)]], sequences.sample[part[int(n)]]) for n in numbers})
+                raise TrainingDiverged(
+                    f"The loss of step {step + 1} is not finite in pack {number + 1} of {len(packs)}, which holds the "
+                    f"episodes (group, sample) {_shortened(where)}; the update was not taken."
+                )
+            loss.backward()
+        norms = []
+        rate = self._learning_rate(step)
+        where_text = f"step {step + 1}"
+        norm, _ = clipped_update(self.optimiser, self.options.max_grad_norm, rate, where_text)
+        norms.append(norm)
+        if self.critic_optimiser is not None:
+            critic_rate = self.options.critic_learning_rate * scheduled_share(step, self.options)
+            clipped_update(self.critic_optimiser, self.options.max_grad_norm, critic_rate, where_text + " (critic)")
+        self.updates += 1
+        return norms, sum(pack.n_tokens for pack in packs), sum(pack.saved_tokens for pack in packs)
+
+    def _wanted(self, mini: TokenBatch) -> np.ndarray:
+        """Sequences that can have a gradient at all.
+
+        An episode whose advantages are all zero adds nothing to a clipped or CISPO loss. It is counted in every
+        denominator, but its forward and backward passes are left out, unless some objective looks at more than
+        advantages.
+        """
+        everything = np.arange(mini.n_sequences)
+        if not all(isinstance(objective, PolicyLoss | CISPOLoss) for objective in self.algorithm.objectives):
+            return everything
+        alive_N = (mini.advantages_N != 0) & mini.policy_mask_N
+        alive_S = torch.bincount(mini.sequence_N[alive_N], minlength=mini.n_sequences) > 0
+        return everything[alive_S.numpy()]
+
+    def _term(
+        self, objective: Objective, micro: TokenBatch, output: PolicyOutput, totals: StepTotals,
+        sums: dict[str, float], counts: dict[str, float],
+    ) -> Tensor:  # fmt: skip
+        result = objective(micro, output)
+        weights_N = token_weights(objective.aggregation, result.mask_N, micro.sequence_N, totals)
+        loss = objective.coefficient * (result.loss_N * weights_N).sum()
+        sums[f"policy/loss/{objective.name}"] += float(loss.detach())
+        counts[f"policy/loss/{objective.name}"] = 1.0
+        n = float(result.mask_N.sum())
+        for name, values_N in result.metrics_N.items():
+            sums[f"policy/{name}"] += float(values_N[result.mask_N].sum())
+            counts[f"policy/{name}"] += n
+        if isinstance(objective, PolicyLoss | CISPOLoss):
+            self._sampling_figures(micro, output, sums, counts)
+        return loss
+
+    def _sampling_figures(
+        self, micro: TokenBatch, output: PolicyOutput, sums: dict[str, float], counts: dict[str, float]
+    ) -> None:
+        """How far the learner's policy is from the one that sampled: k3 estimate of the KL, and the entropy."""
+        mask_N = micro.policy_mask_N
+        with torch.no_grad():
+            difference = (output.logprobs_N - micro.rollout_logprobs_N)[mask_N]
+            sums["policy/kl_sampling"] += float((torch.expm1(difference) - difference).sum())
+            sums["policy/mismatch"] += float(difference.abs().sum())
+            n = float(mask_N.sum())
+            counts["policy/kl_sampling"] += n
+            counts["policy/mismatch"] += n
+            # Without an entropy objective the entropy is estimated from what was sampled: E[-log p].
+            entropy_N = -micro.rollout_logprobs_N if output.entropy_N is None else output.entropy_N.detach()
+            sums["policy/entropy"] += float(entropy_N[mask_N].sum())
+            counts["policy/entropy"] += n
+
+    def _forget(self) -> None:
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.critic_optimiser is not None:
+            self.critic_optimiser.zero_grad(set_to_none=True)
+
+    # What the models say
+
+    @contextlib.contextmanager
+    def _precision(self) -> Iterator[None]:
+        if self.options.autocast:
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                yield
+        else:
+            yield
+
+    def _forward(self, pack: Pack) -> PolicyOutput:
+        logprobs_N, entropy_N = self._policy(self.model, pack, self._needs_entropy)
+        return PolicyOutput(logprobs_N, entropy_N, self._values(pack) if self.critic is not None else None)
+
+    def _policy(self, model: Any, pack: Pack, entropy: bool) -> tuple[Tensor, Tensor | None]:
+        with self._precision(), packed_attention(model):
+            hidden_TD = packed_hidden(model, pack.token_ids_T, pack.positions_T, pack.plan)
+            hidden_ND = hidden_TD.index_select(0, pack.sources_N)
+            return token_logprobs(
+                causal_lm(model), hidden_ND, pack.targets_N, temperature=self.temperature, entropy=entropy
+            )
+
+    def _values(self, pack: Pack) -> Tensor:
+        assert self.critic is not None
+        with self._precision(), packed_attention(self.critic):
+            hidden_TD = packed_hidden(self.critic, pack.token_ids_T, pack.positions_T, pack.plan)
+        return self.critic.values(hidden_TD.index_select(0, pack.sources_N))
+
+    @torch.no_grad()
+    def logprobs(self, groups: Sequence[Group], model: Any | None = None) -> list[np.ndarray]:
+        """Log-probs of the sampled tokens of every sequence, under the present policy or another model.
+
+        Returns:
+            float32 arrays, one for each segment of each episode that did not fail, in order.
+        """
+        return self._each(_collect(groups), model)
+
+    def _each(self, sequences: _Sequences, model: Any | None = None, values: bool = False) -> list[np.ndarray]:
+        packs = make_packs(
+            sequences.items(), self.options.pack_tokens, share_prefixes=self.options.share_prefixes, device=self.device
+        )
+        parts: list[np.ndarray] = []
+        with torch.no_grad():
+            for pack in packs:
+                flat = self._values(pack) if values else self._policy(model or self.model, pack, False)[0]
+                parts.append(flat.float().cpu().numpy())
+        flat_N = np.concatenate(parts) if parts else np.empty(0, np.float32)
+        ends = np.cumsum([len(targets) for targets in sequences.targets])
+        return np.split(flat_N, ends[:-1])
+
+    def _batch(self, groups: Sequence[Group], sequences: _Sequences, keep_P: np.ndarray | None) -> TokenBatch:
+        segments, targets = sequences.segments, sequences.targets
+        lengths = [len(wanted) for wanted in targets]
+        sequence_N = np.repeat(np.arange(len(sequences)), lengths)
+
+        def flat(name: str) -> np.ndarray:
+            return np.concatenate([getattr(s, name)[wanted] for s, wanted in zip(segments, targets, strict=True)])
+
+        kinds_N, turns_N, rollout_N = flat("kinds"), flat("turns"), flat("logprobs")
+        keep_S = np.ones(len(sequences), dtype=bool)
+        if keep_P is not None:
+            keep_S &= np.asarray(keep_P, dtype=bool)[sequences.group]
+        if self.algorithm.mask_truncated:
+            keep_S &= ~np.asarray(sequences.cut_off, dtype=bool)
+        values_N = np.concatenate(self._each(sequences, values=True)) if self.critic is not None else None
+        sampled_N = np.ones(len(sequence_N), dtype=bool)
+        advantages_N, returns_N = token_advantages(
+            self.algorithm,
+            SequenceRewards(
+                rewards_PG=rewards_matrix(groups),
+                sequence_group_S=np.asarray(sequences.group),
+                sequence_sample_S=np.asarray(sequences.sample),
+                sampled_N=sampled_N,
+                turns_N=turns_N.astype(np.int64),
+                sequence_N=sequence_N,
+                turn_rewards=sequences.turn_rewards,
+                values_N=values_N,
+                policy_S=keep_S,
+            ),
+        )
+        old_N = rollout_N
+        if self.options.old_logprobs == "recompute":
+            old_N = np.concatenate(self._each(sequences))
+        reference_N = None
+        if self.reference is not None:
+            reference_N = np.concatenate(self._each(sequences, self.reference))
+
+        def tensor(array: np.ndarray | None) -> Tensor | None:
+            return None if array is None else torch.from_numpy(np.ascontiguousarray(array))
+
+        return TokenBatch(
+            token_ids_N=torch.from_numpy(flat("token_ids").astype(np.int64)),
+            kinds_N=torch.from_numpy(kinds_N),
+            turns_N=torch.from_numpy(turns_N.astype(np.int64)),
+            sequence_N=torch.from_numpy(sequence_N),
+            n_sequences=len(sequences),
+            advantages_N=torch.from_numpy(advantages_N),
+            policy_mask_N=torch.from_numpy(keep_S[sequence_N] & sampled_N),
+            rollout_logprobs_N=torch.from_numpy(rollout_N),
+            old_logprobs_N=torch.from_numpy(old_N),
+            reference_logprobs_N=tensor(reference_N),
+            old_values_N=tensor(values_N),
+            returns_N=tensor(returns_N),
+        )
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the policy's weights."""
+        state: dict[str, Any] = {"optimiser": self.optimiser.state_dict(), "updates": self.updates}
+        if self.critic is not None and self.critic_optimiser is not None:
+            state["critic"] = self.critic.state_dict()
+            state["critic_optimiser"] = self.critic_optimiser.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.updates = state["updates"]
+        if self.critic is not None and self.critic_optimiser is not None:
+            self.critic.load_state_dict(state["critic"])
+            self.critic_optimiser.load_state_dict(state["critic_optimiser"])
+
+
+def _frozen_copy(model: Any) -> Any:
+    import copy
+
+    frozen = copy.deepcopy(model)
+    frozen.requires_grad_(False)
+    return frozen.eval()
+
+
+def _shortened(pairs: list[tuple[int, int]]) -> str:
+    text = ", ".join(f"({group}, {sample})" for group, sample in pairs[:8])
+    return text + (f" and {len(pairs) - 8} more" if len(pairs) > 8 else "")

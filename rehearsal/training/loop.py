@@ -1,0 +1,449 @@
+"""The training loop: play, learn, look, keep.
+
+:class:`Trainer` puts the rooms together; :meth:`Trainer.run` is the lap of the design, once for each step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from rehearsal.agents.agent import Limits
+from rehearsal.agents.protocol import Protocol as AnswerProtocol
+from rehearsal.algorithms.filters import has_variance
+from rehearsal.algorithms.presets import Algorithm, preset
+from rehearsal.environments.base import TextEnv
+from rehearsal.environments.registry import make
+from rehearsal.errors import CheckpointError, EnvironmentFault, RehearsalError
+from rehearsal.evaluation.held_out import Evaluation, evaluate, held_out_tasks
+from rehearsal.generation.local import LocalEngine
+from rehearsal.generation.sampling import SamplingParams
+from rehearsal.models.load import Policy, load_policy, save_policy
+from rehearsal.rollout import Rollout, rollout_metrics, signal_metrics, tasks_of_step
+from rehearsal.trajectory import Group, Trajectory, all_trajectories, rewards_matrix
+from rehearsal.training.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    remove_partial,
+    restore_weights,
+    save_checkpoint,
+    trainable_weights,
+)
+from rehearsal.training.learner import Learner
+from rehearsal.training.recipe import Recipe, resolve_recipe
+from rehearsal.training.runs import RunFolder
+from rehearsal.training.trackers import Tracker, make_trackers
+from rehearsal.training.trajectory_store import write_trajectories
+
+
+class Observer(Protocol):
+    """Whoever watches a run: the terminal, a notebook, a test."""
+
+    def started(self, trainer: Trainer) -> None: ...
+
+    def playing(self, what: str, total: int) -> None:
+        """``total`` episodes are about to be played; ``what`` says what for."""
+
+    def episode(self, trajectory: Trajectory) -> None: ...
+
+    def learning(self) -> None: ...
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def evaluation(self, step: int, split: str, figures: Mapping[str, float]) -> None: ...
+
+    def finished(self, summary: Mapping[str, Any]) -> None: ...
+
+
+class SilentObserver:
+    """Shows nothing."""
+
+    def started(self, trainer: Trainer) -> None: ...
+
+    def playing(self, what: str, total: int) -> None: ...
+
+    def episode(self, trajectory: Trajectory) -> None: ...
+
+    def learning(self) -> None: ...
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def evaluation(self, step: int, split: str, figures: Mapping[str, float]) -> None: ...
+
+    def finished(self, summary: Mapping[str, Any]) -> None: ...
+
+
+@dataclass
+class Batch:
+    """The episodes of one step.
+
+    Attributes:
+        groups: all that were played.
+        keep_P: bool, the groups that the policy learns from.
+        rounds: how often groups were played; more than 1 where dead ones were replaced.
+    """
+
+    groups: list[Group]
+    keep_P: np.ndarray
+    rounds: int = 1
+
+
+def make_rollout(recipe: Recipe, policy: Policy, engine: Any = None) -> Rollout:
+    """What plays the agent of a recipe in its environment."""
+    env = make(recipe.environment.name, **recipe.environment.params)
+    try:
+        limits = Limits.for_env(
+            env,
+            max_turns=recipe.agent.max_turns,
+            max_actions_per_turn=recipe.agent.max_actions_per_turn,
+            max_actions=recipe.agent.max_actions,
+            max_tokens_per_turn=recipe.agent.max_tokens_per_turn,
+            max_context=recipe.agent.max_context,
+        )
+    finally:
+        env.close()
+    memory = recipe.engine.memory_gib
+    engine = engine or LocalEngine(
+        policy.model,
+        max_context=recipe.agent.max_context,
+        max_sessions=recipe.engine.max_sessions,
+        memory_bytes=None if memory is None else int(memory * 2**30),
+        prefill_tokens=recipe.engine.prefill_tokens,
+    )
+
+    def make_env() -> TextEnv:
+        return make(recipe.environment.name, **recipe.environment.params)
+
+    return Rollout(
+        make_env, engine, policy.renderer,
+        AnswerProtocol(thinking=recipe.agent.thinking, format_penalty=recipe.agent.format_penalty), limits,
+        sampling=SamplingParams(recipe.sampling.temperature, recipe.sampling.top_k, recipe.sampling.top_p),
+        seed=recipe.seed, workers=recipe.environment.workers, step_timeout=recipe.environment.step_timeout,
+    )  # fmt: skip
+
+
+@dataclass
+class Trainer:
+    """One run.
+
+    Attributes:
+        recipe: what to do.
+        folder: where it is written; None writes nothing (tests, experiments).
+        observer: who watches.
+        policy: loaded from the recipe if not given.
+    """
+
+    recipe: Recipe
+    folder: RunFolder | None = None
+    observer: Observer = field(default_factory=SilentObserver)
+    policy: Policy | None = None
+    steps_done: int = 0
+    stop_requested: bool = False
+    evaluations: list[tuple[int, str, dict[str, float]]] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        self.algorithm: Algorithm = preset(recipe.algorithm.name, **recipe.algorithm.options)
+        if self.policy is None:
+            self.policy = load_policy(
+                recipe.model.path, device=recipe.model.device, dtype=recipe.model.dtype, history=recipe.model.history,
+                template_options=recipe.model.template_options,
+                gradient_checkpointing=recipe.model.gradient_checkpointing,
+            )  # fmt: skip
+        self.rollout = make_rollout(recipe, self.policy)
+        self.learner = Learner(
+            self.policy.model, self.algorithm, recipe.training, temperature=recipe.sampling.temperature, seed=recipe.seed
+        )
+        self.trackers: list[Tracker] = []
+
+    # The loop
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end of the recipe, or until a stop is asked for; returns the summary."""
+        self.observer.started(self)
+        self._start_trackers()
+        if self.steps_done == 0:
+            self.evaluate("test", self.recipe.evaluation.episodes)
+        while self.steps_done < self.recipe.training.steps and not self.stop_requested:
+            started = time.perf_counter()
+            batch = self.play()
+            played = time.perf_counter()
+            self.observer.learning()
+            figures = self.learner.step(batch.groups, self.steps_done, batch.keep_P)
+            self.steps_done += 1
+            self.record(batch, figures, started, played)
+            last = self.steps_done == self.recipe.training.steps
+            if last:
+                self.evaluate("test", self.recipe.evaluation.episodes)
+            elif _due(self.steps_done, self.recipe.evaluation.every):
+                self.evaluate("validation", self.recipe.evaluation.validation_episodes)
+            if last or self.stop_requested or _due(self.steps_done, self.recipe.checkpoint.every):
+                self.save()
+        return self.finish()
+
+    def play(self) -> Batch:
+        """The episodes of the next step; groups that can teach nothing are replaced if the algorithm says so."""
+        recipe, step = self.recipe, self.steps_done
+        wanted, size = recipe.training.groups, recipe.training.group_size
+        groups: list[Group] = []
+        keep: list[bool] = []
+        rounds = 0
+        missing = wanted
+        while missing > 0:
+            rounds += 1
+            self.observer.playing(f"step {step + 1}" + (f", refill {rounds - 1}" if rounds > 1 else ""), missing * size)
+            tasks = tasks_of_step(recipe.seed, step, missing, first=len(groups))
+            fresh = self.rollout.play(tasks, size, step=step, on_episode=self.observer.episode)
+            self._check_failures(fresh)
+            groups += fresh
+            if not self.algorithm.dynamic_sampling:
+                keep += [True] * len(fresh)
+                break
+            keep += [bool(alive) for alive in has_variance(rewards_matrix(fresh))]
+            missing = wanted - sum(keep)
+            if rounds > self.algorithm.max_refill_tries:
+                break
+        return Batch(groups, np.array(keep, dtype=bool), rounds)
+
+    def evaluate(self, split: str, episodes: int) -> Evaluation | None:
+        """Play held-out tasks with the present policy and record the figures."""
+        if episodes == 0:
+            return None
+        options = self.recipe.evaluation
+        self.observer.playing(f"evaluation after {self.steps_done} steps", episodes)
+        tasks = held_out_tasks(options.seed, split, episodes)
+        result = evaluate(
+            self.rollout, tasks, temperature=options.temperature, step=self.steps_done, on_episode=self.observer.episode
+        )
+        self._check_failures(result.groups)
+        self.evaluations.append((self.steps_done, split, result.figures))
+        if self.folder is not None:
+            self.folder.append_evaluation(self.steps_done, split, result.figures)
+            path = self.folder.trajectory_path("eval", self.steps_done)
+            write_trajectories(path, result.groups, phase="eval", step=self.steps_done)
+        self._track({f"eval/{split}/{name}": value for name, value in result.figures.items()})
+        self.observer.evaluation(self.steps_done, split, result.figures)
+        return result
+
+    def record(self, batch: Batch, figures: dict[str, float], started: float, played: float) -> None:
+        """Write down what a step did and how long it took."""
+        ended = time.perf_counter()
+        episodes = all_trajectories(batch.groups)
+        sampled = sum(trajectory.n_sampled for trajectory in episodes)
+        total = max(ended - started, 1e-9)
+        figures = {
+            **rollout_metrics(batch.groups),
+            **signal_metrics(batch.groups),
+            **figures,
+            "signal/kept_groups": float(batch.keep_P.sum()),
+            "signal/played_groups": float(len(batch.groups)),
+            "signal/rounds": float(batch.rounds),
+            "speed/tokens_per_second": sampled / max(played - started, 1e-9),
+            "speed/episodes_per_second": len(episodes) / total,
+            "time/generation": played - started,
+            "time/other": total - (played - started) - figures.get("time/learning", 0.0),
+            "time/step": total,
+        }
+        self.history.append(figures)
+        if self.folder is not None:
+            self.folder.append_metrics(self.steps_done, figures)
+            if _due(self.steps_done, self.recipe.save_trajectories_every):
+                path = self.folder.trajectory_path("train", self.steps_done)
+                kept = [bool(keep) for group, keep in zip(batch.groups, batch.keep_P, strict=True) for _ in group]
+                write_trajectories(path, batch.groups, phase="train", step=self.steps_done, extra={"kept": kept})
+        self._track(figures)
+        self.observer.step(self.steps_done, figures)
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        if self.folder is not None:
+            assert self.policy is not None
+            state = {"learner": self.learner.state_dict(), "seconds": self.folder.seconds}
+            save_checkpoint(
+                self.folder.path / "checkpoints", self.steps_done, trainable_weights(self.policy.model), state,
+                self.recipe.checkpoint.keep,
+            )  # fmt: skip
+
+    def restore(self) -> None:
+        """Go on from the newest checkpoint of the folder, or from the beginning if there is none."""
+        assert self.folder is not None and self.policy is not None
+        where = self.folder.path / "checkpoints"
+        remove_partial(where)
+        found = checkpoints(where)
+        if found:
+            weights, state = load_checkpoint(found[-1])
+            restore_weights(self.policy.model, weights, found[-1])
+            self.learner.load_state_dict(state["learner"])
+            self.steps_done = int(state["step"])
+        # Without a checkpoint even the evaluation of step 0 is played again.
+        self.folder.truncate_after(self.steps_done if found else -1)
+        for row in self.folder.evaluations().rows:
+            figures = {name: value for name, value in row.items() if name not in ("step", "time", "split")}
+            self.evaluations.append((row["step"], row["split"], figures))
+
+    def finish(self) -> dict[str, Any]:
+        """Write the policy and the summary."""
+        assert self.policy is not None
+        done = self.steps_done >= self.recipe.training.steps
+        held_out = [(step, figures) for step, split, figures in self.evaluations if split == "test"]
+        summary: dict[str, Any] = {
+            "steps": self.steps_done,
+            "environment": self.recipe.environment.name,
+            "algorithm": self.algorithm.name,
+            "parameters": self.policy.n_parameters,
+        }
+        if held_out:
+            summary["episodes"] = held_out[0][1]["episodes"]
+            for name in ("success", "success_low", "success_high", "reward"):
+                if name in held_out[0][1]:
+                    summary[f"{name}_before"] = held_out[0][1][name]
+                if done and name in held_out[-1][1]:
+                    summary[f"{name}_after"] = held_out[-1][1][name]
+        if self.folder is not None:
+            summary["seconds"] = self.folder.seconds
+            save_policy(self.policy.model, self.policy.tokenizer, self.folder.path / "policy")
+            self.folder.write_summary(summary)
+            self.folder.set_status("finished" if done else "stopped")
+        for tracker in self.trackers:
+            tracker.finish(summary)
+        self.rollout.close()
+        self.observer.finished(summary)
+        return summary
+
+    # Small things
+
+    def _check_failures(self, groups: Sequence[Group]) -> None:
+        episodes = all_trajectories(groups)
+        failed = [trajectory for trajectory in episodes if trajectory.failed]
+        if len(failed) > self.recipe.training.abort_failed_share * len(episodes):
+            raise EnvironmentFault(
+                f"{len(failed)} of {len(episodes)} episodes failed, more than training.abort_failed_share allows; the "
+                f"first one: {failed[0].error}"
+            )
+
+    def _start_trackers(self) -> None:
+        if self.recipe.trackers and self.folder is not None:
+            self.trackers = make_trackers(self.recipe.trackers, self.folder.path, self.recipe.model_dump())
+
+    def _track(self, metrics: Mapping[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.log(self.steps_done, metrics)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@contextlib.contextmanager
+def stop_on_signals(trainer: Trainer) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM ends the run after the present step, with a checkpoint; the second at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if trainer.stop_requested:
+            raise KeyboardInterrupt
+        trainer.stop_requested = True
+        print("\nStopping after this step; press Ctrl-C again to stop at once.", file=sys.stderr)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def free_folder(parent: Path, name: str) -> Path:
+    """The first of NAME, NAME-2, NAME-3, ... that does not exist."""
+    path, number = parent / name, 1
+    while path.exists():
+        number += 1
+        path = parent / f"{name}-{number}"
+    return path
+
+
+@dataclass
+class TrainResult:
+    """What a run left.
+
+    Attributes:
+        path: the run folder.
+        summary: success before and after on held-out tasks, seconds, and so on.
+        report: the HTML report, if one was written.
+        policy: the trained policy.
+    """
+
+    path: Path
+    summary: dict[str, Any]
+    policy: Policy
+    report: Path | None = None
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, output: str | Path | None = None,
+    resume: bool = False, observer: Observer | None = None, policy: Policy | None = None,
+    overrides: Mapping[str, Any] | Sequence[str] = (), command: str | Sequence[str] = "rehearsal.train(...)",
+) -> TrainResult:  # fmt: skip
+    """Train a policy in an environment and write a run folder.
+
+    Args:
+        recipe: the name of a built-in recipe, a TOML file, a dictionary, or a ``Recipe``.
+        output: the run folder; the first free one of runs/NAME, runs/NAME-2, ... if None.
+        resume: go on with the run in ``output``, with the recipe that is stored there unless another is given.
+        observer: who watches; nobody if None.
+        policy: a policy that is loaded already, instead of ``model.path``.
+        overrides: options by dotted name.
+        command: how the run was started, for its records.
+
+    Raises:
+        RehearsalError: with one sentence, for whatever the user can mend.
+    """
+    if resume and output is None:
+        raise CheckpointError("To resume, say which run: output must name its folder.")
+    if resume and recipe is None:
+        assert output is not None
+        recipe = Path(output) / "recipe.toml"
+    if not isinstance(recipe, Recipe):
+        recipe = resolve_recipe(recipe, overrides)
+    path = Path(output) if output is not None else free_folder(Path("runs"), recipe.name)
+    # Everything that can be wrong with model, environment and algorithm shows before a folder is made.
+    trainer = Trainer(recipe, observer=observer or SilentObserver(), policy=policy)
+    assert trainer.policy is not None
+    device = describe_device(trainer.policy.device)
+    if resume:
+        folder = RunFolder.resume(path, command, recipe_text=recipe.to_toml(), device=device)
+    else:
+        folder = RunFolder.create(path, recipe.to_toml(), command, device=device)
+    with folder, stop_on_signals(trainer):
+        trainer.folder = folder
+        if resume:
+            trainer.restore()
+        summary = trainer.run()
+    return TrainResult(path, summary, trainer.policy)
+
+
+def describe_device(device: torch.device) -> str:
+    """The processor or GPU in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+__all__ = ["Observer", "RehearsalError", "SilentObserver", "TrainResult", "Trainer", "train"]

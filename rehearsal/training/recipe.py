@@ -1,0 +1,278 @@
+"""What a run does, as a typed recipe: a short TOML file, with any option overridden by its dotted name."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from rehearsal.errors import RecipeError
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+
+class ModelOptions(_Options):
+    """The policy."""
+
+    path: str = Field("base", description='"base" for the model that ships, or a Hugging Face folder or hub name')
+    device: str = Field("auto", description='"auto", "cpu", "cuda", "cuda:1", "mps"')
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the weights; auto is float32 on a processor, bfloat16 on a GPU"
+    )
+    gradient_checkpointing: bool = Field(False, description="compute activations twice to keep fewer of them")
+    history: Literal["preserve", "refuse"] = Field(
+        "preserve", description="what to do with a chat template that rewrites earlier answers"
+    )
+    template_options: dict[str, Any] = Field(default_factory=dict, description="variables for the chat template")
+
+
+class EnvironmentOptions(_Options):
+    """What the agent lives in."""
+
+    name: str = Field("frozenlake", description="a built-in name, or package.module:Class of your own")
+    params: dict[str, Any] = Field(default_factory=dict, description="arguments of the environment")
+    workers: int = Field(16, ge=1, description="threads that step environments which are not fast")
+    step_timeout: float = Field(60.0, gt=0, description="seconds that a reset or a step may take")
+
+
+class AgentOptions(_Options):
+    """What the agent may do in an episode."""
+
+    thinking: bool = Field(True, description="whether a thought comes before the answer")
+    max_turns: int | None = Field(None, ge=1, description="turns of an episode; the environment's own if left out")
+    max_actions_per_turn: int | None = Field(None, ge=1, description="actions in one answer; the environment's own")
+    max_actions: int | None = Field(None, ge=1, description="actions of an episode; turns x actions if left out")
+    max_tokens_per_turn: int = Field(64, ge=1, description="sampled tokens of one answer")
+    max_context: int = Field(1024, ge=16, description="tokens of an episode, prompt included")
+    format_penalty: float = Field(-0.1, le=0, description="added to a turn whose answer is unreadable or illegal")
+
+
+class SamplingOptions(_Options):
+    """The distribution that episodes are sampled from."""
+
+    temperature: float = Field(1.0, ge=0, description="0 takes the likeliest token")
+    top_p: float = Field(1.0, gt=0, le=1, description="smallest set of tokens with this probability")
+    top_k: int = Field(0, ge=0, description="the k likeliest tokens; 0 for all")
+
+
+class AlgorithmOptions(_Options):
+    """How rewards become an update."""
+
+    name: str = Field("grpo", description="ppo, grpo, dr_grpo, rloo, reinforce_pp, dapo, gspo or cispo")
+    options: dict[str, Any] = Field(default_factory=dict, description="changes to the preset, such as clip_high")
+
+
+class TrainingOptions(_Options):
+    """Steps, batches and the optimiser."""
+
+    steps: int = Field(60, ge=1, description="optimiser steps, each after fresh episodes")
+    groups: int = Field(32, ge=1, description="tasks of a step")
+    group_size: int = Field(8, ge=1, description="episodes of each task")
+    learning_rate: float = Field(1e-6, gt=0, description="at its peak")
+    critic_learning_rate: float = Field(1e-5, gt=0, description="of the critic, for algorithms that have one")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
+    final_learning_rate: float = Field(0.0, ge=0, le=1, description="share of the peak that the schedule ends at")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    beta1: float = Field(0.9, ge=0, lt=1, description="of AdamW")
+    beta2: float = Field(0.999, ge=0, lt=1, description="of AdamW")
+    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    epochs: int = Field(1, ge=1, description="passes over the episodes of a step")
+    minibatches: int = Field(1, ge=1, description="optimiser updates of each pass")
+    pack_tokens: int = Field(4096, ge=16, description="tokens of one forward and backward pass")
+    share_prefixes: bool = Field(True, description="read a prompt that a group shares once")
+    old_logprobs: Literal["sampling", "recompute"] = Field(
+        "sampling", description="what ratios are taken to: the log-probs of sampling, or computed again by the learner"
+    )
+    autocast: bool = Field(False, description="bfloat16 matrix products with float32 weights")
+    abort_failed_share: float = Field(
+        0.5, gt=0, le=1, description="a step in which more than this share of episodes failed ends the run"
+    )
+
+
+class EvaluationOptions(_Options):
+    """Held-out play."""
+
+    episodes: int = Field(256, ge=0, description="held-out tasks before and after training; 0 for none")
+    every: int = Field(10, ge=0, description="steps between evaluations on the validation split; 0 for none")
+    validation_episodes: int = Field(128, ge=1, description="tasks of those")
+    temperature: float = Field(1.0, ge=0, description="of evaluation episodes")
+    seed: int = Field(123, ge=0, description="of the held-out tasks")
+
+
+class EngineOptions(_Options):
+    """Generation."""
+
+    max_sessions: int = Field(256, ge=1, description="episodes that are played at the same time")
+    memory_gib: float | None = Field(None, gt=0, description="for keys and values; a quarter of what is free if left out")
+    prefill_tokens: int = Field(4096, ge=16, description="tokens of new text in one forward pass")
+
+
+class CheckpointOptions(_Options):
+    """What survives a power cut."""
+
+    every: int = Field(10, ge=0, description="steps between checkpoints; 0 for the last step alone")
+    keep: int = Field(2, ge=1, description="checkpoints kept")
+
+
+class Recipe(_Options):
+    """Everything about a run."""
+
+    name: str = Field("run", description="of the run; its folder is runs/NAME unless --output says otherwise")
+    seed: int = Field(0, ge=0, description="fixes tasks, sampling and updates")
+    model: ModelOptions = Field(default_factory=ModelOptions)
+    environment: EnvironmentOptions = Field(default_factory=EnvironmentOptions)
+    agent: AgentOptions = Field(default_factory=AgentOptions)
+    sampling: SamplingOptions = Field(default_factory=SamplingOptions)
+    algorithm: AlgorithmOptions = Field(default_factory=AlgorithmOptions)
+    training: TrainingOptions = Field(default_factory=TrainingOptions)
+    evaluation: EvaluationOptions = Field(default_factory=EvaluationOptions)
+    engine: EngineOptions = Field(default_factory=EngineOptions)
+    checkpoint: CheckpointOptions = Field(default_factory=CheckpointOptions)
+    trackers: list[str] = Field(default_factory=list, description="tensorboard, wandb, trackio")
+    save_trajectories_every: int = Field(1, ge=0, description="steps between saved training episodes; 0 for none")
+
+    @field_validator("trackers")
+    @classmethod
+    def _known_trackers(cls, value: list[str]) -> list[str]:
+        known = ("tensorboard", "wandb", "trackio")
+        for tracker in value:
+            if tracker not in known:
+                raise ValueError(f"no tracker {tracker!r}; there are {', '.join(known)}")
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        truncated = self.sampling.top_p < 1 or self.sampling.top_k > 0
+        if truncated and self.training.old_logprobs == "sampling":
+            # The learner's log-probs are over the whole vocabulary; those of sampling would be over a part of it.
+            raise ValueError(
+                "with top_p or top_k the log-probs of sampling are over a part of the vocabulary and ratios to them are "
+                "biased; set training.old_logprobs to recompute, or sample without truncation"
+            )
+        if self.sampling.temperature == 0:
+            raise ValueError("training needs sampling.temperature above 0: episodes of a group must differ")
+        if self.agent.max_tokens_per_turn >= self.agent.max_context:
+            raise ValueError("agent.max_context must be larger than agent.max_tokens_per_turn")
+        if self.training.minibatches > self.training.groups * self.training.group_size:
+            raise ValueError("training.minibatches must not exceed the episodes of a step")
+        return self
+
+    def to_toml(self) -> str:
+        """The resolved recipe as TOML; options that are None are left out, which means the same."""
+        return tomli_w.dumps(_without_none(self.model_dump()))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
+    return value
+
+
+def built_in_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("rehearsal") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def read_recipe(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+    """The contents of a recipe: the name of a built-in one, a TOML file, a dictionary, or nothing for the defaults."""
+    if source is None:
+        return {}
+    if isinstance(source, Mapping):
+        return {key: dict(value) if isinstance(value, Mapping) else value for key, value in source.items()}
+    path = Path(source)
+    if path.suffix == ".toml" or path.is_file():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise RecipeError(f"There is no recipe {path}; `rehearsal recipes` lists those that come along.") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"The recipe {path} cannot be read: {error}.") from error
+    elif str(source) in built_in_recipes():
+        text = (resources.files("rehearsal") / "recipes" / f"{source}.toml").read_text(encoding="utf-8")
+    else:
+        close = difflib.get_close_matches(str(source), built_in_recipes(), n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise RecipeError(f"There is no recipe {source}; there are {', '.join(built_in_recipes())}.{hint}")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"The recipe {source} is not valid TOML: {error}.") from error
+
+
+def option_names(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, Any]:
+    """Every option by its dotted name, with its pydantic field."""
+    names: dict[str, Any] = {}
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            names |= option_names(info.annotation, f"{prefix}{name}.")
+        else:
+            names[prefix + name] = info
+    return names
+
+
+def parse_value(text: str) -> Any:
+    """The value of an option from the command line: TOML where it is valid TOML, else text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return {"none": None, "True": True, "False": False}.get(text, text)
+
+
+def resolve_recipe(
+    source: str | Path | Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | Sequence[str] = ()
+) -> Recipe:
+    """A recipe with some options changed.
+
+    Args:
+        source: see :func:`read_recipe`.
+        overrides: values by dotted name (``{"training.steps": 10}``), or a list of ``name=value`` texts.
+
+    Raises:
+        RecipeError: with one sentence that names the option.
+    """
+    values = read_recipe(source)
+    if not isinstance(overrides, Mapping):
+        pairs = [override.partition("=") for override in overrides]
+        overrides = {name: parse_value(text) for name, _, text in pairs}
+    known = option_names()
+    for name, value in overrides.items():
+        # A dictionary option takes keys of the user's own: environment.params.size
+        parent = name.rpartition(".")[0]
+        while parent and parent not in known:
+            parent = parent.rpartition(".")[0]
+        if name not in known and not parent:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            leaves = [option for option in known if option.rpartition(".")[2] == name.rpartition(".")[2]]
+            hint = f" Did you mean {(leaves or close)[0]}?" if leaves or close else ""
+            raise RecipeError(f"There is no option {name}.{hint}")
+        target = values
+        *path, last = name.split(".")
+        for part in path:
+            target = target.setdefault(part, {})
+        target[last] = value
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(_sentence(error, known)) from error
+
+
+def _sentence(error: ValidationError, known: Mapping[str, Any]) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        return f"There is no option {name}." + (f" Did you mean {close[0]}?" if close else "")
+    if not name:
+        return f"{message[0].upper()}{message[1:]}."
+    return f"Option {name} cannot be {first['input']!r}: {message[0].lower()}{message[1:]}."

@@ -1,0 +1,188 @@
+"""Trackers are told everything, are named when they are missing, and never stop a run."""
+
+import importlib
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rehearsal.errors import RecipeError
+from rehearsal.training.runs import RunFolder
+from rehearsal.training.trackers import TRACKERS, Tracker, Trackers, make_trackers
+
+
+class Listener(Tracker):
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, dict[str, float]]] = []
+        self.summary: dict[str, Any] | None = None
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.logged.append((step, dict(metrics)))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        self.summary = dict(summary)
+
+
+class Failing(Listener):
+    """Fails at one step, or while finishing."""
+
+    def __init__(self, at: int | None) -> None:
+        super().__init__()
+        self.at = at
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        super().log(step, metrics)
+        if step == self.at:
+            raise ConnectionError("no route to host")
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        raise OSError("the socket is gone")
+
+
+def test_a_tracker_that_fails_is_switched_off_with_one_warning_that_is_recorded(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", "", "") as run:
+        good, bad = Listener(), Failing(at=2)
+        trackers = Trackers({"bad": bad, "good": good}, run.add_warning)
+        trackers.log(1, {"x": 1.0})
+        with pytest.warns(UserWarning, match="bad failed at step 2 and was switched off"):
+            trackers.log(2, {"x": 2.0})
+        trackers.log(3, {"x": 3.0})
+        trackers.finish({"x": 3.0})
+        assert [step for step, _ in good.logged] == [1, 2, 3]
+        assert good.summary == {"x": 3.0}
+        assert [step for step, _ in bad.logged] == [1, 2]
+        assert len(trackers.warnings) == 1
+        assert run.info.warnings == trackers.warnings
+        assert "no route to host" in run.info.warnings[0]
+
+
+def test_a_tracker_that_fails_to_finish_does_not_keep_the_others_from_it() -> None:
+    good = Listener()
+    trackers = Trackers({"bad": Failing(at=None), "good": good})
+    with pytest.warns(UserWarning, match="while finishing"):
+        trackers.finish({"a": 1})
+    assert good.summary == {"a": 1}
+    trackers.finish({"a": 2})
+    assert good.summary == {"a": 1}
+
+
+def test_ctrl_c_inside_a_tracker_still_stops_the_run() -> None:
+    class Slow(Listener):
+        def log(self, step: int, metrics: Mapping[str, float]) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Trackers({"slow": Slow()}).log(1, {})
+
+
+def test_no_names_are_fine_and_unknown_ones_are_named(tmp_path: Path) -> None:
+    trackers = make_trackers([], tmp_path, {})
+    trackers.log(1, {"x": 1.0})
+    trackers.finish({})
+    with pytest.raises(RecipeError, match="'mlflow' is no tracker; there are tensorboard, wandb, trackio"):
+        make_trackers(["mlflow"], tmp_path, {})
+
+
+@pytest.mark.parametrize("name", sorted(TRACKERS))
+def test_a_missing_package_names_its_extra(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(RecipeError) as caught:
+        make_trackers([name], tmp_path, {})
+    assert f'pip install "rehearsal[{name}]"' in str(caught.value)
+
+
+def test_a_tracker_that_does_not_start_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_login(*_: object) -> Tracker:
+        raise PermissionError("no API key")
+
+    monkeypatch.setitem(TRACKERS, "wandb", no_login)
+    with pytest.raises(RecipeError, match=r"wandb did not start .*no API key"):
+        make_trackers(["wandb"], tmp_path, {})
+
+
+class FakeRun:
+    """Stands in for the run object of Weights & Biases and of trackio."""
+
+    id = "abc123"
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+        self.summary: dict[str, Any] = {}
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.calls.append(("define_metric", (name, step_metric)))
+
+    def log(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.calls.append(("log", (metrics, step)))
+
+    def finish(self) -> None:
+        self.calls.append(("finish", None))
+
+
+class FakeModule:
+    """A package whose ``init`` remembers its arguments."""
+
+    def __init__(self) -> None:
+        self.started: list[dict[str, Any]] = []
+        self.run = FakeRun()
+
+    def init(self, **arguments: Any) -> FakeRun:
+        self.started.append(arguments)
+        return self.run
+
+
+def test_wandb_is_told_the_step_and_resumed_under_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeModule()
+    monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
+    trackers = make_trackers(["wandb"], tmp_path, {"a": {"b": 1}})
+    trackers.log(3, {"x": 1.0, "bad": math.nan})
+    trackers.finish({"success": 0.5})
+    assert ("log", ({"x": 1.0, "step": 3}, None)) in fake.run.calls
+    assert fake.run.calls[-1][0] == "finish"
+    assert fake.run.summary == {"success": 0.5}
+    assert fake.started[0]["id"] is None
+    assert fake.started[0]["name"] == tmp_path.name
+    make_trackers(["wandb"], tmp_path, {}, resume_step=3)
+    assert (fake.started[1]["id"], fake.started[1]["resume"]) == ("abc123", "allow")
+
+
+def test_trackio_is_told_the_step_and_resumed_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeModule()
+    monkeypatch.setitem(sys.modules, "trackio", fake)  # type: ignore[arg-type]
+    trackers = make_trackers(["trackio"], tmp_path, {"a": {"b": [1, 2]}})
+    trackers.log(3, {"x": 1.0, "bad": math.inf})
+    trackers.finish({"success": 0.5, "note": "text"})
+    assert fake.started[0]["config"] == {"a.b": "[1, 2]"}
+    assert fake.started[0]["resume"] == "never"
+    assert fake.run.calls == [("log", ({"x": 1.0}, 3)), ("log", ({"summary/success": 0.5}, None)), ("finish", None)]
+    make_trackers(["trackio"], tmp_path, {}, resume_step=3)
+    assert fake.started[1]["resume"] == "allow"
+
+
+def test_tensorboard_writes_event_files_and_hides_the_steps_after_a_resume(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    for resume_step, steps in ((None, (1, 2, 3)), (1, (2,))):
+        trackers = make_trackers(["tensorboard"], tmp_path, {"a": 1}, resume_step=resume_step)
+        for step in steps:
+            trackers.log(step, {"train/success": step / 10, "bad": math.nan})
+        trackers.finish({"success": 0.3})
+        assert trackers.warnings == []
+    module = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    events = module.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/success")] == [1, 2]
+    assert events.Tags()["scalars"] == ["train/success"]
+
+
+def test_wandb_itself_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    trackers = make_trackers(["wandb"], tmp_path, {"a": 1})
+    trackers.log(1, {"x": 1.0})
+    trackers.finish({"x": 1.0})
+    assert trackers.warnings == []
