@@ -33,8 +33,8 @@ class TerminalObserver:
 
     _HEADER_EVERY = 20
     _COLUMNS = (
-        ("step", 9), ("success", 8), ("reward", 8), ("dead groups", 12), ("entropy", 8), ("tokens/turn", 12),
-        ("tokens/s", 9), ("episodes/s", 11), ("time left", 10),
+        ("step", 8), ("success", 8), ("reward", 8), ("dead groups", 12), ("entropy", 8), ("tok/turn", 9),
+        ("tok/s", 8), ("episodes/s", 11), ("left", 7),
     )  # fmt: skip
 
     def __init__(self, console: Console | None = None) -> None:

@@ -8,11 +8,13 @@ own with a time limit, so a slow or hanging one holds nobody else up.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -20,13 +22,15 @@ from rehearsal.agents.agent import Agent, Limits
 from rehearsal.agents.play import check_reset, play_actions
 from rehearsal.agents.protocol import Protocol
 from rehearsal.environments.base import TextEnv
-from rehearsal.errors import EnvironmentFault, RehearsalError
+from rehearsal.errors import RecipeError, RehearsalError
 from rehearsal.generation.sampling import SamplingParams, stream_key
 from rehearsal.generation.session import Engine, Session
 from rehearsal.models.chat import ChatRenderer, Rendered
-from rehearsal.trajectory import Group, StopReason, Trajectory
+from rehearsal.trajectory import Group, StopReason, Trajectory, Turn, info_success
 
 T = TypeVar("T")
+
+_CLOSING_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -51,25 +55,51 @@ class _HungError(Exception):
     """The environment did not answer in time."""
 
 
+class _OddError(Exception):
+    """Carries what a coroutine or a future cannot: StopIteration, SystemExit and their like."""
+
+    def __init__(self, raised: BaseException) -> None:
+        super().__init__(str(raised))
+        self.raised = raised
+
+
+def _contained(function: Callable[[], T]) -> T:
+    """Call code of an environment; whatever it raises belongs to its episode, except Ctrl-C."""
+    try:
+        return function()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) and not isinstance(error, StopIteration):
+            raise
+        raise _OddError(error) from error
+
+
 class _EnvironmentThread:
     """Runs the calls of one environment in a daemon thread, which can be left behind if a call never returns."""
 
-    def __init__(self) -> None:
+    def __init__(self, env: TextEnv) -> None:
+        self._env = env
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.AbstractEventLoop, asyncio.Future[Any]] | None]
         self._calls = queue.SimpleQueue()
-        threading.Thread(target=self._serve, daemon=True, name="rehearsal-environment").start()
+        self._thread = threading.Thread(target=self._serve, daemon=True, name="rehearsal-environment")
+        self._thread.start()
 
     def _serve(self) -> None:
         while (job := self._calls.get()) is not None:
             call, loop, future = job
+            result, error = None, None
             try:
-                result, error = call(), None
-            except BaseException as caught:  # whatever an environment raises belongs to its episode
-                result, error = None, caught
+                result = _contained(call)
+            except Exception as caught:
+                error = caught
+            except KeyboardInterrupt as caught:  # the user's own Ctrl-C arrives in the main thread
+                error = _OddError(caught)
             try:
                 loop.call_soon_threadsafe(_resolve, future, result, error)
             except RuntimeError:  # the loop is closed: nobody waits any more
-                return
+                break
+        _close_quietly(self._env)
 
     async def call(self, function: Callable[[], T], timeout: float) -> T:
         loop = asyncio.get_running_loop()
@@ -83,18 +113,26 @@ class _EnvironmentThread:
             raise _HungError from error
 
     def stop(self) -> None:
+        """Close the environment once its present call, if there is one, has returned."""
         self._calls.put(None)
 
+    def join(self, timeout: float) -> None:
+        self._thread.join(timeout)
 
-def _resolve(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+
+def _close_quietly(env: TextEnv) -> None:
+    # Its episodes are over: what it has to say now changes nothing.
+    with contextlib.suppress(Exception):
+        env.close()
+
+
+def _resolve(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
     if future.done():
         return
     if error is None:
         future.set_result(result)
     else:
-        # StopIteration cannot be raised into a future.
-        future.set_exception(error if isinstance(error, Exception) and not isinstance(error, StopIteration) else
-                             EnvironmentFault(f"the environment raised {type(error).__name__}"))  # fmt: skip
+        future.set_exception(error)
 
 
 class _Place:
@@ -102,19 +140,19 @@ class _Place:
 
     def __init__(self, env: TextEnv) -> None:
         self.env = env
-        self.thread = None if env.fast else _EnvironmentThread()
+        self.thread = None if env.fast else _EnvironmentThread(env)
 
     async def call(self, function: Callable[[], T], timeout: float) -> T:
         if self.thread is None:
-            return function()
+            return _contained(function)
         return await self.thread.call(function, timeout)
 
-    def close(self, hung: bool = False) -> None:
-        """Let go of the environment; one that hangs is left to its thread."""
-        if self.thread is not None:
+    def close(self) -> None:
+        """Let go of the environment without waiting for it."""
+        if self.thread is None:
+            _close_quietly(self.env)
+        else:
             self.thread.stop()
-        if not hung:
-            self.env.close()
 
 
 def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -137,7 +175,7 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
     result, error = box[0]
     if error is not None:
         raise error
-    return result  # type: ignore[no-any-return]
+    return cast(T, result)
 
 
 class Rollout:
@@ -146,7 +184,7 @@ class Rollout:
     Args:
         make_env: makes one environment; called once for each episode that is played at the same time.
         engine: where answers are sampled.
-        renderer, protocol, limits: what the agent sees and may do.
+        renderer, protocol, limits: what the agent sees and may do (no renderer where the server renders).
         sampling: the distribution of the answers; its ``max_tokens`` and stop tokens are set here.
         seed: part of the sampling noise.
         workers: how many environments that are not fast may be stepped at the same time.
@@ -154,7 +192,7 @@ class Rollout:
     """
 
     def __init__(
-        self, make_env: Callable[[], TextEnv], engine: Engine, renderer: ChatRenderer, protocol: Protocol,
+        self, make_env: Callable[[], TextEnv], engine: Engine, renderer: ChatRenderer | None, protocol: Protocol,
         limits: Limits, *, sampling: SamplingParams | None = None, seed: int = 0, workers: int = 64,
         step_timeout: float = 60.0,
     ) -> None:  # fmt: skip
@@ -168,7 +206,7 @@ class Rollout:
         self.workers = workers
         self.step_timeout = step_timeout
         self._places: list[_Place] = []
-        self._stop_ids = tuple(renderer.stop_token_ids)
+        self._stop_ids = tuple(renderer.stop_token_ids) if renderer is not None else ()
 
     def play(
         self, tasks: Sequence[Task], group_size: int, *, step: int = 0, sampling: SamplingParams | None = None,
@@ -204,17 +242,52 @@ class Rollout:
 
         return list(await asyncio.gather(*(one(task) for task in tasks)))
 
+    def check_opening(self) -> None:
+        """See whether rules and first observation leave room for an answer, on one training task.
+
+        An environment that fails here is not judged: the run counts its failed episodes.
+
+        Raises:
+            RecipeError: if they do not.
+        """
+        roomy = replace(self.limits, max_context=1 << 30)
+        episode = run_coroutine(self._open(Task(0), 0, 0, asyncio.Semaphore(1), roomy))
+        episode.place.close()
+        needed = 0 if episode.prompt is None else len(episode.prompt)
+        if needed >= self.limits.max_context:
+            raise RecipeError(
+                f"The rules and the first observation of {episode.trajectory.environment} take {needed} tokens, which "
+                f"leaves no room for an answer in agent.max_context ({self.limits.max_context} tokens); raise it to "
+                f"{needed + self.limits.max_tokens_per_turn} or more."
+            )
+
     def close(self) -> None:
-        """Close the environments."""
-        while self._places:
-            self._places.pop().close()
+        """Close the environments; one that takes longer than a few seconds is left behind."""
+        places, self._places = self._places, []
+        for place in places:
+            place.close()
+        patience = time.monotonic() + _CLOSING_SECONDS
+        for place in places:
+            if place.thread is not None:
+                place.thread.join(max(0.0, patience - time.monotonic()))
 
     async def _group(
         self, task: Task, size: int, step: int, sampling: SamplingParams, stepping: asyncio.Semaphore,
         on_episode: Callable[[Trajectory], None] | None,
     ) -> Group:  # fmt: skip
         openings = await asyncio.gather(*(self._open(task, sample, step, stepping) for sample in range(size)))
-        # What the members of a group have in common is computed once: each is a fork of a session with the opening.
+        sessions = self._sessions(openings, task, step)
+        trajectories = await asyncio.gather(
+            *(
+                self._episode(episode, session, sampling, stepping, on_episode)
+                for episode, session in zip(openings, sessions, strict=True)
+            )
+        )
+        return Group(list(trajectories))
+
+    def _sessions(self, openings: Sequence[Episode], task: Task, step: int) -> list[Any]:
+        """A session for each episode that has begun. What the members of a group have in common is computed once: each
+        is a fork of a session with the opening."""
         roots: dict[bytes, Session] = {}
         sessions: list[Session | None] = []
         for episode in openings:
@@ -225,49 +298,64 @@ class Rollout:
             if content not in roots:
                 roots[content] = self.engine.session(stream_key(self.seed, "group", task.split, task.seed, step))
                 roots[content].extend(episode.prompt.token_ids)
-            key = stream_key(self.seed, "episode", task.split, task.seed, episode.trajectory.sample, step)
-            sessions.append(roots[content].fork(key))
+            sessions.append(roots[content].fork(self._key(task, episode.trajectory.sample, step)))
         for root in roots.values():
             root.close()
-        trajectories = await asyncio.gather(
-            *(
-                self._episode(episode, session, sampling, stepping, on_episode)
-                for episode, session in zip(openings, sessions, strict=True)
-            )
-        )
-        return Group(list(trajectories))
+        return sessions
 
-    async def _open(self, task: Task, sample: int, step: int, stepping: asyncio.Semaphore) -> _Episode:
+    def _key(self, task: Task, sample: int, step: int) -> int:
+        return stream_key(self.seed, "episode", task.split, task.seed, sample, step)
+
+    def _new_agent(self) -> Agent:
+        assert self.renderer is not None
+        return Agent(self.renderer, self.protocol, self.limits)
+
+    async def _answer(self, agent: Agent, session: Any, sampling: SamplingParams) -> Turn:
+        """Sample the agent's next answer, and have it read."""
+        sample = await session.sample(
+            SamplingParams(sampling.temperature, sampling.top_k, sampling.top_p, agent.tokens_left, self._stop_ids)
+        )
+        return agent.read(sample.token_ids, sample.logprobs, sample.stop)
+
+    def _show(self, session: Any, prompt: Rendered) -> None:
+        """Put what the agent is shown into its session."""
+        session.extend(prompt.token_ids)
+
+    async def _open(
+        self, task: Task, sample: int, step: int, stepping: asyncio.Semaphore, limits: Limits | None = None
+    ) -> Episode:  # fmt: skip
         place = self._places.pop() if self._places else _Place(self.make_env())
         env = place.env
         trajectory = Trajectory(env.name, task.seed, task.split, sample=sample, policy_step=step)
-        episode = _Episode(trajectory, Agent(self.renderer, self.protocol, self.limits), place)
+        agent = self._new_agent()
+        agent.limits = limits or agent.limits
+        episode = Episode(trajectory, agent, place)
 
-        def reset() -> Any:
-            return env.reset(seed=task.seed, options={"split": task.split})
+        def reset() -> tuple[dict[str, Any], Rendered | None]:
+            # The members of a group share their task and not their luck: with the same slips and payouts for all, a
+            # group would learn that the lucky action of this one seed is the better one.
+            returned = env.reset(seed=task.seed, options={"split": task.split, "chance": sample})
+            observation, info = check_reset(env, returned)
+            # Rules and legal actions are the environment's own code too, which may be slow or hang.
+            return info, agent.opening(env.instructions, observation, str(info.get("state", "")), env)
 
         try:
-            observation, info = check_reset(env, await self._call(place, reset, stepping))
+            info, episode.prompt = await self._call(place, reset, stepping)
             trajectory.task = str(info.get("task", ""))
-            episode.prompt = episode.agent.opening(env.instructions, observation, str(info.get("state", "")), env)
+            # Holds until an action is executed; an agent that never acts has not succeeded.
+            trajectory.success = info_success(info)
         except Exception as error:
             self._failed(episode, error, "reset")
         return episode
 
     async def _episode(
-        self, episode: _Episode, session: Session | None, sampling: SamplingParams, stepping: asyncio.Semaphore,
+        self, episode: Episode, session: Any, sampling: SamplingParams, stepping: asyncio.Semaphore,
         on_episode: Callable[[Trajectory], None] | None,
     ) -> Trajectory:  # fmt: skip
         agent, place, trajectory = episode.agent, episode.place, episode.trajectory
         try:
             while episode.prompt is not None:
-                assert session is not None
-                sample = await session.sample(
-                    SamplingParams(
-                        sampling.temperature, sampling.top_k, sampling.top_p, agent.tokens_left, self._stop_ids
-                    )
-                )
-                turn = agent.read(sample.token_ids, sample.logprobs, sample.stop)
+                turn = await self._answer(agent, session, sampling)
 
                 def act(turn: Any = turn) -> Any:
                     return play_actions(place.env, turn, agent.protocol, agent.actions_left)
@@ -279,7 +367,7 @@ class Rollout:
                     break
                 episode.prompt = agent.next_turn(result)
                 if episode.prompt is not None:
-                    session.extend(episode.prompt.token_ids)
+                    self._show(session, episode.prompt)
         finally:
             if session is not None:
                 session.close()
@@ -288,11 +376,13 @@ class Rollout:
         if len(agent.transcript):
             trajectory.segments = [agent.transcript.segment()]
         trajectory.turns = agent.turns
-        trajectory.success = agent.success
+        if agent.success is not None:
+            trajectory.success = agent.success
         trajectory.final_observation = agent.final_observation
         trajectory.counters |= {name: float(count) for name, count in agent.counters.items()}
-        if episode.hung:
-            place.close(hung=True)
+        if trajectory.failed:
+            # Nobody knows what state it is in: the next episode gets a new one.
+            place.close()
         else:
             self._places.append(place)
         if on_episode is not None:
@@ -301,14 +391,15 @@ class Rollout:
 
     async def _call(self, place: _Place, function: Callable[[], T], stepping: asyncio.Semaphore) -> T:
         if place.thread is None:
-            return function()
+            return await place.call(function, self.step_timeout)
         async with stepping:
             return await place.call(function, self.step_timeout)
 
-    def _failed(self, episode: _Episode, error: Exception, where: str) -> None:
+    def _failed(self, episode: Episode, error: BaseException, where: str) -> None:
+        if isinstance(error, _OddError):
+            error = error.raised
         name = type(episode.place.env).__name__
         if isinstance(error, _HungError):
-            episode.hung = True
             episode.trajectory.stop_reason = StopReason.TIMEOUT
             episode.trajectory.error = f"{name}.{where} took longer than {self.step_timeout:g} s."
             return
@@ -321,12 +412,20 @@ class Rollout:
 
 
 @dataclass
-class _Episode:
+class Episode:
+    """An episode that has begun.
+
+    Attributes:
+        trajectory: what it leaves.
+        agent: who plays it.
+        place: where its environment lives.
+        prompt: the tokens before the next answer; None once it is over, or if it never began.
+    """
+
     trajectory: Trajectory
     agent: Agent
     place: _Place
     prompt: Rendered | None = None
-    hung: bool = False
 
 
 def rollout_metrics(groups: Sequence[Group], prefix: str = "train") -> dict[str, float]:
@@ -348,7 +447,7 @@ def rollout_metrics(groups: Sequence[Group], prefix: str = "train") -> dict[str,
         metrics[f"{prefix}/reward"] = float(np.mean([trajectory.reward for trajectory in scored]))
         metrics[f"{prefix}/reward_std"] = float(np.std([trajectory.reward for trajectory in scored]))
         known = [trajectory.success for trajectory in scored if trajectory.success is not None]
-        # An episode in which no action was ever executed has not succeeded, whatever the environment would have said.
+        # Where the environment tells success at all, an episode for which it told none has not succeeded.
         if known:
             metrics[f"{prefix}/success"] = sum(bool(value) for value in known) / len(scored)
     for reason in StopReason:

@@ -93,9 +93,7 @@ class StepTotals:
             n_sequences: S, sequences in the step, those without a selected token included.
         """
         tokens_S = torch.bincount(sequence_N[mask_N], minlength=n_sequences)
-        return cls(
-            n_tokens=int(tokens_S.sum()), n_sequences=int((tokens_S > 0).sum()), tokens_per_sequence=tokens_S
-        )
+        return cls(n_tokens=int(tokens_S.sum()), n_sequences=int((tokens_S > 0).sum()), tokens_per_sequence=tokens_S)
 
     def select(self, sequences: Tensor) -> StepTotals:
         """The same step's totals for a micro-batch that holds the sequences ``sequences`` (int64) of the step.

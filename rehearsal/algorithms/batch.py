@@ -115,20 +115,26 @@ class TokenBatch:
     def select(self, index_N: Tensor) -> TokenBatch:
         """A micro-batch: the tokens ``index_N`` (int64), which must be whole sequences, renumbered from 0 on.
 
+        A sequence without target tokens cannot be named by its tokens, so it has no number in the result: where a
+        step may hold one, use :meth:`select_sequences`.
+
         Raises:
             ValueError: when a sequence is cut or taken apart. A mean over a sequence (and the ratio of a sequence)
                 would silently become one over a piece of it.
         """
-        chosen_N = self.sequence_N[index_N]
-        numbers, local_N, lengths = torch.unique_consecutive(chosen_N, return_inverse=True, return_counts=True)
-        all_lengths_S = torch.bincount(self.sequence_N, minlength=self.n_sequences)
-        steps_N = index_N.diff()
-        in_order = bool((steps_N[chosen_N.diff() == 0] == 1).all())
-        if not in_order or not torch.equal(lengths, all_lengths_S[numbers]):
+        numbers = torch.unique_consecutive(self.sequence_N[index_N])
+        if not torch.equal(self.token_index(numbers), index_N):
             raise ValueError("a micro-batch must hold whole sequences, their tokens in order")
+        return self.select_sequences(numbers)
+
+    def select_sequences(self, sequences: Sequence[int] | Tensor) -> TokenBatch:
+        """A micro-batch of these sequences: the one at position i becomes sequence i, also if it has no token."""
+        numbers = torch.as_tensor(sequences, dtype=torch.int64, device=self.sequence_N.device)
+        index_N = self.token_index(numbers)
+        lengths_S = torch.bincount(self.sequence_N, minlength=self.n_sequences)[numbers]
         assert self.step_sequences_S is not None  # set in __post_init__
         changes = {name: array_N[index_N] for name, array_N in self._token_arrays().items()}
-        changes["sequence_N"] = local_N
+        changes["sequence_N"] = torch.repeat_interleave(torch.arange(len(numbers), device=numbers.device), lengths_S)
         changes["step_sequences_S"] = self.step_sequences_S[numbers]
         return replace(self, n_sequences=len(numbers), **changes)
 

@@ -89,9 +89,7 @@ class PolicyLoss:
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise RecipeError(f"dual_clip must be larger than 1, or left out, and is {self.dual_clip}")
         if self.importance not in IMPORTANCES:
-            raise RecipeError(
-                f"there is no importance {self.importance!r}: choose one of {', '.join(IMPORTANCES)}"
-            )
+            raise RecipeError(f"there is no importance {self.importance!r}: choose one of {', '.join(IMPORTANCES)}")
 
     def mask(self, batch: TokenBatch) -> Tensor:
         """The batch's policy mask."""
@@ -238,9 +236,7 @@ class KLLoss:
 
     def __post_init__(self) -> None:
         if self.estimator not in KL_ESTIMATORS:
-            raise RecipeError(
-                f"there is no KL estimator {self.estimator!r}: choose one of {', '.join(KL_ESTIMATORS)}"
-            )
+            raise RecipeError(f"there is no KL estimator {self.estimator!r}: choose one of {', '.join(KL_ESTIMATORS)}")
 
     def mask(self, batch: TokenBatch) -> Tensor:
         """The batch's policy mask."""

@@ -71,7 +71,10 @@ class TextEnv(gym.Env[str, str]):
 
         Args:
             seed: fixes the task and everything random that follows in this episode.
-            options: ``{"split": ...}`` with one of :data:`SPLITS`; "train" if left out.
+            options: ``{"split": ...}`` with one of :data:`SPLITS`; "train" if left out. ``{"chance": k}`` with a whole
+                number asks for the same task with other luck: what is random after the first observation then depends
+                on seed and k. Episodes of a group that all had the luck of one draw would make that draw look like
+                skill. An environment may ignore options that it does not know.
         """
         super().reset(seed=seed)
         return "", {}

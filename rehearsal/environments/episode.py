@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 
 from rehearsal.environments.base import VIEWS, TextEnv
 from rehearsal.environments.splits import split_option, task_key
@@ -65,16 +66,20 @@ class EpisodeEnv(TextEnv):
         """A key of the present state that does not depend on how it is shown."""
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-        """Start an episode of ``options["split"]``; see :meth:`TextEnv.reset`.
+        """Start an episode of ``options["split"]``, with the luck of ``options["chance"]``; see :meth:`TextEnv.reset`.
 
         Raises:
-            RecipeError: for a split that does not exist.
+            RecipeError: for a split that does not exist, or a chance that is not a whole number from 0 on.
             EnvironmentFault: when the parameters allow no task in this split.
         """
         self._started = False
         split = split_option(options)
         super().reset(seed=seed)
         self._task = task_key(self._draw(split))
+        chance = (options or {}).get("chance")
+        if chance is not None:
+            entropy = [int(self.np_random.integers(2**32)), whole_number("chance", chance, 0, 2**32)]
+            self.np_random = np.random.default_rng(entropy)
         self._split = split
         self._steps = 0
         self._started = True

@@ -177,12 +177,13 @@ class FrozenLake(SpatialEnv):
                 self._inner = FrozenLakeEnv(desc=lake.rows, is_slippery=True, success_rate=1.0 - self.slip)
             else:
                 self._inner = FrozenLakeEnv(desc=lake.rows, is_slippery=False)
-        self._inner.np_random = self.np_random  # one stream fixes the lake and the slips after it
+        self._inner.np_random = self.np_random
         self._inner.reset()
         return lake.content
 
     def _act(self, action: str) -> tuple[float, bool, bool, bool]:
         before = self._player
+        self._inner.np_random = self.np_random  # slips come from the episode's own stream
         _, reward, terminated, _, _ = self._inner.step(ACTIONS.index(action))
         return float(reward), bool(terminated), self._player == self._level.goal, self._player != before
 

@@ -116,10 +116,10 @@ class CachePlan:
             self._decode_positions = torch.from_numpy(rows.astype(np.int64)).to(device)
         self._prefill = self._chunks(prefill)
 
-    def _chunks(self, prefill: list[tuple[int, int, int]]) -> list[tuple[Tensor, Tensor, Tensor, Tensor, int]]:
+    def _chunks(self, prefill: list[tuple[int, int, int]]) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]]:
         starts = self._n_decode + np.cumsum([0, *(count for _, _, count in prefill)])
         order = sorted(range(len(prefill)), key=lambda i: (prefill[i][2], prefill[i][1]))
-        chunks = []
+        chunks: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]] = []
         for begin in range(0, len(order), self._ROWS_PER_PREFILL):
             part = order[begin : begin + self._ROWS_PER_PREFILL]
             q = max(prefill[i][2] for i in part)
@@ -134,7 +134,8 @@ class CachePlan:
                 targets.append(np.arange(starts[i], starts[i] + count))
             slots = np.array([prefill[i][0] for i in part], dtype=np.int64)
             arrays = (query_index.reshape(-1), query_positions, np.concatenate(rows), np.concatenate(targets), slots)
-            chunks.append((*(torch.from_numpy(array).to(self._device) for array in arrays), k))
+            a, b, c, d, e = (torch.from_numpy(array).to(self._device) for array in arrays)
+            chunks.append((a, b, c, d, e, k))
         return chunks
 
     def attend(

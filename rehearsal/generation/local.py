@@ -13,7 +13,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -223,10 +223,12 @@ class LocalEngine:
     def _activate(self, session: LocalSession) -> None:
         assert session.params is not None
         slot = session.slot
-        if session.params not in self._params:
-            self._params.append(session.params)
-            self._stops.append(np.array(session.params.stop_token_ids, dtype=np.int64))
-        self._params_index[slot] = self._params.index(session.params)
+        # Rows that differ in nothing but their budget of tokens are drawn together.
+        distribution = replace(session.params, max_tokens=1)
+        if distribution not in self._params:
+            self._params.append(distribution)
+            self._stops.append(np.array(distribution.stop_token_ids, dtype=np.int64))
+        self._params_index[slot] = self._params.index(distribution)
         self._length[slot] = session.length
         self._computed[slot] = session.computed
         self._limit[slot] = min(session.length + session.params.max_tokens, self.max_context)
@@ -447,7 +449,8 @@ class LocalEngine:
 
     def _finish(self, slot: int, ended: bool) -> None:
         session = self._sessions[slot]
-        assert session is not None and session.future is not None
+        assert session is not None
+        assert session.future is not None
         begin, end = session.length, int(self._length[slot])
         stop = SampleStop.END if ended else SampleStop.CONTEXT if end == self.max_context else SampleStop.LENGTH
         session.token_ids[begin:end] = self._new_ids[slot, begin:end]

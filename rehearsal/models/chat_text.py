@@ -217,6 +217,6 @@ def kinds_of_tokens(encoding: Any, runs: Sequence[Run]) -> np.ndarray:
         covered = max(covered, stop)
         while run < last_run and bounds[run] <= start:
             run += 1
-        inside = run >= 0 and stop <= bounds[run] and (run == 0 or start >= bounds[run - 1])
+        inside = run <= last_run and stop <= bounds[run] and (run == 0 or start >= bounds[run - 1])
         kinds.append(owners[run] if inside else template)
     return np.array(kinds, dtype=np.int8)

@@ -118,10 +118,10 @@ def load_policy(
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    model.to(where)
+    torch.nn.Module.to(model, where)
     model.eval()
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _compute_activations_again(model)
     stops = model.generation_config.eos_token_id if model.generation_config is not None else None
     stop_ids = [stops] if isinstance(stops, int) else list(stops or [])
     renderer = ChatRenderer(
@@ -130,6 +130,14 @@ def load_policy(
     )  # fmt: skip
     verify_packing(model)
     return Policy(model, tokenizer, renderer, "base" if str(path) == "base" else source)
+
+
+def _compute_activations_again(model: Any) -> None:
+    how = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.20 or so on
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
 
 
 def save_policy(model: Any, tokenizer: Any, folder: str | Path) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ def _packed_attention(
         raise ModelError("Attention dropout would make sampled and trained probabilities differ; set it to 0.")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     out_THD = packing.attend(
-        int(module.layer_idx), query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
+        cast(int, module.layer_idx), query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1),
         scale, sliding_window, softcap,
     )  # fmt: skip
     return out_THD.unsqueeze(0), None

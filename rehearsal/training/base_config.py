@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rehearsal.agents.players import SkillMix
+from rehearsal.environments.registry import check_names
 from rehearsal.errors import RecipeError
 from rehearsal.training.base_tokenizer import MIN_VOCABULARY
 
@@ -45,11 +46,12 @@ SCENES = (
     Scene("sokoban", {"size": 5}, 5.0),
     Scene("sokoban", {"size": 7}, 4.0),
     Scene("sokoban", {"view": "coordinates"}, 3.0),
-    Scene("bandit", {}, 4.0),
-    Scene("bandit", {"reversed": True}, 4.0),
+    Scene("bandit", {}, 3.0),
+    Scene("bandit", {"reversed": True}, 3.0),
+    Scene("rehearsal.training.base_scenes:MadeUpBandit", {}, 8.0),
     Scene("countdown", {}, 18.0),
 )
-"""The four built-in environments: mostly as they are by default, with other sizes, slips and views beside it."""
+"""The four built-in environments: mostly as they are by default, with other sizes, slips, views and names beside it."""
 
 
 @dataclass(frozen=True)
@@ -133,3 +135,33 @@ class BaseConfig:
     def steps(self) -> int:
         """Optimiser steps."""
         return self.tokens // self.tokens_per_step
+
+    def to_options(self) -> dict[str, Any]:
+        """What differs from the defaults, as :meth:`from_options` takes it; scenes have no option."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("mix", "scenes")}
+        players = {f"mix.{f.name}": getattr(self.mix, f.name) for f in fields(self.mix)}
+        defaults = {f.name: f.default for f in fields(self)} | {f"mix.{f.name}": f.default for f in fields(self.mix)}
+        return {name: value for name, value in (own | players).items() if value != defaults[name]}
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> BaseConfig:
+        """A configuration from options by name, ``{"tokens": 1_000_000, "mix.oracle": 0.1}``; the rest as usual.
+
+        Raises:
+            RecipeError: for a name that does not exist or a value of the wrong type.
+        """
+        own: dict[str, Any] = {}
+        mix: dict[str, Any] = {}
+        plain = {f.name: f.default for f in fields(cls) if f.name not in ("mix", "scenes")}
+        players = {f"mix.{f.name}": f.default for f in fields(SkillMix)}
+        check_names("option", options, [*plain, *players])
+        for name, value in options.items():
+            default = (plain | players)[name]
+            if isinstance(value, bool) or not isinstance(value, int if isinstance(default, int) else int | float):
+                kind = "whole number" if isinstance(default, int) else "number"
+                raise RecipeError(f"The option {name} must be a {kind}, not {value!r}.")
+            if name in players:
+                mix[name.removeprefix("mix.")] = value
+            else:
+                own[name] = value
+        return cls(**own, mix=SkillMix(**mix))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import queue
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +18,9 @@ from rehearsal.environments import make
 from rehearsal.environments.base import SPLITS, TextEnv
 from rehearsal.errors import CheckpointError, RehearsalError
 from rehearsal.models.chat import ChatRenderer
-from rehearsal.trajectory import Segment, StopReason, Trajectory
 from rehearsal.training.base_config import BaseConfig
 from rehearsal.training.base_tokenizer import MIN_VOCABULARY, train_tokenizer
+from rehearsal.trajectory import Segment, StopReason, Trajectory
 
 CHUNK_EPISODES = 128
 """Episodes that the background process hands over at once."""
@@ -105,7 +105,7 @@ def make_tokenizer(config: BaseConfig) -> Any:
     return train_tokenizer([*texts, *[signs] * 1000], config.vocabulary)
 
 
-def stream_transcripts(config: BaseConfig, tokenizer: Any, background: bool) -> Iterator[Transcript]:
+def stream_transcripts(config: BaseConfig, tokenizer: Any, background: bool) -> Generator[Transcript]:
     """The transcripts of the training split, from the first on, without end.
 
     Args:

@@ -8,6 +8,7 @@ into packs therefore changes nothing.
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -26,12 +27,15 @@ from rehearsal.algorithms.presets import Algorithm
 from rehearsal.algorithms.shaping import was_cut_off
 from rehearsal.errors import TrainingDiverged
 from rehearsal.models.head import token_logprobs
-from rehearsal.models.packed import causal_lm, packed_attention, packed_hidden
+from rehearsal.models.packed import causal_lm, packed_hidden
 from rehearsal.trajectory import Group, Segment, rewards_matrix
 from rehearsal.training.critic import Critic
-from rehearsal.training.optimiser import clipped_update, make_optimiser, scheduled_share
+from rehearsal.training.optimiser import Update, clipped_updates, forget_gradients, make_optimiser, scheduled_share
 from rehearsal.training.packing import Pack, PackItem, make_packs
+from rehearsal.training.parallel import accumulate_gradients, map_packs, pack_workers
 from rehearsal.training.recipe import TrainingOptions
+
+_AFTER_DIVERGENCE = "Lower training.learning_rate, or resume from the last checkpoint."
 
 
 @dataclass
@@ -72,6 +76,25 @@ def _collect(groups: Sequence[Group]) -> _Sequences:
     return collected
 
 
+@dataclass
+class _PackFigures:
+    """What one pack has to tell: sums over tokens with their counts, and totals that are sums already."""
+
+    numbers: Tensor
+    finite: bool = True
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    totals: set[str] = field(default_factory=set)
+
+    def add(self, name: str, values_N: Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + float(values_N.sum())
+        self.counts[name] = self.counts.get(name, 0.0) + len(values_N)
+
+    def add_total(self, name: str, value: float) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + value
+        self.totals.add(name)
+
+
 class Learner:
     """Updates ``model`` in place.
 
@@ -95,6 +118,7 @@ class Learner:
         self.optimiser = make_optimiser(model.parameters(), options)
         self.updates = 0
         self._seed = seed
+        self._workers = pack_workers(causal_lm(model))
         self._needs_entropy = any(objective.needs_entropy for objective in algorithm.objectives)
         self.reference = reference
         if reference is None and any(objective.needs_reference for objective in algorithm.objectives):
@@ -102,7 +126,7 @@ class Learner:
         self.critic: Critic | None = None
         self.critic_optimiser: torch.optim.AdamW | None = None
         if algorithm.needs_critic:
-            self.critic = Critic(model)
+            self.critic = Critic(model).train()
             critic_options = options.model_copy(update={"learning_rate": options.critic_learning_rate})
             self.critic_optimiser = make_optimiser(self.critic.parameters(), critic_options)
 
@@ -127,7 +151,7 @@ class Learner:
         metrics: dict[str, float] = {"policy/learning_rate": self._learning_rate(step), "policy/updates": 0.0}
         if len(sequences) == 0 or sum(len(targets) for targets in sequences.targets) == 0:
             return metrics
-        batch = self._batch(groups, sequences, keep_P)
+        batch = self._batch(groups, sequences, keep_P, step)
         batch.check()
         sums: dict[str, float] = defaultdict(float)
         counts: dict[str, float] = defaultdict(float)
@@ -136,8 +160,8 @@ class Learner:
         rng = np.random.default_rng([self._seed, step])
         for _ in range(self.options.epochs):
             for part in self._minibatches(len(sequences), rng):
-                norms, used, shared = self._update(sequences, batch, part, step, sums, counts)
-                grad_norms += norms
+                norm, used, shared = self._update(sequences, batch, part, step, sums, counts)
+                grad_norms.append(norm)
                 n_tokens += used
                 saved += shared
                 metrics["policy/updates"] += 1
@@ -164,10 +188,8 @@ class Learner:
     def _update(
         self, sequences: _Sequences, batch: TokenBatch, part: np.ndarray, step: int, sums: dict[str, float],
         counts: dict[str, float],
-    ) -> tuple[list[float], int, int]:  # fmt: skip
-        whole = len(part) == batch.n_sequences
-        index_N = batch.token_index(torch.from_numpy(part))
-        mini = batch if whole else batch.select(index_N)
+    ) -> tuple[float, int, int]:  # fmt: skip
+        mini = batch if len(part) == batch.n_sequences else batch.select_sequences(torch.from_numpy(part))
         totals: dict[str, StepTotals] = {}
         for objective in self.algorithm.objectives:
             totals[objective.name] = StepTotals.count(objective.mask(mini), mini.sequence_N, mini.n_sequences)
@@ -178,35 +200,48 @@ class Learner:
             [mini_items[i] for i in wanted], self.options.pack_tokens, share_prefixes=self.options.share_prefixes,
             device=self.device,
         )  # fmt: skip
+        updates = self._updates(step)
         self.model.train()
-        for number, pack in enumerate(packs):
+
+        def loss_of(pack: Pack) -> tuple[Tensor | None, _PackFigures]:
             numbers = torch.as_tensor([int(wanted[i]) for i in pack.items])
-            micro = mini.select(mini.token_index(numbers)).to(self.device)
+            micro = mini.select_sequences(numbers).to(self.device)
             output = self._forward(pack)
-            loss: Tensor | float = 0.0
+            figures = _PackFigures(numbers)
+            loss: Tensor | None = None
             for objective in self.algorithm.objectives:
-                totals_here = totals[objective.name].select(numbers)
-                loss = loss + self._term(objective, micro, output, totals_here, sums, counts)
-            if not isinstance(loss, Tensor) or not loss.requires_grad:
-                continue
-            if not bool(torch.isfinite(loss)):
-                self._forget()
-                where = sorted({(sequences.group[part[int(n)]], sequences.sample[part[int(n)]]) for n in numbers})
+                term = self._term(objective, micro, output, totals[objective.name].select(numbers), figures)
+                loss = term if loss is None else loss + term
+            figures.finite = loss is None or bool(torch.isfinite(loss.detach()))
+            return loss, figures
+
+        models = [self.model] if self.critic is None else [self.model, self.critic]
+        parameters = [p for update in updates for group in update.optimiser.param_groups for p in group["params"]]
+        results = accumulate_gradients(models, parameters, loss_of, packs, self._workers)
+        for number, figures in enumerate(results):
+            if not figures.finite:
+                results.close()
+                forget_gradients(updates)
+                numbers = part[figures.numbers.numpy()]
+                where = sorted({(sequences.group[n], sequences.sample[n]) for n in numbers})
                 raise TrainingDiverged(
                     f"The loss of step {step + 1} is not finite in pack {number + 1} of {len(packs)}, which holds the "
-                    f"episodes (group, sample) {_shortened(where)}; the update was not taken."
+                    f"episodes (group, sample) {_shortened(where)}; the update was not taken. {_AFTER_DIVERGENCE}"
                 )
-            loss.backward()
-        norms = []
-        rate = self._learning_rate(step)
-        where_text = f"step {step + 1}"
-        norm, _ = clipped_update(self.optimiser, self.options.max_grad_norm, rate, where_text)
-        norms.append(norm)
-        if self.critic_optimiser is not None:
-            critic_rate = self.options.critic_learning_rate * scheduled_share(step, self.options)
-            clipped_update(self.critic_optimiser, self.options.max_grad_norm, critic_rate, where_text + " (critic)")
+            for name, value in figures.sums.items():
+                sums[name] += value
+                counts[name] = 1.0 if name in figures.totals else counts[name] + figures.counts[name]
+        norm = clipped_updates(updates, self.options.max_grad_norm, f"step {step + 1}")[0]
         self.updates += 1
-        return norms, sum(pack.n_tokens for pack in packs), sum(pack.saved_tokens for pack in packs)
+        return norm, sum(pack.n_tokens for pack in packs), sum(pack.saved_tokens for pack in packs)
+
+    def _updates(self, step: int) -> list[Update]:
+        """The optimisers that take a step, the policy's first."""
+        updates = [Update("policy", self.optimiser, self._learning_rate(step))]
+        if self.critic_optimiser is not None:
+            rate = self.options.critic_learning_rate * scheduled_share(step, self.options)
+            updates.append(Update("critic", self.critic_optimiser, rate))
+        return updates
 
     def _wanted(self, mini: TokenBatch) -> np.ndarray:
         """Sequences that can have a gradient at all.
@@ -223,43 +258,27 @@ class Learner:
         return everything[alive_S.numpy()]
 
     def _term(
-        self, objective: Objective, micro: TokenBatch, output: PolicyOutput, totals: StepTotals,
-        sums: dict[str, float], counts: dict[str, float],
-    ) -> Tensor:  # fmt: skip
+        self, objective: Objective, micro: TokenBatch, output: PolicyOutput, totals: StepTotals, figures: _PackFigures
+    ) -> Tensor:
         result = objective(micro, output)
         weights_N = token_weights(objective.aggregation, result.mask_N, micro.sequence_N, totals)
         loss = objective.coefficient * (result.loss_N * weights_N).sum()
-        sums[f"policy/loss/{objective.name}"] += float(loss.detach())
-        counts[f"policy/loss/{objective.name}"] = 1.0
-        n = float(result.mask_N.sum())
+        figures.add_total(f"policy/loss/{objective.name}", float(loss.detach()))
         for name, values_N in result.metrics_N.items():
-            sums[f"policy/{name}"] += float(values_N[result.mask_N].sum())
-            counts[f"policy/{name}"] += n
+            figures.add(f"policy/{name}", values_N[result.mask_N])
         if isinstance(objective, PolicyLoss | CISPOLoss):
-            self._sampling_figures(micro, output, sums, counts)
+            self._sampling_figures(micro, output, figures)
         return loss
 
-    def _sampling_figures(
-        self, micro: TokenBatch, output: PolicyOutput, sums: dict[str, float], counts: dict[str, float]
-    ) -> None:
+    def _sampling_figures(self, micro: TokenBatch, output: PolicyOutput, figures: _PackFigures) -> None:
         """How far the learner's policy is from the one that sampled: k3 estimate of the KL, and the entropy."""
         mask_N = micro.policy_mask_N
-        with torch.no_grad():
-            difference = (output.logprobs_N - micro.rollout_logprobs_N)[mask_N]
-            sums["policy/kl_sampling"] += float((torch.expm1(difference) - difference).sum())
-            sums["policy/mismatch"] += float(difference.abs().sum())
-            n = float(mask_N.sum())
-            counts["policy/kl_sampling"] += n
-            counts["policy/mismatch"] += n
-            # Without an entropy objective the entropy is estimated from what was sampled: E[-log p].
-            entropy_N = -micro.rollout_logprobs_N if output.entropy_N is None else output.entropy_N.detach()
-            sums["policy/entropy"] += float(entropy_N[mask_N].sum())
-            counts["policy/entropy"] += n
-
-    def _forget(self) -> None:
-        self.optimiser.zero_grad(set_to_none=True)
-        if self.critic_optimiser is not None:
-            self.critic_optimiser.zero_grad(set_to_none=True)
+        difference = (output.logprobs_N.detach() - micro.rollout_logprobs_N)[mask_N]
+        figures.add("policy/kl_sampling", torch.expm1(difference) - difference)
+        figures.add("policy/mismatch", difference.abs())
+        # Without an entropy objective the entropy is estimated from what was sampled: E[-log p].
+        entropy_N = -micro.rollout_logprobs_N if output.entropy_N is None else output.entropy_N.detach()
+        figures.add("policy/entropy", entropy_N[mask_N])
 
     # What the models say
 
@@ -276,7 +295,7 @@ class Learner:
         return PolicyOutput(logprobs_N, entropy_N, self._values(pack) if self.critic is not None else None)
 
     def _policy(self, model: Any, pack: Pack, entropy: bool) -> tuple[Tensor, Tensor | None]:
-        with self._precision(), packed_attention(model):
+        with self._precision():
             hidden_TD = packed_hidden(model, pack.token_ids_T, pack.positions_T, pack.plan)
             hidden_ND = hidden_TD.index_select(0, pack.sources_N)
             return token_logprobs(
@@ -285,7 +304,7 @@ class Learner:
 
     def _values(self, pack: Pack) -> Tensor:
         assert self.critic is not None
-        with self._precision(), packed_attention(self.critic):
+        with self._precision():
             hidden_TD = packed_hidden(self.critic, pack.token_ids_T, pack.positions_T, pack.plan)
         return self.critic.values(hidden_TD.index_select(0, pack.sources_N))
 
@@ -302,16 +321,21 @@ class Learner:
         packs = make_packs(
             sequences.items(), self.options.pack_tokens, share_prefixes=self.options.share_prefixes, device=self.device
         )
-        parts: list[np.ndarray] = []
-        with torch.no_grad():
-            for pack in packs:
-                flat = self._values(pack) if values else self._policy(model or self.model, pack, False)[0]
-                parts.append(flat.float().cpu().numpy())
-        flat_N = np.concatenate(parts) if parts else np.empty(0, np.float32)
-        ends = np.cumsum([len(targets) for targets in sequences.targets])
-        return np.split(flat_N, ends[:-1])
+        asked = self.critic if values else self.model if model is None else model
 
-    def _batch(self, groups: Sequence[Group], sequences: _Sequences, keep_P: np.ndarray | None) -> TokenBatch:
+        def figures_of(pack: Pack) -> np.ndarray:
+            flat_N = self._values(pack) if values else self._policy(asked, pack, False)[0]
+            return flat_N.float().cpu().numpy()
+
+        with torch.no_grad():
+            parts = list(map_packs([asked], figures_of, packs, self._workers))
+        flat_N = np.concatenate(parts) if parts else np.empty(0, np.float32)
+        ends = np.cumsum([len(targets) for targets in sequences.targets], dtype=np.int64)
+        return np.split(flat_N, ends)[:-1]
+
+    def _batch(
+        self, groups: Sequence[Group], sequences: _Sequences, keep_P: np.ndarray | None, step: int
+    ) -> TokenBatch:  # fmt: skip
         segments, targets = sequences.segments, sequences.targets
         lengths = [len(wanted) for wanted in targets]
         sequence_N = np.repeat(np.arange(len(sequences)), lengths)
@@ -326,6 +350,7 @@ class Learner:
         if self.algorithm.mask_truncated:
             keep_S &= ~np.asarray(sequences.cut_off, dtype=bool)
         values_N = np.concatenate(self._each(sequences, values=True)) if self.critic is not None else None
+        _check_finite("values of the critic", values_N, step)
         sampled_N = np.ones(len(sequence_N), dtype=bool)
         advantages_N, returns_N = token_advantages(
             self.algorithm,
@@ -344,9 +369,11 @@ class Learner:
         old_N = rollout_N
         if self.options.old_logprobs == "recompute":
             old_N = np.concatenate(self._each(sequences))
+            _check_finite("log-probs of the policy", old_N, step)
         reference_N = None
         if self.reference is not None:
             reference_N = np.concatenate(self._each(sequences, self.reference))
+            _check_finite("log-probs of the reference", reference_N, step)
 
         def tensor(array: np.ndarray | None) -> Tensor | None:
             return None if array is None else torch.from_numpy(np.ascontiguousarray(array))
@@ -384,9 +411,12 @@ class Learner:
             self.critic_optimiser.load_state_dict(state["critic_optimiser"])
 
 
-def _frozen_copy(model: Any) -> Any:
-    import copy
+def _check_finite(what: str, array_N: np.ndarray | None, step: int) -> None:
+    if array_N is not None and not np.isfinite(array_N).all():
+        raise TrainingDiverged(f"The {what} at step {step + 1} are not finite; no update was taken. {_AFTER_DIVERGENCE}")
 
+
+def _frozen_copy(model: Any) -> Any:
     frozen = copy.deepcopy(model)
     frozen.requires_grad_(False)
     return frozen.eval()

@@ -10,8 +10,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ from rehearsal.errors import CheckpointError, EnvironmentFault, RehearsalError
 from rehearsal.evaluation.held_out import Evaluation, evaluate, held_out_tasks
 from rehearsal.generation.local import LocalEngine
 from rehearsal.generation.sampling import SamplingParams
+from rehearsal.generation.session import Engine
 from rehearsal.models.load import Policy, load_policy, save_policy
 from rehearsal.rollout import Rollout, rollout_metrics, signal_metrics, tasks_of_step
 from rehearsal.trajectory import Group, Trajectory, all_trajectories, rewards_matrix
@@ -98,11 +100,21 @@ class Batch:
     rounds: int = 1
 
 
-def make_rollout(recipe: Recipe, policy: Policy, engine: Any = None) -> Rollout:
-    """What plays the agent of a recipe in its environment."""
-    env = make(recipe.environment.name, **recipe.environment.params)
+def environment_maker(recipe: Recipe) -> Callable[[], TextEnv]:
+    """Makes the environment of a recipe."""
+    return partial(make, recipe.environment.name, **recipe.environment.params)
+
+
+def answer_protocol(recipe: Recipe) -> AnswerProtocol:
+    """The answer format of a recipe."""
+    return AnswerProtocol(thinking=recipe.agent.thinking, format_penalty=recipe.agent.format_penalty)
+
+
+def episode_limits(recipe: Recipe) -> Limits:
+    """What an episode may use: what the recipe says, else what the environment says."""
+    env = environment_maker(recipe)()
     try:
-        limits = Limits.for_env(
+        return Limits.for_env(
             env,
             max_turns=recipe.agent.max_turns,
             max_actions_per_turn=recipe.agent.max_actions_per_turn,
@@ -112,6 +124,11 @@ def make_rollout(recipe: Recipe, policy: Policy, engine: Any = None) -> Rollout:
         )
     finally:
         env.close()
+
+
+def make_rollout(recipe: Recipe, policy: Policy, engine: Engine | None = None) -> Rollout:
+    """What plays the agent of a recipe in its environment; the local engine if no other is given."""
+    limits = episode_limits(recipe)
     memory = recipe.engine.memory_gib
     engine = engine or LocalEngine(
         policy.model,
@@ -120,16 +137,13 @@ def make_rollout(recipe: Recipe, policy: Policy, engine: Any = None) -> Rollout:
         memory_bytes=None if memory is None else int(memory * 2**30),
         prefill_tokens=recipe.engine.prefill_tokens,
     )
-
-    def make_env() -> TextEnv:
-        return make(recipe.environment.name, **recipe.environment.params)
-
-    return Rollout(
-        make_env, engine, policy.renderer,
-        AnswerProtocol(thinking=recipe.agent.thinking, format_penalty=recipe.agent.format_penalty), limits,
+    rollout = Rollout(
+        environment_maker(recipe), engine, policy.renderer, answer_protocol(recipe), limits,
         sampling=SamplingParams(recipe.sampling.temperature, recipe.sampling.top_k, recipe.sampling.top_p),
         seed=recipe.seed, workers=recipe.environment.workers, step_timeout=recipe.environment.step_timeout,
     )  # fmt: skip
+    rollout.check_opening()
+    return rollout
 
 
 @dataclass
@@ -334,7 +348,10 @@ class Trainer:
 
     def _start_trackers(self) -> None:
         if self.recipe.trackers and self.folder is not None:
-            self.trackers = make_trackers(self.recipe.trackers, self.folder.path, self.recipe.model_dump())
+            self.trackers = make_trackers(
+                self.recipe.trackers, self.folder.path, self.recipe.model_dump(),
+                resume_step=self.steps_done or None, on_warning=self.folder.add_warning,
+            )  # fmt: skip
 
     def _track(self, metrics: Mapping[str, float]) -> None:
         for tracker in self.trackers:

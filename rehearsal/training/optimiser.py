@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -40,28 +41,50 @@ def scheduled_share(step: int, options: TrainingOptions) -> float:
     return options.final_learning_rate + (1.0 - options.final_learning_rate) * falling
 
 
-def clipped_update(
-    optimiser: torch.optim.Optimizer, max_norm: float, learning_rate: float, where: str
-) -> tuple[float, float]:
-    """Scale the gradients down to ``max_norm``, take the step, clear the gradients.
+@dataclass(frozen=True)
+class Update:
+    """One optimiser's part in an update.
+
+    Attributes:
+        name: whose weights they are, for messages.
+        optimiser: its gradients are filled in.
+        learning_rate: of this update.
+    """
+
+    name: str
+    optimiser: torch.optim.Optimizer
+    learning_rate: float
+
+
+def clipped_updates(updates: Sequence[Update], max_norm: float, where: str) -> list[float]:
+    """Scale the gradients of each optimiser down to ``max_norm``, take all steps, clear the gradients.
 
     Returns:
-        the norm before scaling, and the norm of what was applied.
+        the norm of each before scaling.
 
     Raises:
-        TrainingDiverged: if the norm is not finite. The step is not taken and the gradients are cleared.
+        TrainingDiverged: if one of the norms is not finite. No step is taken then, and the gradients are cleared.
     """
-    parameters = [p for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=False, foreach=True)
-    value = float(norm)
-    if not math.isfinite(value):
-        optimiser.zero_grad(set_to_none=True)
-        raise TrainingDiverged(
-            f"The gradient at {where} is not finite ({value}); the update was not taken and the weights are those before "
-            "it. Lower training.learning_rate, or resume from the last checkpoint."
-        )
-    for group in optimiser.param_groups:
-        group["lr"] = learning_rate
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-    return value, min(value, max_norm)
+    norms = []
+    for update in updates:
+        parameters = [p for group in update.optimiser.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)))
+    for update, norm in zip(updates, norms, strict=True):
+        if not math.isfinite(norm):
+            forget_gradients(updates)
+            raise TrainingDiverged(
+                f"The gradient of the {update.name} at {where} is not finite ({norm}); the update was not taken and the "
+                "weights are those before it. Lower training.learning_rate, or resume from the last checkpoint."
+            )
+    for update in updates:
+        for group in update.optimiser.param_groups:
+            group["lr"] = update.learning_rate
+        update.optimiser.step()
+    forget_gradients(updates)
+    return norms
+
+
+def forget_gradients(updates: Sequence[Update]) -> None:
+    """Clear the gradients of all optimisers."""
+    for update in updates:
+        update.optimiser.zero_grad(set_to_none=True)

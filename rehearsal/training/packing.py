@@ -70,6 +70,47 @@ def common_prefix(sequences: Sequence[np.ndarray]) -> int:
     return length
 
 
+@dataclass(frozen=True)
+class _Run:
+    """Neighbours of one group in a pack, and what they have in common.
+
+    Attributes:
+        first: token ids of the first of them.
+        count: how many there are.
+        tokens: their tokens, those in common counted each time.
+        common: length of the longest prefix that all share.
+        shortest: length of the shortest.
+    """
+
+    first: np.ndarray
+    count: int
+    tokens: int
+    common: int
+    shortest: int
+
+    @classmethod
+    def of(cls, sequence: np.ndarray) -> _Run:
+        return cls(sequence, 1, len(sequence), len(sequence), len(sequence))
+
+    def joined_by(self, sequence: np.ndarray) -> _Run:
+        common = common_prefix([self.first[: self.common], sequence])
+        return _Run(
+            self.first, self.count + 1, self.tokens + len(sequence), common, min(self.shortest, len(sequence))
+        )
+
+    @property
+    def shared(self) -> int:
+        """Tokens that are packed once for all."""
+        # Each sequence keeps a token of its own, so that every span is non-empty.
+        length = min(self.common, self.shortest - 1) if self.count > 1 else 0
+        return length if length >= _MIN_PREFIX else 0
+
+    @property
+    def packed(self) -> int:
+        """Tokens that they take in a pack."""
+        return self.tokens - self.shared * (self.count - 1)
+
+
 def _pack(items: Sequence[PackItem], members: list[int], share: bool, device: torch.device | str) -> Pack:
     token_ids: list[np.ndarray] = []
     spans: list[Span] = []
@@ -81,10 +122,12 @@ def _pack(items: Sequence[PackItem], members: list[int], share: bool, device: to
         while stop < len(members) and items[members[stop]].group == items[members[start]].group:
             stop += 1
         sequences = [items[i].token_ids for i in members[start:stop]]
-        # Each sequence keeps a token of its own, so that every span is non-empty.
-        shared = min(common_prefix(sequences), min(len(s) for s in sequences) - 1) if share and stop - start > 1 else 0
-        if shared < _MIN_PREFIX:
-            shared = 0
+        shared = 0
+        if share:
+            run = _Run.of(sequences[0])
+            for sequence in sequences[1:]:
+                run = run.joined_by(sequence)
+            shared = run.shared
         prefix: tuple[tuple[int, int], ...] = ()
         if shared:
             prefix = ((position, position + shared),)
@@ -117,25 +160,26 @@ def _pack(items: Sequence[PackItem], members: list[int], share: bool, device: to
 def make_packs(
     items: Sequence[PackItem], max_tokens: int, *, share_prefixes: bool = True, device: torch.device | str = "cpu"
 ) -> list[Pack]:
-    """Cut sequences into packs of about ``max_tokens``, in order, never splitting one.
+    """Cut sequences into packs of at most ``max_tokens``, in order, never splitting one.
 
     A sequence longer than that gets a pack of its own. Nothing is dropped and nothing repeated.
     """
     packs: list[Pack] = []
     members: list[int] = []
-    size = 0
-    previous: int | None = None
+    # Tokens of the pack up to the last run of neighbours of one group, and that run.
+    before = 0
+    run: _Run | None = None
     for i, item in enumerate(items):
-        length = len(item.token_ids)
-        # What the item adds if its group's prefix is in the pack already; a guess from its neighbour is enough here.
-        if share_prefixes and members and previous is not None and items[previous].group == item.group:
-            length -= common_prefix([items[previous].token_ids, item.token_ids])
-        if members and size + length > max_tokens:
+        joins = run is not None and share_prefixes and items[members[-1]].group == item.group
+        if run is not None and joins:
+            longer, behind = run.joined_by(item.token_ids), before
+        else:
+            longer, behind = _Run.of(item.token_ids), before + (0 if run is None else run.packed)
+        if members and behind + longer.packed > max_tokens:
             packs.append(_pack(items, members, share_prefixes, device))
-            members, size, length = [], 0, len(item.token_ids)
+            members, longer, behind = [], _Run.of(item.token_ids), 0
         members.append(i)
-        size += length
-        previous = i
+        before, run = behind, longer
     if members:
         packs.append(_pack(items, members, share_prefixes, device))
     return packs

@@ -112,7 +112,7 @@ class EngineOptions(_Options):
     """Generation."""
 
     max_sessions: int = Field(256, ge=1, description="episodes that are played at the same time")
-    memory_gib: float | None = Field(None, gt=0, description="for keys and values; a quarter of what is free if left out")
+    memory_gib: float | None = Field(None, gt=0, description="for keys and values; a quarter of free memory if left out")
     prefill_tokens: int = Field(4096, ge=16, description="tokens of new text in one forward pass")
 
 
@@ -128,15 +128,15 @@ class Recipe(_Options):
 
     name: str = Field("run", description="of the run; its folder is runs/NAME unless --output says otherwise")
     seed: int = Field(0, ge=0, description="fixes tasks, sampling and updates")
-    model: ModelOptions = Field(default_factory=ModelOptions)
-    environment: EnvironmentOptions = Field(default_factory=EnvironmentOptions)
-    agent: AgentOptions = Field(default_factory=AgentOptions)
-    sampling: SamplingOptions = Field(default_factory=SamplingOptions)
-    algorithm: AlgorithmOptions = Field(default_factory=AlgorithmOptions)
-    training: TrainingOptions = Field(default_factory=TrainingOptions)
-    evaluation: EvaluationOptions = Field(default_factory=EvaluationOptions)
-    engine: EngineOptions = Field(default_factory=EngineOptions)
-    checkpoint: CheckpointOptions = Field(default_factory=CheckpointOptions)
+    model: ModelOptions = ModelOptions()
+    environment: EnvironmentOptions = EnvironmentOptions()
+    agent: AgentOptions = AgentOptions()
+    sampling: SamplingOptions = SamplingOptions()
+    algorithm: AlgorithmOptions = AlgorithmOptions()
+    training: TrainingOptions = TrainingOptions()
+    evaluation: EvaluationOptions = EvaluationOptions()
+    engine: EngineOptions = EngineOptions()
+    checkpoint: CheckpointOptions = CheckpointOptions()
     trackers: list[str] = Field(default_factory=list, description="tensorboard, wandb, trackio")
     save_trajectories_every: int = Field(1, ge=0, description="steps between saved training episodes; 0 for none")
 
@@ -155,8 +155,8 @@ class Recipe(_Options):
         if truncated and self.training.old_logprobs == "sampling":
             # The learner's log-probs are over the whole vocabulary; those of sampling would be over a part of it.
             raise ValueError(
-                "with top_p or top_k the log-probs of sampling are over a part of the vocabulary and ratios to them are "
-                "biased; set training.old_logprobs to recompute, or sample without truncation"
+                "with top_p or top_k the log-probs of sampling are over a part of the vocabulary, and ratios to them "
+                "are biased; set training.old_logprobs to recompute, or sample without truncation"
             )
         if self.sampling.temperature == 0:
             raise ValueError("training needs sampling.temperature above 0: episodes of a group must differ")

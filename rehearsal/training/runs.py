@@ -22,7 +22,6 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
-import math
 import os
 import re
 import shlex
@@ -35,6 +34,7 @@ from types import TracebackType
 from typing import IO, Any, Literal, Self, cast
 
 from rehearsal.errors import CheckpointError
+from rehearsal.training.json_lines import JsonLines, as_line, plain, read_json_lines
 from rehearsal.training.storage import FolderLock, storage_errors, write_atomically
 
 Status = Literal["running", "finished", "stopped", "failed"]
@@ -75,19 +75,6 @@ class RunInfo:
     resumed: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class JsonLines:
-    """What a ``.jsonl`` file holds.
-
-    Attributes:
-        rows: the objects of all readable lines, in order.
-        damaged: how many lines could not be read (a torn last line counts).
-    """
-
-    rows: list[dict[str, Any]]
-    damaged: int
-
-
 class RunFolder:
     """One run's folder, open for writing (from :meth:`create` or :meth:`resume`) or for reading (from :meth:`open`).
 
@@ -106,9 +93,7 @@ class RunFolder:
     # Opening and closing.
 
     @classmethod
-    def create(
-        cls, path: str | Path, recipe_text: str, command: str | Sequence[str], *, device: str = ""
-    ) -> RunFolder:
+    def create(cls, path: str | Path, recipe_text: str, command: str | Sequence[str], *, device: str = "") -> RunFolder:
         """Make a new run folder and hold it until :meth:`close`.
 
         A folder whose earlier run ended before its first step holds no work and is taken over.
@@ -307,7 +292,7 @@ class RunFolder:
             file = self.path / name
             kept = [row for row in read_json_lines(file).rows if row.get("step", 0) <= step]
             if file.exists():
-                write_atomically(file, "".join(_as_line(row) for row in kept))
+                write_atomically(file, "".join(as_line(row) for row in kept))
             last = max([last, *(float(row.get("time") or 0.0) for row in kept)])
         for _, at, file in list(self._trajectory_files()):
             if at > step:
@@ -326,7 +311,7 @@ class RunFolder:
         with storage_errors(file), file.open("ab") as out:
             before = out.tell()
             try:
-                out.write(_as_line({**head, **values}).encode("utf-8"))
+                out.write(as_line({**head, **values}).encode("utf-8"))
                 out.flush()
             except OSError:
                 _undo(out, before)
@@ -337,11 +322,9 @@ class RunFolder:
         for name in ("metrics.jsonl", "evaluations.jsonl"):
             lines = read_json_lines(self.path / name)
             if lines.damaged:
-                write_atomically(self.path / name, "".join(_as_line(row) for row in lines.rows))
+                write_atomically(self.path / name, "".join(as_line(row) for row in lines.rows))
                 self.info.warnings.append(f"{lines.damaged} damaged line(s) of {name} were removed on resuming.")
-            self._seconds_before = max(
-                [self._seconds_before, *(float(row.get("time") or 0.0) for row in lines.rows)]
-            )
+            self._seconds_before = max([self._seconds_before, *(float(row.get("time") or 0.0) for row in lines.rows)])
 
     def _must_hold(self) -> None:
         if self._lock is None:
@@ -351,48 +334,6 @@ class RunFolder:
         self._must_hold()
         text = json.dumps(plain(asdict(self.info)), indent=2, ensure_ascii=False, allow_nan=False)
         write_atomically(self.path / "run.json", text + "\n")
-
-
-def read_json_lines(path: Path) -> JsonLines:
-    """Read a ``.jsonl`` file; lines that are not a JSON object are left out and counted. A missing file is empty.
-
-    Raises:
-        CheckpointError: if the file is there and cannot be read.
-    """
-    with storage_errors(path, writing=False):
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
-    rows, damaged = [], 0
-    for line in lines:
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            damaged += 1
-    return JsonLines(rows, damaged)
-
-
-def plain(value: Any) -> Any:
-    """``value`` as JSON can hold it: numbers that are not finite become None, NumPy and torch scalars numbers."""
-    if isinstance(value, bool | int | str) or value is None:
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [plain(item) for item in value]
-    if hasattr(value, "tolist"):  # a NumPy or torch scalar or array
-        return plain(value.tolist())
-    return str(value)
-
-
-def _as_line(row: Mapping[str, Any]) -> str:
-    return json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _undo(out: IO[bytes], size: int) -> None:
@@ -429,9 +370,14 @@ def _refuse_strangers(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path} is a file, not a folder; choose another name for the run.")
     with storage_errors(path, writing=False):
-        strange = path.exists() and not (path / "run.json").exists() and any(
-            # A start that failed half-way leaves no more than a recipe and hidden files.
-            entry.name != "recipe.toml" and not entry.name.startswith(".") for entry in path.iterdir()
+        strange = (
+            path.exists()
+            and not (path / "run.json").exists()
+            and any(
+                # A start that failed half-way leaves no more than a recipe and hidden files.
+                entry.name != "recipe.toml" and not entry.name.startswith(".")
+                for entry in path.iterdir()
+            )
         )
     if strange and not FolderLock.is_held(path):
         raise CheckpointError(f"{path} holds files that are not a run; choose another name, or empty it first.")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rehearsal.errors import RecipeError
-from rehearsal.training.runs import plain
+from rehearsal.training.json_lines import plain
 from rehearsal.training.storage import storage_errors, write_atomically
 
 PROJECT = "rehearsal"
@@ -131,50 +131,53 @@ TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int | None], Tracker]] = 
 """The trackers that a recipe may name."""
 
 
-class Trackers(Tracker):
-    """Several trackers as one, none of which can stop a run.
+class Guarded(Tracker):
+    """A tracker that cannot stop a run: when it fails, it is switched off, and says so once.
 
     Attributes:
-        warnings: one sentence for each tracker that failed and was switched off.
+        name: key in :data:`TRACKERS`.
+        warning: what went wrong in one sentence, "" while the tracker works.
     """
 
-    def __init__(self, trackers: Mapping[str, Tracker], on_warning: Callable[[str], None] | None = None) -> None:
-        """Args:
-        trackers: by name.
-        on_warning: is told each warning once, beside Python's own ``warnings``; ``RunFolder.add_warning`` fits.
-        """
-        self._trackers = dict(trackers)
-        self._on_warning = on_warning
-        self.warnings: list[str] = []
+    def __init__(self, name: str, tracker: Tracker, on_warning: Callable[[str], None] | None = None) -> None:
+        """Wrap a tracker.
 
-    @property
-    def names(self) -> list[str]:
-        """The trackers that still work."""
-        return list(self._trackers)
+        Args:
+            name: for the warning.
+            tracker: what may fail.
+            on_warning: is told the warning, beside Python's own ``warnings``; ``RunFolder.add_warning`` fits.
+        """
+        self.name = name
+        self.warning = ""
+        self._tracker: Tracker | None = tracker
+        self._on_warning = on_warning
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Tell every tracker that still works; numbers that are not finite are left out."""
-        self._each(lambda tracker: tracker.log(step, metrics), f"at step {step}")
+        """Tell the tracker, if it still works."""
+        if self._tracker is not None:
+            try:
+                self._tracker.log(step, metrics)
+            except Exception as error:  # whatever a tracker or its network does must not end the run
+                self._switch_off(error, f"at step {step}")
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Finish every tracker that still works. Doing so twice does nothing."""
-        self._each(lambda tracker: tracker.finish(summary), "while finishing")
-        self._trackers.clear()
-
-    def _each(self, action: Callable[[Tracker], None], when: str) -> None:
-        for name, tracker in list(self._trackers.items()):
+        """Finish the tracker, if it still works. Doing so twice does nothing."""
+        if self._tracker is not None:
             try:
-                action(tracker)
-            except Exception as error:  # whatever a tracker or its network does must not end the run
-                del self._trackers[name]
-                sentence = (
-                    f"the tracker {name} failed {when} and was switched off; the run goes on and its own files are "
-                    f"complete ({type(error).__name__}: {error})"
-                )
-                self.warnings.append(sentence)
-                warnings.warn(sentence, stacklevel=3)
-                if self._on_warning is not None:
-                    self._on_warning(sentence)
+                self._tracker.finish(summary)
+            except Exception as error:
+                self._switch_off(error, "while finishing")
+            self._tracker = None
+
+    def _switch_off(self, error: Exception, when: str) -> None:
+        self._tracker = None
+        self.warning = (
+            f"the tracker {self.name} failed {when} and was switched off; the run goes on and its own files are "
+            f"complete ({type(error).__name__}: {error})"
+        )
+        warnings.warn(self.warning, stacklevel=3)
+        if self._on_warning is not None:
+            self._on_warning(self.warning)
 
 
 def make_trackers(
@@ -184,7 +187,7 @@ def make_trackers(
     *,
     resume_step: int | None = None,
     on_warning: Callable[[str], None] | None = None,
-) -> Trackers:
+) -> list[Tracker]:
     """Start the trackers that a recipe names.
 
     Args:
@@ -192,7 +195,10 @@ def make_trackers(
         run_dir: the run folder; its name becomes the run's name.
         config: the resolved recipe, shown beside the numbers.
         resume_step: the step that a resumed run goes on from; None for a new run.
-        on_warning: see :class:`Trackers`.
+        on_warning: is told when a tracker is switched off; ``RunFolder.add_warning`` fits.
+
+    Returns:
+        The trackers, each of them a :class:`Guarded`: none can stop the run.
 
     Raises:
         RecipeError: for an unknown name, a package that is not installed, or a tracker that does not start (no
@@ -201,10 +207,10 @@ def make_trackers(
     unknown = [name for name in names if name not in TRACKERS]
     if unknown:
         raise RecipeError(f"{unknown[0]!r} is no tracker; there are {', '.join(TRACKERS)}.")
-    started: dict[str, Tracker] = {}
+    started: list[Tracker] = []
     for name in dict.fromkeys(names):
         try:
-            started[name] = TRACKERS[name](Path(run_dir), config, resume_step)
+            started.append(Guarded(name, TRACKERS[name](Path(run_dir), config, resume_step), on_warning))
         except RecipeError:
             raise
         except Exception as error:
@@ -212,7 +218,7 @@ def make_trackers(
                 f"the tracker {name} did not start ({type(error).__name__}: {error}); mend that, or leave it out of "
                 "the recipe."
             ) from error
-    return Trackers(started, on_warning)
+    return started
 
 
 def _require(module: str, extra: str) -> Any:
@@ -228,9 +234,7 @@ def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
     """The metrics that are finite numbers: trackers draw gaps for missing values and fail, or lie, on others."""
     values = {name: plain(value) for name, value in metrics.items()}
     return {
-        name: float(value)
-        for name, value in values.items()
-        if isinstance(value, int | float) and math.isfinite(value)
+        name: float(value) for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)
     }
 
 

@@ -17,9 +17,9 @@ def groups_of_rewards(min_groups=1):
     reward = st.one_of(st.just(NAN), st.sampled_from([0.0, 1.0, -1.0]), st.floats(-1e3, 1e3))
     shape = st.tuples(st.integers(min_groups, 5), st.integers(1, 7))
     return shape.flatmap(
-        lambda pg: st.lists(
-            st.lists(reward, min_size=pg[1], max_size=pg[1]), min_size=pg[0], max_size=pg[0]
-        ).map(np.array)
+        lambda pg: st.lists(st.lists(reward, min_size=pg[1], max_size=pg[1]), min_size=pg[0], max_size=pg[0]).map(
+            np.array
+        )
     )
 
 
@@ -168,9 +168,7 @@ def slow_bi_level(turn_rewards, turn_values, gamma, lam, turn_gamma):
 
 
 EPISODES = st.lists(
-    st.lists(
-        st.tuples(st.floats(-2, 2), st.lists(st.floats(-3, 3), min_size=1, max_size=5)), min_size=1, max_size=4
-    ),
+    st.lists(st.tuples(st.floats(-2, 2), st.lists(st.floats(-3, 3), min_size=1, max_size=5)), min_size=1, max_size=4),
     min_size=1,
     max_size=4,
 )

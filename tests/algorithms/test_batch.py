@@ -35,6 +35,18 @@ def test_select_refuses_pieces_of_sequences(make_batch, index):
         batch.select(torch.tensor(index))
 
 
+def test_sequences_without_tokens_keep_their_place(make_batch):
+    """An episode may end before anything was sampled; dropping it would shift the numbers of all that follow."""
+    batch, _ = make_batch((2, 0, 3, 0))
+    part = batch.select_sequences([1, 2, 3, 0])
+    assert part.sequence_N.tolist() == [1, 1, 1, 3, 3]
+    assert part.token_ids_N.tolist() == [2, 3, 4, 0, 1]
+    assert (part.n_sequences, part.step_sequences_S.tolist()) == (4, [1, 2, 3, 0])
+    part.check()
+    again = part.select_sequences([3, 0])
+    assert (again.sequence_N.tolist(), again.step_sequences_S.tolist()) == ([0, 0], [0, 1])
+
+
 def test_select_of_nothing_is_an_empty_batch(make_batch):
     batch, _ = make_batch((2, 3))
     part = batch.select(batch.token_index([]))

@@ -278,9 +278,7 @@ def test_exploding_ratios_stay_finite(name, logprobs, old, rollout, mode):
     objective = OBJECTIVES[name]
     if hasattr(objective, "correction"):
         objective = dataclasses.replace(objective, correction=ImportanceCorrection(mode))
-    batch, output = one_sequence(
-        logprobs, old=old, advantages=[1.0, -1.0, 3.0], rollout=rollout, reference=rollout
-    )
+    batch, output = one_sequence(logprobs, old=old, advantages=[1.0, -1.0, 3.0], rollout=rollout, reference=rollout)
     result = objective(batch, output)
     assert result.loss_N.isfinite().all()
     assert gradient(result.loss_N, output.logprobs_N).isfinite().all()

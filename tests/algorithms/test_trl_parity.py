@@ -177,9 +177,7 @@ def test_clipped_losses(loss_type, delta):
 @pytest.mark.parametrize("loss_type", AGGREGATION_OF)
 def test_sequence_level_importance(loss_type):
     t = tensors(spread=0.2)
-    objective = PolicyLoss(
-        0.05, 0.06, importance="sequence", correction=NONE, aggregation=AGGREGATION_OF[loss_type]
-    )
+    objective = PolicyLoss(0.05, 0.06, importance="sequence", correction=NONE, aggregation=AGGREGATION_OF[loss_type])
     theirs = trl_loss(t, loss_type=loss_type, level="sequence", low=0.05, high=0.06)
     assert_same(t, theirs, our_loss(t, [objective]))
 

@@ -102,6 +102,25 @@ def test_a_seed_fixes_task_and_chance_in_a_fresh_environment(key):
     assert len({used.reset(seed=seed)[1]["task"] for seed in range(20)}) > 5
 
 
+@pytest.mark.parametrize(("name", "params"), [("bandit", {}), ("frozenlake", {"slip": 0.5, "frozen": 1.0, "size": 6})])
+def test_chance_changes_the_luck_and_not_the_task(name, params):
+    env = make(name, **params)
+
+    def outcome(seed, chance):
+        options = {"split": "test"} | ({} if chance is None else {"chance": chance})
+        first = env.reset(seed=seed, options=options)
+        action = env.describe().get("risky", "Right")
+        return first, env.step(action)[:2]
+
+    for seed in range(5):
+        outcomes = [outcome(seed, chance) for chance in [*range(40), None]]
+        assert outcomes == [outcome(seed, chance) for chance in [*range(40), None]]
+        assert len({repr(first) for first, _ in outcomes}) == 1
+        assert len({repr(after) for _, after in outcomes}) >= 2
+    with pytest.raises(RecipeError, match="chance"):
+        env.reset(options={"chance": "good"})
+
+
 @pytest.mark.parametrize("key", VARIANTS)
 def test_resets_without_a_seed_go_on_to_new_tasks(key):
     env = variant(key)

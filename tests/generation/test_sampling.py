@@ -31,7 +31,8 @@ class TestUniforms:
     def test_are_in_the_unit_interval_and_uniform(self) -> None:
         keys, positions = np.meshgrid(stream_keys(200), np.arange(500))
         numbers = uniforms(keys.ravel(), positions.ravel())
-        assert numbers.min() >= 0.0 and numbers.max() < 1.0
+        assert numbers.min() >= 0.0
+        assert numbers.max() < 1.0
         counts = np.histogram(numbers, bins=100, range=(0, 1))[0]
         # Chi-squared with 99 degrees of freedom: mean 99, standard deviation 14.
         assert ((counts - 1000.0) ** 2 / 1000.0).sum() < 99 + 5 * 14
@@ -49,7 +50,7 @@ class TestUniforms:
         within = 12 * (numbers[:, lag:] * numbers[:, :-lag]).mean()
         across = 12 * (numbers[lag:] * numbers[:-lag]).mean()
         # Each is a mean of about 40,000 products of unit variance.
-        assert abs(within) < 5 / 195 and abs(across) < 5 / 195
+        assert max(abs(within), abs(across)) < 5 / 195
 
     def test_streams_of_plain_numbers_are_not_correlated_either(self) -> None:
         numbers = uniforms(np.arange(1, 20_001, dtype=np.uint64), np.zeros(20_000, dtype=np.int64)) - 0.5
@@ -229,5 +230,6 @@ def test_params_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
 def test_params_know_whether_they_truncate() -> None:
     assert not SamplingParams(temperature=0.5).truncates
     assert SamplingParams(temperature=0).truncates
-    assert SamplingParams(top_k=1).truncates and SamplingParams(top_p=0.9).truncates
+    assert SamplingParams(top_k=1).truncates
+    assert SamplingParams(top_p=0.9).truncates
     assert SamplingParams(0.5, 3, 0.9).distribution == (0.5, 3, 0.9)

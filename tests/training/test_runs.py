@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from rehearsal.errors import CheckpointError
 from rehearsal.training import storage
-from rehearsal.training.runs import RunFolder, plain, read_json_lines
+from rehearsal.training.json_lines import plain, read_json_lines
+from rehearsal.training.runs import RunFolder
 from rehearsal.training.storage import FolderLock, write_atomically
 
 

@@ -3,6 +3,7 @@
 import importlib
 import math
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from rehearsal.errors import RecipeError
 from rehearsal.training.runs import RunFolder
-from rehearsal.training.trackers import TRACKERS, Tracker, Trackers, make_trackers
+from rehearsal.training.trackers import TRACKERS, Guarded, Tracker, make_trackers
 
 
 class Listener(Tracker):
@@ -46,29 +47,35 @@ class Failing(Listener):
 
 def test_a_tracker_that_fails_is_switched_off_with_one_warning_that_is_recorded(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run", "", "") as run:
-        good, bad = Listener(), Failing(at=2)
-        trackers = Trackers({"bad": bad, "good": good}, run.add_warning)
-        trackers.log(1, {"x": 1.0})
+        failing = Failing(at=2)
+        tracker = Guarded("bad", failing, run.add_warning)
+        tracker.log(1, {"x": 1.0})
         with pytest.warns(UserWarning, match="bad failed at step 2 and was switched off"):
-            trackers.log(2, {"x": 2.0})
-        trackers.log(3, {"x": 3.0})
-        trackers.finish({"x": 3.0})
-        assert [step for step, _ in good.logged] == [1, 2, 3]
-        assert good.summary == {"x": 3.0}
-        assert [step for step, _ in bad.logged] == [1, 2]
-        assert len(trackers.warnings) == 1
-        assert run.info.warnings == trackers.warnings
-        assert "no route to host" in run.info.warnings[0]
+            tracker.log(2, {"x": 2.0})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tracker.log(3, {"x": 3.0})
+            tracker.finish({"x": 3.0})
+        assert [step for step, _ in failing.logged] == [1, 2]
+        assert run.info.warnings == [tracker.warning]
+        assert "no route to host" in tracker.warning
 
 
-def test_a_tracker_that_fails_to_finish_does_not_keep_the_others_from_it() -> None:
-    good = Listener()
-    trackers = Trackers({"bad": Failing(at=None), "good": good})
+def test_a_tracker_that_works_is_told_everything_and_finished_once() -> None:
+    listener = Listener()
+    tracker = Guarded("good", listener)
+    tracker.log(1, {"x": 1.0})
+    tracker.finish({"a": 1})
+    tracker.finish({"a": 2})
+    assert listener.logged == [(1, {"x": 1.0})]
+    assert listener.summary == {"a": 1}
+    assert tracker.warning == ""
+
+
+def test_a_tracker_that_fails_to_finish_is_a_warning() -> None:
+    tracker = Guarded("bad", Failing(at=None))
     with pytest.warns(UserWarning, match="while finishing"):
-        trackers.finish({"a": 1})
-    assert good.summary == {"a": 1}
-    trackers.finish({"a": 2})
-    assert good.summary == {"a": 1}
+        tracker.finish({"a": 1})
 
 
 def test_ctrl_c_inside_a_tracker_still_stops_the_run() -> None:
@@ -77,13 +84,11 @@ def test_ctrl_c_inside_a_tracker_still_stops_the_run() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Trackers({"slow": Slow()}).log(1, {})
+        Guarded("slow", Slow()).log(1, {})
 
 
 def test_no_names_are_fine_and_unknown_ones_are_named(tmp_path: Path) -> None:
-    trackers = make_trackers([], tmp_path, {})
-    trackers.log(1, {"x": 1.0})
-    trackers.finish({})
+    assert make_trackers([], tmp_path, {}) == []
     with pytest.raises(RecipeError, match="'mlflow' is no tracker; there are tensorboard, wandb, trackio"):
         make_trackers(["mlflow"], tmp_path, {})
 
@@ -139,9 +144,9 @@ class FakeModule:
 def test_wandb_is_told_the_step_and_resumed_under_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeModule()
     monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
-    trackers = make_trackers(["wandb"], tmp_path, {"a": {"b": 1}})
-    trackers.log(3, {"x": 1.0, "bad": math.nan})
-    trackers.finish({"success": 0.5})
+    (tracker,) = make_trackers(["wandb"], tmp_path, {"a": {"b": 1}})
+    tracker.log(3, {"x": 1.0, "bad": math.nan})
+    tracker.finish({"success": 0.5})
     assert ("log", ({"x": 1.0, "step": 3}, None)) in fake.run.calls
     assert fake.run.calls[-1][0] == "finish"
     assert fake.run.summary == {"success": 0.5}
@@ -154,9 +159,9 @@ def test_wandb_is_told_the_step_and_resumed_under_its_id(tmp_path: Path, monkeyp
 def test_trackio_is_told_the_step_and_resumed_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeModule()
     monkeypatch.setitem(sys.modules, "trackio", fake)  # type: ignore[arg-type]
-    trackers = make_trackers(["trackio"], tmp_path, {"a": {"b": [1, 2]}})
-    trackers.log(3, {"x": 1.0, "bad": math.inf})
-    trackers.finish({"success": 0.5, "note": "text"})
+    (tracker,) = make_trackers(["trackio"], tmp_path, {"a": {"b": [1, 2]}})
+    tracker.log(3, {"x": 1.0, "bad": math.inf})
+    tracker.finish({"success": 0.5, "note": "text"})
     assert fake.started[0]["config"] == {"a.b": "[1, 2]"}
     assert fake.started[0]["resume"] == "never"
     assert fake.run.calls == [("log", ({"x": 1.0}, 3)), ("log", ({"summary/success": 0.5}, None)), ("finish", None)]
@@ -167,11 +172,12 @@ def test_trackio_is_told_the_step_and_resumed_under_its_name(tmp_path: Path, mon
 def test_tensorboard_writes_event_files_and_hides_the_steps_after_a_resume(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     for resume_step, steps in ((None, (1, 2, 3)), (1, (2,))):
-        trackers = make_trackers(["tensorboard"], tmp_path, {"a": 1}, resume_step=resume_step)
+        (tracker,) = make_trackers(["tensorboard"], tmp_path, {"a": 1}, resume_step=resume_step)
         for step in steps:
-            trackers.log(step, {"train/success": step / 10, "bad": math.nan})
-        trackers.finish({"success": 0.3})
-        assert trackers.warnings == []
+            tracker.log(step, {"train/success": step / 10, "bad": math.nan})
+        tracker.finish({"success": 0.3})
+        assert isinstance(tracker, Guarded)
+        assert tracker.warning == ""
     module = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
     events = module.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -182,7 +188,8 @@ def test_tensorboard_writes_event_files_and_hides_the_steps_after_a_resume(tmp_p
 def test_wandb_itself_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    trackers = make_trackers(["wandb"], tmp_path, {"a": 1})
-    trackers.log(1, {"x": 1.0})
-    trackers.finish({"x": 1.0})
-    assert trackers.warnings == []
+    (tracker,) = make_trackers(["wandb"], tmp_path, {"a": 1})
+    tracker.log(1, {"x": 1.0})
+    tracker.finish({"x": 1.0})
+    assert isinstance(tracker, Guarded)
+    assert tracker.warning == ""

@@ -55,9 +55,7 @@ class Player:
             guided = world.oracle(env) if self.guide == "oracle" else world.blind(env, count, rng)
             # A plan that ends early has reached its end.
             count = min(count, len(guided)) or count
-        return [
-            world.random(env, rng) if strays[i] or i >= len(guided) else guided[i] for i in range(count)
-        ]
+        return [world.random(env, rng) if strays[i] or i >= len(guided) else guided[i] for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -77,14 +75,14 @@ class SkillMix:
         RecipeError: for negative weights, weights that are all zero, or probabilities outside of 0 to 1.
     """
 
-    oracle: float = 0.05
-    wavering: float = 0.30
-    blind: float = 0.05
-    random: float = 0.60
-    epsilon_low: float = 0.4
+    oracle: float = 0.02
+    wavering: float = 0.18
+    blind: float = 0.02
+    random: float = 0.78
+    epsilon_low: float = 0.5
     epsilon_high: float = 1.0
     boldness_low: float = 0.0
-    boldness_high: float = 0.6
+    boldness_high: float = 0.4
     mistakes: float = 0.012
 
     def __post_init__(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import numpy as np
 
 from rehearsal.agents.agent import Agent, Limits, check_reset, play_actions
@@ -101,10 +103,14 @@ def _mistaken(env: TextEnv, actions: list[str], protocol: Protocol, rng: np.rand
     return broken[int(rng.integers(len(broken)))]
 
 
+_ends: WeakKeyDictionary[ChatRenderer, np.ndarray] = WeakKeyDictionary()
+
+
 def _end_of_answer(renderer: ChatRenderer) -> np.ndarray:
-    """The id that the chat template ends an answer with, or nothing where no token does."""
-    closing = renderer.after_answer((), [Piece("x", Kind.OBSERVATION)]).token_ids
-    stops = renderer.stop_token_ids
-    if len(closing) and int(closing[0]) in stops:
-        return closing[:1]
-    return np.array(stops[:1], dtype=np.int32)
+    """The id that the chat template ends an answer with, or nothing where no token does; found once a renderer."""
+    if renderer not in _ends:
+        closing = renderer.after_answer((), [Piece("x", Kind.OBSERVATION)]).token_ids
+        stops = renderer.stop_token_ids
+        closes = len(closing) > 0 and int(closing[0]) in stops
+        _ends[renderer] = closing[:1] if closes else np.array(stops[:1], dtype=np.int32)
+    return _ends[renderer]

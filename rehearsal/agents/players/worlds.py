@@ -69,7 +69,7 @@ class World:
 
 
 class FrozenLakeWorld(World):
-    """"me 1 2, goal 3 0: down 2 left 2, hole down. go Left." (positions are row and column)."""
+    """Thinks like this: "me 1 2, goal 3 0: down 2 left 2, hole down. go Left." (positions are row and column)."""
 
     def facts(self, env: TextEnv) -> str:
         """Both positions, the way between them, and the holes next to the player."""
@@ -86,7 +86,7 @@ class FrozenLakeWorld(World):
 
 
 class SokobanWorld(World):
-    """"me 2 3, box 3 3, target 3 1: left 2. push left from 3 4. go Right." for the first box without a target."""
+    """Thinks like this: "me 2 3, box 3 3, target 3 1: left 2. push left from 3 4. go Right."; of the first box."""
 
     def facts(self, env: TextEnv) -> str:
         """Positions of the player, of the first box beside the targets and of the first empty target."""
@@ -132,21 +132,26 @@ class SokobanWorld(World):
 
     def _push(self, env: TextEnv, rng: np.random.Generator) -> str:
         box, target = self._task(env)
-        assert box is not None and target is not None
+        assert box is not None
+        assert target is not None
         pushes = [move for move in MOVES if _closer(box, target, move)]
         return pushes[int(rng.integers(len(pushes)))]
 
 
-class BanditWorld(World):
-    """"Clerk steady, Pirate risky. pull Pirate." What a name sounds like is a fact; whether it is so is not."""
+_SOUNDS = {name: ("steady", "risky")[i] for pairs in PAIRS.values() for pair in pairs for i, name in enumerate(pair)}
+"""What the names suggest: the first of each pair is the steady one."""
 
-    _sound = {
-        name: sound for pairs in PAIRS.values() for pair in pairs for name, sound in zip(pair, ("steady", "risky"))
-    }
+
+class BanditWorld(World):
+    """Thinks like this: "Clerk steady, Pirate risky. pull Pirate.".
+
+    What a name sounds like is a fact (unknown for names that the environment does not have); that the arm pays in that
+    way is not.
+    """
 
     def facts(self, env: TextEnv) -> str:
         """What the names suggest, in the order in which the arms are shown."""
-        return ", ".join(f"{arm} {self._sound[arm]}" for arm in env.describe()["arms"]) + "."
+        return ", ".join(f"{arm} {_SOUNDS.get(arm, 'unknown')}" for arm in env.describe()["arms"]) + "."
 
     def intention(self, env: TextEnv, actions: Sequence[str], rng: np.random.Generator) -> str:
         """The arm to be pulled."""
@@ -158,7 +163,7 @@ class BanditWorld(World):
 
 
 class CountdownWorld(World):
-    """"2 3 5 for 16: 2 * 3 = 6, 6 + 5 = 11 no; 3 + 5 = 8, 8 * 2 = 16 yes." The last try is the answer."""
+    """Thinks like this: "2 3 5 for 16: 2 * 3 = 6, 6 + 5 = 11 no; 3 + 5 = 8, 8 * 2 = 16 yes."; the last try counts."""
 
     def facts(self, env: TextEnv) -> str:
         """The numbers and the target."""

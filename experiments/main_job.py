@@ -1,0 +1,109 @@
+"""Does the main job hold with every seed? The shipped recipes from the shipped base, on held-out tasks.
+
+    python experiments/main_job.py [--only frozenlake] [--seeds 5] [--workers 1] [--threads 2] [--quick]
+
+Each cell is one training run. Success is that of the final policy, not of the best one on the way, on 256 tasks of the
+test split, which no run trains on and which are the same for all. The control has the same recipe and a learning rate
+so small that nothing is learnt: it shows what playing the held-out tasks again would give by luck.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from cells import RESULTS, report, run_cells
+
+SEEDS = {"frozenlake": 5, "bandit": 5, "sokoban": 3}
+
+
+def play(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """One training run."""
+    import torch
+
+    from rehearsal.training.loop import Trainer
+    from rehearsal.training.recipe import resolve_recipe
+
+    torch.set_num_threads(int(settings["threads"]))
+    recipe = resolve_recipe(settings["recipe"], {"seed": settings["seed"], **settings["overrides"]})
+    trainer = Trainer(recipe)
+    began = time.monotonic()
+    trainer.run()
+    held_out = [(step, figures) for step, split, figures in trainer.evaluations if split == "test"]
+    curve = [[step, round(figures["success"], 4)] for step, _, figures in trainer.evaluations]
+    return {
+        "before": held_out[0][1]["success"],
+        "after": held_out[-1][1]["success"],
+        "after_low": held_out[-1][1]["success_low"],
+        "after_high": held_out[-1][1]["success_high"],
+        "best_on_validation": max(
+            [figures["success"] for _, split, figures in trainer.evaluations if split == "validation"], default=None
+        ),
+        "dead_groups_at_the_end": trainer.history[-1]["signal/dead_groups"],
+        "entropy_at_the_end": trainer.history[-1].get("policy/entropy"),
+        "seconds": time.monotonic() - began,
+        "curve": curve,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=sorted(SEEDS), action="append", help="environments; all if left out")
+    parser.add_argument("--seeds", type=int, help="seeds of each environment")
+    parser.add_argument("--workers", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of each run")
+    parser.add_argument("--quick", action="store_true", help="three steps and one seed, stored nowhere")
+    options = parser.parse_args()
+    names = options.only or list(SEEDS)
+    cells: dict[str, dict[str, Any]] = {}
+    for name in names:
+        seeds = 1 if options.quick else options.seeds or SEEDS[name]
+        quick = {"training.steps": 3, "evaluation.episodes": 32} if options.quick else {}
+        for seed in range(seeds):
+            common = {"recipe": name, "seed": seed, "threads": options.threads}
+            cells[f"{name}-{seed}"] = {**common, "overrides": quick}
+        control = {"training.learning_rate": 1e-12, **quick}
+        cells[f"{name}-control"] = {"recipe": name, "seed": 0, "threads": options.threads, "overrides": control}
+    played = run_cells("main_job", cells, play, None if options.quick else RESULTS, options.workers)
+
+    from rehearsal.evaluation.statistics import mean_interval
+
+    figures: dict[str, Any] = {}
+    goals: dict[str, Any] = {}
+    for name in names:
+        runs = [played[cell] for cell in cells if cell.startswith(name + "-") and not cell.endswith("control")]
+        after = [run["after"] for run in runs]
+        mean, low, high = mean_interval(after)
+        figures |= {
+            f"{name}_before": runs[0]["before"],
+            f"{name}_after_by_seed": after,
+            f"{name}_after_mean": mean,
+            f"{name}_after_mean_low": low,
+            f"{name}_after_mean_high": high,
+            f"{name}_after_worst": min(after),
+            f"{name}_gain_worst": min(run["after"] - run["before"] for run in runs),
+            f"{name}_seconds_longest": max(run["seconds"] for run in runs),
+            f"{name}_control_change": played[f"{name}-control"]["after"] - played[f"{name}-control"]["before"],
+        }
+    if "frozenlake" in names:
+        goals |= {
+            "frozenlake_before": ("<=", 0.30), "frozenlake_after_worst": (">=", 0.75),
+            "frozenlake_after_mean": (">=", 0.80), "frozenlake_seconds_longest": ("<=", 900.0),
+        }  # fmt: skip
+    if "bandit" in names:
+        goals["bandit_after_worst"] = (">=", 0.75)
+    if "sokoban" in names:
+        goals |= {"sokoban_gain_worst": (">=", 0.25), "sokoban_seconds_longest": ("<=", 2400.0)}
+    seeds = list(range(max(1 if options.quick else options.seeds or SEEDS[name] for name in names)))
+    return report("main_job", figures, goals, seeds, options.quick)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

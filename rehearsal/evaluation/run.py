@@ -1,0 +1,87 @@
+"""Evaluate a policy by name: a run, a model folder, or the base that ships."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rehearsal.errors import ModelError, RecipeError
+from rehearsal.evaluation.held_out import evaluate, held_out_tasks
+from rehearsal.evaluation.remote import ChatRollout
+from rehearsal.generation.remote import RemoteEngine
+from rehearsal.models.load import load_policy
+from rehearsal.training.checkpoint import checkpoints, load_checkpoint, restore_weights
+from rehearsal.training.loop import answer_protocol, environment_maker, episode_limits, make_rollout
+from rehearsal.training.recipe import Recipe, resolve_recipe
+
+
+def evaluate_policy(
+    policy: str | Path, *, recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    overrides: Mapping[str, Any] | Sequence[str] = (), split: str = "test", episodes: int = 256,
+    temperature: float = 1.0, url: str | None = None, api_key_env: str | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Play held-out tasks, one episode each.
+
+    Args:
+        policy: a run folder, a Hugging Face folder, a hub name, or "base".
+        recipe: where environment and limits come from; a run folder brings its own.
+        overrides: options by dotted name.
+        split: of the tasks.
+        episodes: how many tasks.
+        temperature: of the answers; 0 takes the likeliest token.
+        url: of a server that speaks the OpenAI chat API; ``policy`` is the model's name there.
+        api_key_env: environment variable with the server's key.
+
+    Returns:
+        the figures of :class:`rehearsal.evaluation.held_out.Evaluation`.
+
+    Raises:
+        RehearsalError: with one sentence, for whatever the user can mend.
+    """
+    if episodes < 1:
+        raise RecipeError(f"episodes must be 1 or more, not {episodes}.")
+    if url is not None:
+        if not isinstance(recipe, Recipe):
+            recipe = resolve_recipe(recipe, overrides)
+        return _evaluate_remote(str(policy), recipe, split, episodes, temperature, url, api_key_env)
+    folder = Path(policy)
+    is_run = (folder / "run.json").is_file()
+    if recipe is None and is_run:
+        recipe = folder / "recipe.toml"
+    if not isinstance(recipe, Recipe):
+        recipe = resolve_recipe(recipe, overrides)
+    trained = folder / "policy"
+    unfinished = checkpoints(folder / "checkpoints") if is_run and not trained.is_dir() else []
+    if is_run and not trained.is_dir() and not unfinished:
+        raise ModelError(f"{folder} has neither a policy nor a checkpoint yet; let the run get on first.")
+    path: str | Path = trained if is_run and trained.is_dir() else recipe.model.path if is_run else policy
+    loaded = load_policy(
+        path, device=recipe.model.device, dtype=recipe.model.dtype, history=recipe.model.history,
+        template_options=recipe.model.template_options,
+    )  # fmt: skip
+    if unfinished:
+        restore_weights(loaded.model, load_checkpoint(unfinished[-1])[0], unfinished[-1])
+    rollout = make_rollout(recipe, loaded)
+    try:
+        tasks = held_out_tasks(recipe.evaluation.seed, split, episodes)
+        return evaluate(rollout, tasks, temperature=temperature).figures
+    finally:
+        rollout.close()
+
+
+def _evaluate_remote(
+    name: str, recipe: Recipe, split: str, episodes: int, temperature: float, url: str, api_key_env: str | None
+) -> dict[str, float]:
+    engine = RemoteEngine(url, name, api_key_env=api_key_env, concurrency=min(32, recipe.engine.max_sessions))
+    rollout = ChatRollout(
+        environment_maker(recipe), engine, answer_protocol(recipe), episode_limits(recipe), seed=recipe.seed,
+        workers=recipe.environment.workers, step_timeout=recipe.environment.step_timeout,
+    )  # fmt: skip
+    try:
+        tasks = held_out_tasks(recipe.evaluation.seed, split, episodes)
+        figures = evaluate(rollout, tasks, temperature=temperature).figures
+    finally:
+        rollout.close()
+    tokens = float(engine.stats.tokens_sampled)
+    return {**figures, "server_tokens": tokens, "server_retries": float(engine.stats.retries)}

@@ -1,0 +1,246 @@
+"""Which plots a report draws, from which metrics, and what each of them tells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rehearsal.reports.data import ReportData
+from rehearsal.reports.plots import Chart, Series, Unit
+from rehearsal.reports.verdict import number
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plot of training metrics, and of the same quantity in held-out evaluations where they have it.
+
+    Attributes:
+        title: of the plot.
+        note: how to read it.
+        metrics: legend by metric name, the main one first.
+        unit: of the values.
+        zero: see :class:`rehearsal.reports.plots.Chart`.
+        evaluated: name of the quantity in evaluations, "" if they do not have it.
+        smooth: whether single steps are noise around a running mean.
+    """
+
+    title: str
+    note: str
+    metrics: dict[str, str]
+    unit: Unit = "number"
+    zero: bool = True
+    evaluated: str = ""
+    smooth: bool = True
+
+
+@dataclass(frozen=True)
+class ChartGroup:
+    """Plots that answer one question."""
+
+    title: str
+    charts: Sequence[Chart]
+
+
+PLANS: dict[str, list[Plan]] = {
+    "How it plays": [
+        Plan(
+            "Reward",
+            "Mean reward of an episode, penalties included.",
+            {"train/reward": "train"},
+            zero=False,
+            evaluated="reward",
+        ),
+        Plan(
+            "Response length",
+            "Sampled tokens of one answer. Falling with success: it learned to be brief. Rising without: it rambles.",
+            {"train/response_tokens": "train"},
+            "tokens",
+            evaluated="response_tokens",
+        ),
+        Plan("Turns", "Exchanges in one episode.", {"train/turns": "train"}, evaluated="turns"),
+        Plan(
+            "Answers it could not use",
+            "Share of turns whose answer broke the format, or named an action that is not legal.",
+            {"train/format_errors": "format errors", "train/illegal_actions": "illegal actions"},
+            "share",
+            evaluated="format_errors",
+        ),
+    ],
+    "Is there something to learn from?": [
+        Plan(
+            "Dead groups",
+            "Share of groups whose episodes all got the same reward: they teach the policy nothing. Near 100%, the "
+            "tasks are too easy or too hard.",
+            {
+                "signal/dead_groups": "all",
+                "signal/dead_groups_solved": "all solved",
+                "signal/dead_groups_failed": "none solved",
+            },
+            "share",
+        ),
+        Plan(
+            "Groups",
+            "Groups that were played, and those that were kept for the policy to learn from.",
+            {"signal/played_groups": "played", "signal/kept_groups": "kept"},
+        ),
+        Plan(
+            "Spread of rewards",
+            "Standard deviation of the reward inside a group: what advantages are made of.",
+            {"train/reward_std": "inside groups"},
+        ),
+    ],
+    "The policy": [
+        Plan("Entropy", "Nats a token. Towards zero, it tries nothing new any more.", {"policy/entropy": "policy"}),
+        Plan(
+            "Gradient norm",
+            "Before clipping. Single peaks are harmless; a steady rise comes before divergence.",
+            {"policy/grad_norm": "all parameters"},
+        ),
+        Plan(
+            "Sampling against training",
+            "KL divergence between the policy that sampled and the one that learns. It should stay near zero.",
+            {"policy/kl_sampling": "KL"},
+        ),
+        Plan(
+            "Clipped tokens",
+            "Share of tokens whose ratio left the trust region.",
+            {"policy/clip_share": "clipped"},
+            "share",
+        ),
+        Plan(
+            "Ratio",
+            "Mean probability ratio of new to old policy. It should stay near 1.",
+            {"policy/ratio": "ratio"},
+            zero=False,
+        ),
+        Plan("Learning rate", "As the schedule set it.", {"policy/learning_rate": "learning rate"}, smooth=False),
+    ],
+    "How fast it runs": [
+        Plan(
+            "Tokens a second",
+            "Sampled tokens, while generating.",
+            {"speed/tokens_per_second": "tokens/s"},
+            "tokens",
+        ),
+        Plan(
+            "Episodes a second",
+            "Whole episodes played, over all of a step.",
+            {"speed/episodes_per_second": "episodes/s"},
+        ),
+        Plan("Time of a step", "Seconds from one update to the next.", {"time/step": "step"}, "seconds"),
+    ],
+}
+
+_TIME_PARTS = {"time/generation": "generation", "time/learning": "learning", "time/other": "other"}
+_SHOWN_ELSEWHERE = {"train/success", "train/episodes"}
+_STOPS = "train/stop/"
+_LOSSES = "policy/loss/"
+
+
+def success_chart(data: ReportData) -> Chart:
+    """Held-out success with its interval, and success in training behind it."""
+    series = [
+        Series(
+            f"held-out ({split})" if split != "train" else "evaluation (train)",
+            [row["step"] for row in rows],
+            [number(row.get("success")) for row in rows],
+            [number(row.get("success_low")) for row in rows],
+            [number(row.get("success_high")) for row in rows],
+            colour=place,
+            markers=True,
+        )
+        for place, (split, rows) in enumerate(_by_importance(data))
+    ]
+    series = [one for one in series if not one.empty]
+    if "train/success" in data.metric_names:
+        colour = max(1, len(series))
+        series.append(Series("training", data.steps, data.series("train/success"), colour=colour, smooth=True))
+    note = "Share of episodes solved."
+    if any(value is not None for one in series for value in one.low):
+        note += " The band is the 95% interval of the held-out evaluation."
+    return Chart("Success", note, series, "share", whole=True)
+
+
+def chart_groups(data: ReportData) -> list[ChartGroup]:
+    """The plots that have values, by question; metrics that nobody planned for come last."""
+    used = {*_SHOWN_ELSEWHERE, *_TIME_PARTS}
+    groups = []
+    for title, plans in PLANS.items():
+        charts = [_chart(data, plan) for plan in plans]
+        used |= {name for plan in plans for name in plan.metrics}
+        if title == "The policy":
+            charts += list(_losses(data))
+        if title == "How fast it runs":
+            charts.insert(1, _time_shares(data))
+        groups.append(ChartGroup(title, [chart for chart in charts if not chart.empty]))
+    rest = [name for name in data.metric_names if name not in used and not name.startswith((_STOPS, _LOSSES))]
+    other = [Chart(name, "", [_line(data, name, name, 0)], zero=False) for name in rest]
+    return [group for group in (*groups, ChartGroup("Other metrics", other)) if group.charts]
+
+
+def stop_shares(data: ReportData) -> dict[str, list[float | None]]:
+    """Share of training episodes by stop reason, over the steps."""
+    return {name.removeprefix(_STOPS): data.series(name) for name in data.metric_names if name.startswith(_STOPS)}
+
+
+def _by_importance(data: ReportData) -> Iterator[tuple[str, Sequence[Mapping[str, Any]]]]:
+    """The judged split first, then the others by name."""
+    for split in sorted(data.evaluations, key=lambda split: (split != data.verdict.split, split)):
+        yield split, data.evaluations[split]
+
+
+def _line(data: ReportData, name: str, label: str, colour: int) -> Series:
+    return Series(label, data.steps, data.series(name), colour=colour, smooth=True)
+
+
+def _chart(data: ReportData, plan: Plan) -> Chart:
+    present = set(data.metric_names)
+    series = [
+        Series(label, data.steps, data.series(name), smooth=plan.smooth)
+        for name, label in plan.metrics.items()
+        if name in present
+    ]
+    if plan.evaluated and data.verdict.split:
+        rows = data.evaluations[data.verdict.split]
+        low, high = f"{plan.evaluated}_low", f"{plan.evaluated}_high"
+        evaluated = Series(
+            f"held-out ({data.verdict.split})",
+            [row["step"] for row in rows],
+            [number(row.get(plan.evaluated)) for row in rows],
+            [number(row.get(low)) for row in rows],
+            [number(row.get(high)) for row in rows],
+            markers=True,
+        )
+        if not evaluated.empty:
+            series.insert(0, evaluated)
+    coloured = [
+        Series(one.name, one.x, one.y, one.low, one.high, _colour(one, place), one.markers, one.smooth)
+        for place, one in enumerate(series)
+    ]
+    return Chart(plan.title, plan.note, coloured, plan.unit, plan.zero)
+
+
+def _colour(series: Series, place: int) -> int:
+    """Held-out values have the same colour in every plot, and training another."""
+    if series.markers:
+        return 0
+    return 1 if series.name == "train" else place
+
+
+def _losses(data: ReportData) -> Iterator[Chart]:
+    for name in data.metric_names:
+        if name.startswith(_LOSSES):
+            objective = name.removeprefix(_LOSSES)
+            note = "What the policy objective minimises. Its height means little." if objective == "policy" else ""
+            yield Chart(f"Loss: {objective.replace('_', ' ')}", note, [_line(data, name, "loss", 0)], zero=False)
+
+
+def _time_shares(data: ReportData) -> Chart:
+    present = set(data.metric_names)
+    series = [
+        Series(label, data.steps, data.series(name), colour=place)
+        for place, (name, label) in enumerate(_TIME_PARTS.items())
+        if name in present
+    ]
+    return Chart("Where the time goes", "Share of each step.", series, "share", stacked=True)

@@ -1,0 +1,157 @@
+"use strict";
+// Everything on the page is there without this script; it adds values under the pointer, filters and tabs.
+document.documentElement.classList.add("js");
+
+const tip = document.getElementById("tip");
+const SVG = "http://www.w3.org/2000/svg";
+
+function nearest(points, x) {
+  let best = points[0];
+  for (const point of points) if (Math.abs(point[0] - x) < Math.abs(best[0] - x)) best = point;
+  return best;
+}
+
+function line(text, tag) {
+  const element = document.createElement(tag || "span");
+  element.textContent = text;
+  tip.append(element);
+}
+
+for (const plot of document.querySelectorAll("svg.plot")) {
+  const series = JSON.parse(plot.dataset.hover);
+  const [, top, , bottom] = plot.dataset.frame.split(",").map(Number);
+  const cross = plot.querySelector(".cross");
+  const places = [...new Set(series.flatMap((one) => one.p.map((point) => point[0])))].sort((a, b) => a - b);
+  const pins = [];
+  let place = -1;
+
+  function show(index) {
+    place = Math.max(0, Math.min(places.length - 1, index));
+    const x = places[place];
+    const found = series.map((one) => nearest(one.p, x));
+    const step = found.find((point) => point[0] === x)[2];
+    cross.setAttribute("x1", x);
+    cross.setAttribute("x2", x);
+    cross.setAttribute("y1", top);
+    cross.setAttribute("y2", bottom);
+    cross.removeAttribute("hidden");
+    pins.splice(0).forEach((pin) => pin.remove());
+    tip.replaceChildren();
+    line("step " + step.toLocaleString("en"), "b");
+    series.forEach((one, k) => {
+      const [px, py, at, text] = found[k];
+      const pin = document.createElementNS(SVG, "circle");
+      pin.setAttribute("class", "pin c" + one.c);
+      pin.setAttribute("cx", px);
+      pin.setAttribute("cy", py);
+      pin.setAttribute("r", 4.5);
+      plot.append(pin);
+      pins.push(pin);
+      line((series.length > 1 ? one.n + ": " : "") + text + (at === step ? "" : " at step " + at.toLocaleString("en")));
+    });
+    tip.hidden = false;
+    const box = plot.getBoundingClientRect();
+    const scale = box.width / plot.viewBox.baseVal.width;
+    const left = box.left + x * scale;
+    const beside = left + 14 + tip.offsetWidth < window.innerWidth - 8;
+    tip.style.left = Math.max(8, beside ? left + 14 : left - 14 - tip.offsetWidth) + "px";
+    tip.style.top = Math.max(8, box.top + top * scale) + "px";
+  }
+
+  function hide() {
+    place = -1;
+    tip.hidden = true;
+    cross.setAttribute("hidden", "");
+    pins.splice(0).forEach((pin) => pin.remove());
+  }
+
+  function at(event) {
+    const box = plot.getBoundingClientRect();
+    const x = ((event.clientX - box.left) / box.width) * plot.viewBox.baseVal.width;
+    show(places.indexOf(nearest(places.map((one) => [one]), x)[0]));
+  }
+
+  plot.addEventListener("pointermove", at);
+  plot.addEventListener("pointerdown", at);
+  plot.addEventListener("pointerleave", hide);
+  plot.addEventListener("blur", hide);
+  plot.addEventListener("keydown", (event) => {
+    const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (by) {
+      event.preventDefault();
+      show(place < 0 ? (by > 0 ? 0 : places.length - 1) : place + by);
+    } else if (event.key === "Escape") hide();
+  });
+}
+
+// Arrow keys walk through a row or column of buttons.
+function walk(container, buttons, forward, back) {
+  container.addEventListener("keydown", (event) => {
+    const by = { [forward]: 1, [back]: -1 }[event.key];
+    const now = buttons().indexOf(document.activeElement);
+    const next = by && now >= 0 ? buttons()[now + by] : null;
+    if (next) {
+      event.preventDefault();
+      next.focus();
+      next.click();
+    }
+  });
+}
+
+for (const pairs of document.querySelectorAll("[data-pairs]")) {
+  const tabs = [...pairs.querySelectorAll("[role=tab]")];
+  const select = (chosen) => {
+    for (const tab of tabs) {
+      tab.setAttribute("aria-selected", tab === chosen);
+      tab.tabIndex = tab === chosen ? 0 : -1;
+      document.getElementById(tab.getAttribute("aria-controls")).hidden = tab !== chosen;
+    }
+  };
+  tabs.forEach((tab) => tab.addEventListener("click", () => select(tab)));
+  walk(pairs.querySelector(".tabs"), () => tabs, "ArrowRight", "ArrowLeft");
+  select(tabs[0]);
+}
+
+for (const browser of document.querySelectorAll("[data-browser]")) {
+  const form = browser.querySelector(".filters");
+  const list = browser.querySelector(".list");
+  const buttons = [...list.querySelectorAll("button")];
+  const none = browser.querySelector(".nothing");
+  const visible = () => buttons.filter((button) => !button.parentElement.hidden);
+  let current = null;
+
+  function select(chosen) {
+    current = chosen;
+    for (const button of buttons) {
+      document.getElementById("e-" + button.dataset.key).hidden = button !== chosen;
+      if (button === chosen) button.setAttribute("aria-current", "true");
+      else button.removeAttribute("aria-current");
+    }
+    none.hidden = Boolean(chosen);
+  }
+
+  function filter() {
+    const wanted = [...new FormData(form)].filter(([, value]) => value);
+    for (const button of buttons)
+      button.parentElement.hidden = wanted.some(([name, value]) => button.dataset[name] !== value);
+    const left = visible();
+    form.querySelector(".count").textContent = left.length + " of " + buttons.length + " episodes";
+    if (!left.includes(current)) select(left[0] || null);
+  }
+
+  form.hidden = false;
+  list.hidden = false;
+  form.addEventListener("change", filter);
+  form.addEventListener("submit", (event) => event.preventDefault());
+  buttons.forEach((button) =>
+    button.addEventListener("click", () => {
+      select(button);
+      if (browser.getBoundingClientRect().top < 0) {
+        const split = browser.querySelector(".shown");
+        split.scrollIntoView({ block: "start" });
+      }
+    }),
+  );
+  walk(list, visible, "ArrowDown", "ArrowUp");
+  filter();
+}

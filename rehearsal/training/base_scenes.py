@@ -1,0 +1,39 @@
+"""What the small base model is shown beside the built-in environments."""
+
+from __future__ import annotations
+
+from rehearsal.environments.bandit import PAIRS, Bandit
+from rehearsal.environments.splits import draw_in_split
+
+_ONSETS = (
+    "b", "br", "c", "ch", "d", "dr", "f", "fl", "g", "gr", "h", "j", "k", "l", "m", "n", "p", "pr", "r", "s", "sh",
+    "st", "t", "th", "tr", "v", "w", "wh", "y", "z",
+)  # fmt: skip
+_VOWELS = ("a", "ai", "e", "ea", "i", "o", "oo", "ou", "u", "y")
+_CODAS = ("", "", "", "ck", "d", "f", "g", "l", "ll", "m", "n", "nt", "p", "r", "rd", "s", "st", "t", "x")
+_GIVEN = frozenset(name for pairs in PAIRS.values() for pair in pairs for name in pair)
+
+
+class MadeUpBandit(Bandit):
+    """The bandit with names that nobody has met before: a model learns from it to copy a name, whatever it is.
+
+    The built-in bandit's training names are so few that a small model learns them by heart and cannot say any other.
+    Parameters are those of :class:`rehearsal.environments.bandit.Bandit`; which arm is the better one cannot be told.
+    """
+
+    def _draw(self, split: str) -> str:
+        arms = draw_in_split(self._names, " ".join, split)
+        self._arms = arms
+        self._risky = arms[int(self.np_random.integers(2))]
+        self._pulled = ""
+        return " ".join(arms)
+
+    def _names(self) -> tuple[str, str] | None:
+        first, second = self._name(), self._name()
+        return None if first == second or _GIVEN & {first, second} else (first, second)
+
+    def _name(self) -> str:
+        parts = []
+        for _ in range(int(self.np_random.integers(1, 4))):
+            parts += [choices[int(self.np_random.integers(len(choices)))] for choices in (_ONSETS, _VOWELS, _CODAS)]
+        return "".join(parts).capitalize()

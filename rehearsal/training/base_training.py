@@ -1,0 +1,196 @@
+"""How the small base model is trained: supervised, on what was thought, done and seen."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+from rehearsal.errors import TrainingDiverged
+from rehearsal.models.head import token_logprobs
+from rehearsal.models.packed import packed_hidden
+from rehearsal.training.base_config import BaseConfig
+from rehearsal.training.base_transcripts import Transcript
+from rehearsal.training.packing import Pack, PackItem, make_packs
+from rehearsal.training.parallel import accumulate_gradients, map_packs, pack_workers
+from rehearsal.trajectory import Kind
+
+_OPENING = len(Kind)
+"""Stands beside the kinds for the first observation of an episode."""
+_LOSS_NAMES = {int(Kind.THOUGHT): "thought", int(Kind.ACTION): "action", int(Kind.OBSERVATION): "observation",
+               _OPENING: "opening"}  # fmt: skip
+_SMOOTHING = 0.95
+# Larger packs are slower on a processor: their activations leave its cache.
+_PACK_TOKENS = 4096
+_PACK_TOKENS = 4096
+"""Tokens of one forward pass: more bring no speed on a processor, and fewer would share fewer system prompts."""
+
+OnStep = Callable[[int, float, float], None]
+"""Called after each optimiser step with its number from 1, the smoothed loss and the tokens per second so far."""
+
+
+def new_model(config: BaseConfig, tokenizer: Any) -> Qwen3ForCausalLM:
+    """A Qwen3 model (query and key norms, one key/value head, tied embeddings) with random weights, in float32."""
+    # Small models learn faster from weights of about 1/sqrt(width) than from the usual 0.02.
+    architecture = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden,
+        intermediate_size=config.mlp,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=1,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_positions,
+        tie_word_embeddings=True,
+        initializer_range=0.5 * config.hidden**-0.5,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = Qwen3ForCausalLM(architecture).float()
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
+    )
+    return model
+
+
+def heldout_losses(model: Any, transcripts: Sequence[Transcript]) -> dict[str, float]:
+    """Mean negative log-likelihood in nats a token, by what the tokens are: thought, action, observation, opening.
+
+    The opening is the first observation of an episode: nothing foretells it, so its loss is the entropy of the tasks.
+    """
+    totals = dict.fromkeys(_LOSS_NAMES, 0.0)
+    counts = dict.fromkeys(_LOSS_NAMES, 0)
+    model.eval()
+    with torch.no_grad():
+        work = _packs(transcripts)
+        for losses_N, classes_N in map_packs([model], lambda one: _losses(model, one), work, pack_workers(model)):
+            for number in _LOSS_NAMES:
+                chosen = torch.from_numpy(classes_N == number)
+                totals[number] += float(losses_N[chosen].double().sum())
+                counts[number] += int(chosen.sum())
+    return {name: totals[number] / counts[number] for number, name in _LOSS_NAMES.items() if counts[number]}
+
+
+def train_base(
+    model: Qwen3ForCausalLM, config: BaseConfig, transcripts: Iterator[Transcript], on_step: OnStep | None = None
+) -> dict[str, float]:
+    """Train with AdamW on a stream of transcripts, each seen once, in place.
+
+    Returns:
+        ``tokens``, ``episodes``, ``steps``, ``tokens_per_second``, ``loss_first`` and ``loss_last`` (weighted, in nats
+        a token; the last one smoothed).
+
+    Raises:
+        TrainingDiverged: if the loss or a gradient was not finite.
+    """
+    weights = np.zeros(_OPENING + 1, dtype=np.float32)
+    weights[[Kind.THOUGHT, Kind.ACTION]] = 1.0
+    weights[Kind.OBSERVATION], weights[_OPENING] = config.observation_weight, config.opening_weight
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=config.learning_rate, betas=(0.9, 0.95),
+    )  # fmt: skip
+    model.train()
+    parameters = list(model.parameters())
+    workers = pack_workers(model)
+    tokens = episodes = 0
+    loss_first = loss_smooth = loss_last = 0.0
+    began = time.monotonic()
+    for step in range(config.steps):
+        batch = _take(transcripts, config.tokens_per_step)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * schedule(step, config.steps, config.warmup)
+        weight = float(sum(weights[_classes(t)[1:]].sum() for t in batch))
+
+        def loss_of(work: _Work, weight: float = weight) -> tuple[Tensor, float]:
+            losses_N, classes_N = _losses(model, work)
+            loss = (losses_N * torch.from_numpy(weights[classes_N])).sum() / weight
+            return loss, float(loss.detach())
+
+        total = sum(accumulate_gradients([model], parameters, loss_of, _packs(batch), workers))
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip))
+        if not math.isfinite(total) or not math.isfinite(norm):
+            raise TrainingDiverged(
+                f"The loss of step {step} is {total} and its gradient has norm {norm}: lower the learning rate."
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        tokens += sum(len(t.token_ids) for t in batch)
+        episodes += len(batch)
+        loss_first = loss_first if step else total
+        loss_smooth = _SMOOTHING * loss_smooth + (1 - _SMOOTHING) * total
+        loss_last = loss_smooth / (1 - _SMOOTHING ** (step + 1))
+        if on_step is not None:
+            on_step(step + 1, loss_last, tokens / (time.monotonic() - began))
+    return {
+        "tokens": float(tokens),
+        "episodes": float(episodes),
+        "steps": float(config.steps),
+        "tokens_per_second": tokens / (time.monotonic() - began),
+        "loss_first": loss_first,
+        "loss_last": loss_last,
+    }
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """The learning rate of a step relative to its peak: linear warm-up over a share of the steps, cosine to zero."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising + 1) / (steps - rising + 1)))
+
+
+def _take(transcripts: Iterator[Transcript], tokens: int) -> list[Transcript]:
+    """The next transcripts, until they have ``tokens`` tokens together; those with the same system prompt side by side,
+    so that a pack reads it once."""
+    batch: list[Transcript] = []
+    size = 0
+    while size < tokens:
+        batch.append(next(transcripts))
+        size += len(batch[-1].token_ids)
+    return sorted(batch, key=lambda transcript: transcript.opening)
+
+
+class _Work(NamedTuple):
+    """A pack, and the class of each of its target tokens."""
+
+    pack: Pack
+    classes_N: np.ndarray
+
+
+def _packs(transcripts: Sequence[Transcript]) -> list[_Work]:
+    """All tokens that are learnt, in packs."""
+    wanted = [np.flatnonzero(np.isin(_classes(t), list(_LOSS_NAMES))) for t in transcripts]
+    items = [
+        PackItem(transcript.token_ids, targets[targets > 0], transcript.opening)
+        for transcript, targets in zip(transcripts, wanted, strict=True)
+    ]
+    return [
+        _Work(pack, np.concatenate([_classes(transcripts[i])[items[i].targets] for i in pack.items]))
+        for pack in make_packs(items, _PACK_TOKENS)
+    ]
+
+
+def _losses(model: Any, work: _Work) -> tuple[Tensor, np.ndarray]:
+    """Negative log-likelihoods, (N,), and classes, (N,), of the target tokens of a pack."""
+    hidden_TD = packed_hidden(model, work.pack.token_ids_T, work.pack.positions_T, work.pack.plan)
+    logprobs_N, _ = token_logprobs(model, hidden_TD[work.pack.sources_N], work.pack.targets_N)
+    return -logprobs_N, work.classes_N
+
+
+def _classes(transcript: Transcript) -> np.ndarray:
+    """The kind of each token, with the first observation as a class of its own; int64 of shape (T,)."""
+    opening_T = (transcript.kinds == Kind.OBSERVATION) & (transcript.turns == 0)
+    return np.where(opening_T, _OPENING, transcript.kinds).astype(np.int64)

@@ -1,0 +1,109 @@
+"""Packs side by side on the cores of a processor.
+
+The operators of a small model are too short to be split among threads: most of the time would go to waiting for one
+another, and all of it where another program takes one of the cores. Whole packs are worth a thread each. The sums are
+taken in the order of the packs, so the result does not depend on which thread was faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from rehearsal.models.packed import packed_attention
+
+P = TypeVar("P")
+R = TypeVar("R")
+
+# A matrix product of this width keeps several threads busy by itself; packs one after the other then need less memory.
+_WIDE = 1024
+
+
+def pack_workers(model: Any) -> int:
+    """How many packs to work on at the same time: one for each thread of a processor, for models that are not wide."""
+    parameter = next(model.parameters())
+    width = model.config.get_text_config().hidden_size
+    return torch.get_num_threads() if parameter.device.type == "cpu" and width < _WIDE else 1
+
+
+def _in_order(work: Callable[[P], R], packs: Iterable[P], workers: int) -> Iterator[R]:
+    """``work`` of each pack, in order, at most ``workers`` of them begun and not yet taken."""
+
+    gradients = torch.is_grad_enabled()
+
+    def alone(pack: P) -> R:
+        # Both settings belong to the calling thread, and a pool's threads do nothing else.
+        torch.set_num_threads(1)
+        with torch.set_grad_enabled(gradients):
+            return work(pack)
+
+    waiting: list[Future[R]] = []
+    with ThreadPoolExecutor(workers, thread_name_prefix="rehearsal-pack") as pool:
+        try:
+            for pack in packs:
+                waiting.append(pool.submit(alone, pack))
+                if len(waiting) > workers:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def map_packs(models: Sequence[Any], work: Callable[[P], R], packs: Sequence[P], workers: int) -> Iterator[R]:
+    """``work(pack)`` for each pack, in order, with packed attention switched on for ``models``.
+
+    Args:
+        models: the models that ``work`` calls. The switch is the model's, not the thread's, so it is set here, once.
+        work: runs in several threads at once.
+        packs: what to work on.
+        workers: threads; 1 stays in this one.
+    """
+    if not models:
+        if workers == 1 or len(packs) == 1:
+            yield from (work(pack) for pack in packs)
+        else:
+            yield from _in_order(work, packs, workers)
+        return
+    with packed_attention(models[0]):
+        yield from map_packs(models[1:], work, packs, workers)
+
+
+def accumulate_gradients(
+    models: Sequence[Any], parameters: Sequence[torch.nn.Parameter], loss_of: Callable[[P], tuple[Tensor | None, R]],
+    packs: Sequence[P], workers: int,
+) -> Generator[R, None, None]:  # fmt: skip
+    """Add the gradient of every pack's loss to the parameters, in the order of the packs.
+
+    Args:
+        models: the models that ``loss_of`` calls.
+        parameters: what the loss is differentiated by; those that a loss does not reach are left alone.
+        loss_of: the loss of a pack (None for one without a gradient) and whatever else is worth telling about it.
+        packs: what to work on.
+        workers: threads.
+
+    Yields:
+        the second thing that ``loss_of`` returned, pack by pack. Gradients are added as the results are taken.
+    """
+
+    def work(pack: P) -> tuple[Sequence[Tensor | None], R]:
+        with torch.enable_grad():
+            loss, rest = loss_of(pack)
+            if loss is None or not loss.requires_grad:
+                return [], rest
+            return torch.autograd.grad(loss, parameters, allow_unused=True), rest
+
+    for gradients, rest in map_packs(models, work, packs, workers):
+        for parameter, gradient in zip(parameters, gradients, strict=False):
+            if gradient is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad += gradient
+        yield rest

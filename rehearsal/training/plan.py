@@ -1,0 +1,63 @@
+"""What a recipe will do and how much memory it takes, before anything runs."""
+
+from __future__ import annotations
+
+import torch
+
+from rehearsal.algorithms.presets import preset
+from rehearsal.models.load import load_policy
+from rehearsal.models.packed import causal_lm
+from rehearsal.training.loop import make_rollout
+from rehearsal.training.recipe import Recipe
+
+_MIB = 2**20
+
+
+def memory_plan(recipe: Recipe) -> dict[str, float]:
+    """Bytes by purpose. Weights and cache are exact; activations are an estimate within a factor of about two.
+
+    The estimate counts, for each layer and each token of a pack, the tensors that a gated decoder keeps for its
+    backward pass: about 16 of the model's width and 5 of the feed-forward layer's.
+    """
+    policy = load_policy(
+        recipe.model.path, device=recipe.model.device, dtype=recipe.model.dtype, history=recipe.model.history,
+        template_options=recipe.model.template_options,
+    )  # fmt: skip
+    algorithm = preset(recipe.algorithm.name, **recipe.algorithm.options)
+    rollout = make_rollout(recipe, policy)
+    model = causal_lm(policy.model)
+    config = model.config.get_text_config()
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    element = torch.finfo(next(model.parameters()).dtype).bits // 8
+    per_token = element * (16 * config.hidden_size + 5 * getattr(config, "intermediate_size", 4 * config.hidden_size))
+    layers = 1 if recipe.model.gradient_checkpointing else config.num_hidden_layers
+    plan = {
+        "weights": float(weights),
+        "gradients": float(trained),
+        "optimiser": 2.0 * trained,
+        "keys and values": float(rollout.engine.cache_bytes) if hasattr(rollout.engine, "cache_bytes") else 0.0,
+        "activations (estimate)": float(per_token * layers * recipe.training.pack_tokens),
+    }
+    if any(objective.needs_reference for objective in algorithm.objectives):
+        plan["reference policy"] = float(weights)
+    if algorithm.needs_critic:
+        plan["critic"] = 4.0 * weights
+    rollout.close()
+    return plan
+
+
+def describe_plan(recipe: Recipe) -> str:
+    """A few plain lines for people."""
+    plan = memory_plan(recipe)
+    training = recipe.training
+    algorithm = preset(recipe.algorithm.name, **recipe.algorithm.options)
+    lines = [algorithm.describe(), ""]
+    lines.append(
+        f"{training.steps} steps of {training.groups} x {training.group_size} episodes, "
+        f"{training.steps * training.epochs * training.minibatches} updates"
+    )
+    lines.append("memory:")
+    lines += [f"  {name:<24}{size / _MIB:10.1f} MiB" for name, size in plan.items()]
+    lines.append(f"  {'together':<24}{sum(plan.values()) / _MIB:10.1f} MiB")
+    return "\n".join(lines)
