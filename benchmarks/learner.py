@@ -69,7 +69,9 @@ def scripted_groups(policy: Policy, groups: int, group_size: int, seed: int) -> 
 
 
 def make_learner(policy: Policy, pack_tokens: int, share: bool, seed: int) -> Learner:
-    options = TrainingOptions(learning_rate=LEARNING_RATE, pack_tokens=pack_tokens, share_prefixes=share)
+    options = TrainingOptions.model_validate(
+        {"learning_rate": LEARNING_RATE, "pack_tokens": pack_tokens, "share_prefixes": share}
+    )
     return Learner(policy.model, preset("dr_grpo", aggregation="token_mean"), options, seed=seed)
 
 

@@ -110,7 +110,7 @@ def write_model(folder: Path, tiny: bool, seed: int) -> None:
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
     )  # fmt: skip
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+    model = Qwen3ForCausalLM(config).bfloat16()
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True
     )
@@ -247,11 +247,11 @@ def learning(ours: Ours, size: Size) -> dict[str, float]:
     }
 
 
-def trl_choice(recipe: Recipe, folder: Path, size: Size, device: str) -> tuple[str, int]:
+def trl_choice(recipe: Recipe, folder: Path, size: Size, device: str, engines: list[str]) -> tuple[str, int]:
     """The engine and the batch size with which TRL is fastest; what it cannot run is left out, and said."""
     tried: dict[tuple[str, int], float] = {}
     reward = _random_reward()
-    for engine in ("generate", "continuous"):
+    for engine in engines:
         batch = min(size.trl_batches)
         _try(tried, engine, batch, recipe, folder, device, reward)
     if not tried:
@@ -290,9 +290,11 @@ def _random_reward() -> Callable[[Any], float]:
     return lambda seat: seat.reward - float(rng.random())
 
 
-def whole_step(ours: Ours, recipe: Recipe, folder: Path, size: Size, device: str) -> tuple[dict[str, float], str]:
+def whole_step(
+    ours: Ours, recipe: Recipe, folder: Path, size: Size, device: str, engines: list[str]
+) -> tuple[dict[str, float], str]:
     """Steps of both sides in turn; the first of each is left out. Also the engine that TRL was fastest with."""
-    engine, batch = trl_choice(recipe, folder, size, device)
+    engine, batch = trl_choice(recipe, folder, size, device, engines)
     theirs: list[TrlSeconds] = train_with_trl(
         recipe, model_copy(folder, device, "bfloat16"), size.steps + 1, batch=batch, between=ours.step, engine=engine,
         reward=_random_reward(),
@@ -322,6 +324,10 @@ def main() -> int:
     options.add_argument("--tiny", action="store_true", help="a tiny model, to try the script itself")
     options.add_argument("--model", default=None, help="a model folder instead of random weights")
     options.add_argument("--groups", type=int, default=None, help="groups of 8 episodes in a step")
+    options.add_argument(
+        "--trl-engines", nargs="+", choices=("generate", "continuous"), default=["generate", "continuous"],
+        help="engines that are tried for TRL",
+    )  # fmt: skip
     given = options.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
         print("There is no CUDA device here; --device cpu --tiny walks the same path.", file=sys.stderr)
@@ -354,7 +360,7 @@ def main() -> int:
         say(f"learning at {figures['learning']:.2f} of a large product")
         ours.steps.clear()
         ours.sampled.clear()
-        more, engine = whole_step(ours, recipe, folder, size, given.device)
+        more, engine = whole_step(ours, recipe, folder, size, given.device, given.trl_engines)
         figures |= more
         say(f"a whole step {figures['ratio']:.2f} times faster than TRL with {engine}")
     if given.device == "cuda":

@@ -158,7 +158,7 @@ def train_with_trl(
     tables = _Tables(recipe, policy, limits, protocol)
     log: list[TrlSeconds] = []
 
-    def rollout_func(prompts: list[str], trainer: Any) -> dict[str, list[Any]]:
+    def rollout_func(prompts: list[str], trainer: Any) -> dict[str, Any]:
         started = time.perf_counter()
 
         def generate(histories: list[list[int]]) -> list[list[int]]:
@@ -180,7 +180,7 @@ def train_with_trl(
         figures.turns += sum(len(seat.agent.turns) for seat in seats)
         return output
 
-    def episode_reward(completions: list[str], episode_reward: list[float], **_: Any) -> list[float]:
+    def episode_reward(completions: list[str], episode_reward: list[float | None], **_: Any) -> list[float | None]:
         return episode_reward
 
     class Clock(TrainerCallback):

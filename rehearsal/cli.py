@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rehearsal import __version__
@@ -22,19 +23,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 where the user can mend what is wrong, 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
-    options, rest = parser.parse_known_args(given)
+    plain, dotted = _without_dotted(given)
+    options, rest = parser.parse_known_args(plain)
     if not hasattr(options, "run"):
         parser.print_help()
         return 0
     console = Console(stderr=True)
     try:
-        if rest and not getattr(options, "takes_dotted", False):
-            raise RecipeError(f"{rest[0]} is not an option of `rehearsal {given[0]}`; try --help.")
-        options.dotted = _dotted(rest)
+        if (dotted or rest) and not getattr(options, "takes_dotted", False):
+            raise RecipeError(f"{[*dotted, *rest][0]} is not an option of `rehearsal {given[0]}`; try --help.")
+        options.dotted = _dotted([*dotted, *rest])
         options.command_line = "rehearsal " + shlex.join(given)
         return int(options.run(options) or 0)
     except RehearsalError as error:
-        console.print(f"[bold red]error[/] {error}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         console.print("Stopped.", highlight=False)
@@ -90,8 +92,27 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("environment", help="a built-in name or package.module:Class")
 
     base = command("base", "Make the small base model.", _base, dotted=True)
-    base.add_argument("--output", type=Path, default=Path("base"), help="folder for the model")
+    base.add_argument("--output", type=Path, default=Path("base"), help="folder for the model; ./base if left out")
     return parser
+
+
+def _without_dotted(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take ``--a.b value`` out of the words, before the value could pass for an argument of the command."""
+    plain: list[str] = []
+    dotted: list[str] = []
+    position = 0
+    while position < len(words):
+        word = words[position]
+        position += 1
+        name, equals, _ = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in name:
+            plain.append(word)
+            continue
+        dotted.append(word)
+        if not equals and position < len(words) and not words[position].startswith("--"):
+            dotted.append(words[position])
+            position += 1
+    return plain, dotted
 
 
 def _dotted(rest: Sequence[str]) -> dict[str, Any]:
@@ -124,6 +145,7 @@ def _train(options: argparse.Namespace) -> int:
     from rehearsal.reports import write_report
     from rehearsal.training.loop import train
     from rehearsal.training.recipe import resolve_recipe
+    from rehearsal.training.runs import RunFolder
 
     console = Console()
     if options.options:
@@ -134,8 +156,9 @@ def _train(options: argparse.Namespace) -> int:
     if resume and options.output is not None:
         raise RecipeError("--resume already names the run folder; leave --output out.")
     source: Any = options.recipe
-    if resume and source is None:
-        source = options.resume / "recipe.toml"
+    if resume:
+        RunFolder.open(options.resume)
+        source = options.resume / "recipe.toml" if source is None else source
     recipe = resolve_recipe(source, options.dotted)
     if options.dry_run:
         from rehearsal.training.plan import describe_plan
@@ -229,7 +252,7 @@ def _envs(options: argparse.Namespace) -> int:
 
     table = Table("name", "what it is", "parameters", box=None, padding=(0, 2, 0, 0))
     for name, text, params in describe_all():
-        table.add_row(name, text, params)
+        table.add_row(name, text, escape(params))
     Console().print(table)
     return 0
 

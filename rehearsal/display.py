@@ -65,8 +65,9 @@ class TerminalObserver:
             f"{recipe.training.groups} tasks x {recipe.training.group_size} episodes, {trainer.algorithm.name}, "
             f"learning rate {recipe.training.learning_rate:g}",
         )
-        if hasattr(trainer.rollout.engine, "describe"):
-            table.add_row("engine", trainer.rollout.engine.describe())
+        engine = trainer.rollout.engine
+        cache = getattr(engine, "cache_bytes", 0) / 2**20
+        table.add_row("engine", f"{engine.capacity} episodes at once, {cache:.0f} MiB for keys and values at most")
         if trainer.folder is not None:
             table.add_row("run", str(trainer.folder.path))
         self.console.print(table)

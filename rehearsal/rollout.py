@@ -13,8 +13,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -160,22 +161,21 @@ def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(coroutine)
-    box: list[Any] = []
+        return _run(coroutine)
+    with ThreadPoolExecutor(1, thread_name_prefix="rehearsal-rollout") as pool:
+        return pool.submit(_run, coroutine).result()
 
-    def target() -> None:
-        try:
-            box.append((asyncio.run(coroutine), None))
-        except BaseException as error:
-            box.append((None, error))
 
-    thread = threading.Thread(target=target, name="rehearsal-rollout")
-    thread.start()
-    thread.join()
-    result, error = box[0]
-    if error is not None:
-        raise error
-    return cast(T, result)
+def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+    # asyncio.run, setting its handler for Ctrl-C back, writes out the result of the main task as text and throws that
+    # away; for a batch of episodes it takes a second. So the main task returns nothing.
+    box: list[T] = []
+
+    async def main() -> None:
+        box.append(await coroutine)
+
+    asyncio.run(main())
+    return box[0]
 
 
 class Rollout:

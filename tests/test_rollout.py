@@ -516,6 +516,16 @@ def test_the_capacity_of_the_engine_changes_nothing(capacity: int, play: Callabl
     assert ids_of(rollout.play(tasks(4)[2:], 3)) == ids_of(expected[2:])
 
 
+def test_what_was_played_before_changes_nothing(play: Callable[..., Rollout]) -> None:
+    """To the last bit, as a resumed run has a fresh engine where one that went on has a used one."""
+    used, fresh = play(Walk, capacity=7), play(Walk, capacity=7)
+    used.play(tasks(9)[5:], 3)
+    first, second = used.play(tasks(5), 3), fresh.play(tasks(5), 3)
+    for one, other in zip(all_trajectories(first), all_trajectories(second), strict=True):
+        np.testing.assert_array_equal(one.segments[0].token_ids, other.segments[0].token_ids)
+        np.testing.assert_array_equal(one.segments[0].logprobs, other.segments[0].logprobs)
+
+
 def test_threads_change_nothing(play: Callable[..., Rollout]) -> None:
     assert ids_of(play(lambda: Walk(fast=False)).play(tasks(3), 3)) == ids_of(play(Walk).play(tasks(3), 3))
 

@@ -92,6 +92,25 @@ def make(name: str, **params: Any) -> TextEnv:
     )
 
 
+def describe_all() -> list[tuple[str, str, str]]:
+    """Name, first sentence of the docstring, and parameters with their defaults, of every registered environment.
+
+    One whose package is not installed says so instead.
+    """
+    rows = []
+    for name in names():
+        try:
+            factory = _factory(name)
+        except RehearsalError as problem:
+            rows.append((name, str(problem), ""))
+            continue
+        text = (inspect.getdoc(factory) or "").split("\n\n")[0].replace("\n", " ")
+        known = inspect.signature(factory).parameters.values()
+        shown = (p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in known if p.kind is not p.VAR_KEYWORD)
+        rows.append((name, text, ", ".join(shown)))
+    return rows
+
+
 def check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Raise a :class:`RecipeError` for the first name in ``given`` that is not in ``known``, with close matches."""
     known = sorted(known)

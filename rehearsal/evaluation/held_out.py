@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from rehearsal.evaluation.statistics import wilson_interval
+from rehearsal.evaluation.statistics import mean_interval, wilson_interval
 from rehearsal.generation.sampling import SamplingParams, stream_key
 from rehearsal.rollout import Rollout, Task, rollout_metrics
 from rehearsal.trajectory import Group, Trajectory
@@ -24,8 +22,8 @@ class Evaluation:
 
     Attributes:
         groups: one episode for each task.
-        figures: "success" with its 95% interval "success_low" and "success_high", "reward", "episodes", "turns",
-            "response_tokens", "format_errors", "failed_episodes" and the shares of stop reasons.
+        figures: "success" and "reward", each with its 95% interval ("success_low", "success_high"), "episodes",
+            "turns", "response_tokens", "format_errors", "failed_episodes" and the shares of stop reasons.
     """
 
     groups: list[Group]
@@ -60,8 +58,7 @@ def evaluation_figures(groups: Sequence[Group]) -> dict[str, float]:
         solved = sum(bool(trajectory.success) for trajectory in scored)
         plain["success"] = solved / len(scored)
         plain["success_low"], plain["success_high"] = wilson_interval(solved, len(scored))
-    else:
-        rewards = np.array([trajectory.reward for trajectory in scored])
-        if len(rewards):
-            plain["reward"] = float(rewards.mean())
+    if scored:
+        rewards = [trajectory.reward for trajectory in scored]
+        plain["reward"], plain["reward_low"], plain["reward_high"] = mean_interval(rewards)
     return plain

@@ -14,6 +14,7 @@ from rehearsal.models.load import load_policy
 from rehearsal.training.checkpoint import checkpoints, load_checkpoint, restore_weights
 from rehearsal.training.loop import answer_protocol, environment_maker, episode_limits, make_rollout
 from rehearsal.training.recipe import Recipe, resolve_recipe
+from rehearsal.training.runs import RunFolder
 
 
 def evaluate_policy(
@@ -42,20 +43,20 @@ def evaluate_policy(
     if episodes < 1:
         raise RecipeError(f"episodes must be 1 or more, not {episodes}.")
     if url is not None:
-        if not isinstance(recipe, Recipe):
-            recipe = resolve_recipe(recipe, overrides)
+        recipe = resolve_recipe(recipe, overrides)
         return _evaluate_remote(str(policy), recipe, split, episodes, temperature, url, api_key_env)
     folder = Path(policy)
     is_run = (folder / "run.json").is_file()
     if recipe is None and is_run:
         recipe = folder / "recipe.toml"
-    if not isinstance(recipe, Recipe):
-        recipe = resolve_recipe(recipe, overrides)
+    recipe = resolve_recipe(recipe, overrides)
     trained = folder / "policy"
-    unfinished = checkpoints(folder / "checkpoints") if is_run and not trained.is_dir() else []
-    if is_run and not trained.is_dir() and not unfinished:
+    # The policy folder is written when a run ends; one that was stopped and resumed since has newer checkpoints.
+    ended = is_run and trained.is_dir() and RunFolder.open(folder).info.status != "running"
+    unfinished = checkpoints(folder / "checkpoints") if is_run and not ended else []
+    if is_run and not ended and not unfinished:
         raise ModelError(f"{folder} has neither a policy nor a checkpoint yet; let the run get on first.")
-    path: str | Path = trained if is_run and trained.is_dir() else recipe.model.path if is_run else policy
+    path: str | Path = trained if ended else recipe.model.path if is_run else policy
     loaded = load_policy(
         path, device=recipe.model.device, dtype=recipe.model.dtype, history=recipe.model.history,
         template_options=recipe.model.template_options,

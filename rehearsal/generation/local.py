@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
 import os
 import time
 from collections import deque
@@ -23,7 +24,7 @@ from rehearsal.errors import GenerationError
 from rehearsal.generation.cache import CachePlan, KeyValuePool, ShapeProbe
 from rehearsal.generation.sampling import SamplingParams, draw, uniforms
 from rehearsal.generation.session import EngineStats, Sampled
-from rehearsal.models.packed import causal_lm, logits_of, packed_attention, packed_hidden
+from rehearsal.models.packed import causal_lm, is_narrow, logits_of, packed_attention, packed_hidden
 from rehearsal.trajectory import SampleStop
 
 
@@ -117,7 +118,8 @@ class LocalSession:
             self._engine._release(self)
 
 
-def _available_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device now; 2 GiB where the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     with contextlib.suppress(ValueError, OSError):
@@ -155,7 +157,7 @@ class LocalEngine:
             raise GenerationError(f"max_context is {max_context}, but this model has {limit} positions; lower it.")
         shapes = self._probe()
         self.bytes_per_token = sum(shape.bytes_per_token for shape in shapes.values())
-        budget = _available_memory(self._device) // 4 if memory_bytes is None else int(memory_bytes)
+        budget = free_memory(self._device) // 4 if memory_bytes is None else int(memory_bytes)
         per_session = self.bytes_per_token * self.max_context
         self.capacity = min(max_sessions, budget // per_session)
         if self.capacity < 1:
@@ -167,7 +169,9 @@ class LocalEngine:
         self._pool = KeyValuePool(shapes, self.capacity, self.max_context, self._device)
         S, L = self.capacity, self.max_context
         self._sessions: list[LocalSession | None] = [None] * S
-        self._free = list(range(S - 1, -1, -1))
+        # A heap: the lowest free place is taken first, so what is sampled does not depend on what was played before,
+        # not even by the rounding of another order of rows.
+        self._free = list(range(S))
         self._prefixes: list[list[_SharedPrefix]] = [[] for _ in range(S)]
         # State of the sampling places, as arrays, so that a step costs no Python per episode.
         self._active = np.zeros(S, dtype=bool)
@@ -243,7 +247,7 @@ class LocalEngine:
             if prefix.filler is not None and prefix.filler.slot >= 0 and not prefix.filler.closed:
                 return False
             prefix.filler = session
-        slot = self._free.pop()
+        slot = heapq.heappop(self._free)
         session.slot = slot
         session.computed = 0
         self._sessions[slot] = session
@@ -289,7 +293,7 @@ class LocalEngine:
         self._prefixes[slot] = []
         self._sessions[slot] = None
         self._active[slot] = False
-        self._free.append(slot)
+        heapq.heappush(self._free, slot)
 
     def _release(self, session: LocalSession) -> None:
         prefix, session.prefix = session.prefix, None
@@ -347,7 +351,10 @@ class LocalEngine:
 
     async def _run(self) -> None:
         started = time.perf_counter()
+        threads = torch.get_num_threads()
         try:
+            if is_narrow(self.model):
+                torch.set_num_threads(1)
             causal_lm(self.model).eval()
             while self._active.any() or self._waiting:
                 # Whoever else runs on this loop, another engine for one, must not see these settings.
@@ -362,6 +369,7 @@ class LocalEngine:
             if not told or not isinstance(error, Exception):
                 raise
         finally:
+            torch.set_num_threads(threads)
             self.stats.seconds += time.perf_counter() - started
 
     def _fail(self, error: Exception) -> bool:

@@ -87,7 +87,7 @@ def load_policy(
     folder = base_folder() if str(path) == "base" else Path(path)
     local = folder.exists() or str(path).startswith((".", "/", "~")) or str(path) == "base"
     if local and not (folder / "config.json").is_file():
-        hint = " Make it with `rehearsal base`." if str(path) == "base" else ""
+        hint = f" Make it with `rehearsal base --output {folder}`." if str(path) == "base" else ""
         raise ModelError(f"{folder} is not a Hugging Face model folder: it has no config.json.{hint}")
     source = str(folder) if local else str(path)
     where = pick_device(device)

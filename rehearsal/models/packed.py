@@ -13,6 +13,7 @@ k keys.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
@@ -211,16 +212,46 @@ def causal_lm(model: Any) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+# A matrix product of this width keeps several threads of a processor busy.
+_WIDE = 1024
+
+
+def is_narrow(model: Any) -> bool:
+    """Whether the operators of a model on a processor are too short to be split among threads.
+
+    Most of the time would go to the threads' waiting for one another, and nearly all of it where another program takes
+    one of the cores.
+    """
+    lm = causal_lm(model)
+    on_processor = next(lm.parameters()).device.type == "cpu"
+    return on_processor and int(lm.config.get_text_config().hidden_size) < _WIDE
+
+
+_switches = threading.Lock()
+_switched: dict[int, tuple[Any, int]] = {}
+"""By id of a configuration: what its attention was before, and how many blocks hold it switched."""
+
+
 @contextlib.contextmanager
 def packed_attention(model: Any) -> Iterator[None]:
-    """Route the attention of ``model`` through packed plans inside the block, and back afterwards."""
+    """Route the attention of ``model`` through packed plans inside the block, and back afterwards.
+
+    Blocks may be nested, and several threads may be inside one at the same time.
+    """
     config = causal_lm(model).config.get_text_config()
-    before = config._attn_implementation
-    config._attn_implementation = IMPLEMENTATION
+    with _switches:
+        before, inside = _switched.get(id(config), (config._attn_implementation, 0))
+        _switched[id(config)] = (before, inside + 1)
+        config._attn_implementation = IMPLEMENTATION
     try:
         yield
     finally:
-        config._attn_implementation = before
+        with _switches:
+            before, inside = _switched.pop(id(config))
+            if inside == 1:
+                config._attn_implementation = before
+            else:
+                _switched[id(config)] = (before, inside - 1)
 
 
 def packed_hidden(model: Any, token_ids_T: Tensor, positions_T: Tensor, plan: AttentionPlan, **kwargs: Any) -> Tensor:

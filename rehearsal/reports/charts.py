@@ -87,7 +87,7 @@ PLANS: dict[str, list[Plan]] = {
         Plan(
             "Spread of rewards",
             "Standard deviation of the reward inside a group: what advantages are made of.",
-            {"train/reward_std": "inside groups"},
+            {"signal/reward_std_in_group": "inside groups"},
         ),
     ],
     "The policy": [
@@ -105,7 +105,7 @@ PLANS: dict[str, list[Plan]] = {
         Plan(
             "Clipped tokens",
             "Share of tokens whose ratio left the trust region.",
-            {"policy/clip_share": "clipped"},
+            {"policy/clipped_high": "above", "policy/clipped_low": "below"},
             "share",
         ),
         Plan(

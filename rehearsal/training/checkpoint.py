@@ -7,15 +7,19 @@ schedules are functions of (seed, step), so weights, optimiser and step number a
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
 import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rehearsal.errors import CheckpointError
@@ -41,6 +45,25 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def tensor_errors() -> Iterator[None]:
+    """Turn what safetensors and PyTorch raise when a file cannot be written into the :class:`OSError` behind it."""
+    try:
+        yield
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        number = int(code[1]) if code else errno.EIO
+        raise OSError(number, os.strerror(number)) from error
+    except RuntimeError as error:
+        # torch.save stumbles over its own unfinished file and leaves the reason behind in the context.
+        reason: BaseException | None = error
+        while reason is not None and not isinstance(reason, OSError):
+            reason = reason.__context__
+        if reason is None:
+            raise
+        raise reason from None
+
+
 def save_checkpoint(folder: Path, step: int, weights: dict[str, torch.Tensor], state: dict[str, Any], keep: int) -> Path:
     """Write a checkpoint and remove all but the newest ``keep``.
 
@@ -56,14 +79,15 @@ def save_checkpoint(folder: Path, step: int, weights: dict[str, torch.Tensor], s
     """
     target = folder / f"step_{step:06d}"
     partial = folder / f".partial-{step:06d}"
-    with storage_errors(target):
+    with storage_errors(target), tensor_errors():
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
             save_file({name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()},
                       partial / "weights.safetensors")  # fmt: skip
-            torch.save({**state, "step": step}, partial / "state.pt")
+            with (partial / "state.pt").open("wb") as out:
+                torch.save({**state, "step": step}, out)
             files = {file.name: _checksum(file) for file in sorted(partial.iterdir())}
             (partial / _MANIFEST).write_text(json.dumps({"step": step, "crc32": files}))
             for file in partial.iterdir():

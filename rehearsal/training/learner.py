@@ -28,12 +28,12 @@ from rehearsal.algorithms.shaping import was_cut_off
 from rehearsal.errors import TrainingDiverged
 from rehearsal.models.head import token_logprobs
 from rehearsal.models.packed import causal_lm, packed_hidden
-from rehearsal.trajectory import Group, Segment, rewards_matrix
 from rehearsal.training.critic import Critic
 from rehearsal.training.optimiser import Update, clipped_updates, forget_gradients, make_optimiser, scheduled_share
 from rehearsal.training.packing import Pack, PackItem, make_packs
 from rehearsal.training.parallel import accumulate_gradients, map_packs, pack_workers
 from rehearsal.training.recipe import TrainingOptions
+from rehearsal.trajectory import Group, Segment, rewards_matrix
 
 _AFTER_DIVERGENCE = "Lower training.learning_rate, or resume from the last checkpoint."
 
@@ -118,7 +118,7 @@ class Learner:
         self.optimiser = make_optimiser(model.parameters(), options)
         self.updates = 0
         self._seed = seed
-        self._workers = pack_workers(causal_lm(model))
+        self._workers = pack_workers(model)
         self._needs_entropy = any(objective.needs_entropy for objective in algorithm.objectives)
         self.reference = reference
         if reference is None and any(objective.needs_reference for objective in algorithm.objectives):

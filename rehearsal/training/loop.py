@@ -29,23 +29,24 @@ from rehearsal.errors import CheckpointError, EnvironmentFault, RehearsalError
 from rehearsal.evaluation.held_out import Evaluation, evaluate, held_out_tasks
 from rehearsal.generation.local import LocalEngine
 from rehearsal.generation.sampling import SamplingParams
-from rehearsal.generation.session import Engine
 from rehearsal.models.load import Policy, load_policy, save_policy
 from rehearsal.rollout import Rollout, rollout_metrics, signal_metrics, tasks_of_step
-from rehearsal.trajectory import Group, Trajectory, all_trajectories, rewards_matrix
 from rehearsal.training.checkpoint import (
     checkpoints,
     load_checkpoint,
     remove_partial,
     restore_weights,
     save_checkpoint,
+    tensor_errors,
     trainable_weights,
 )
 from rehearsal.training.learner import Learner
 from rehearsal.training.recipe import Recipe, resolve_recipe
 from rehearsal.training.runs import RunFolder
+from rehearsal.training.storage import storage_errors
 from rehearsal.training.trackers import Tracker, make_trackers
 from rehearsal.training.trajectory_store import write_trajectories
+from rehearsal.trajectory import Group, Trajectory, all_trajectories, rewards_matrix
 
 
 class Observer(Protocol):
@@ -126,17 +127,14 @@ def episode_limits(recipe: Recipe) -> Limits:
         env.close()
 
 
-def make_rollout(recipe: Recipe, policy: Policy, engine: Engine | None = None) -> Rollout:
-    """What plays the agent of a recipe in its environment; the local engine if no other is given."""
+def make_rollout(recipe: Recipe, policy: Policy) -> Rollout:
+    """What plays the agent of a recipe in its environment, on a local engine."""
     limits = episode_limits(recipe)
     memory = recipe.engine.memory_gib
-    engine = engine or LocalEngine(
-        policy.model,
-        max_context=recipe.agent.max_context,
-        max_sessions=recipe.engine.max_sessions,
-        memory_bytes=None if memory is None else int(memory * 2**30),
-        prefill_tokens=recipe.engine.prefill_tokens,
-    )
+    engine = LocalEngine(
+        policy.model, max_context=recipe.agent.max_context, max_sessions=recipe.engine.max_sessions,
+        memory_bytes=None if memory is None else int(memory * 2**30), prefill_tokens=recipe.engine.prefill_tokens,
+    )  # fmt: skip
     rollout = Rollout(
         environment_maker(recipe), engine, policy.renderer, answer_protocol(recipe), limits,
         sampling=SamplingParams(recipe.sampling.temperature, recipe.sampling.top_k, recipe.sampling.top_p),
@@ -326,7 +324,9 @@ class Trainer:
                     summary[f"{name}_after"] = held_out[-1][1][name]
         if self.folder is not None:
             summary["seconds"] = self.folder.seconds
-            save_policy(self.policy.model, self.policy.tokenizer, self.folder.path / "policy")
+            where = self.folder.path / "policy"
+            with storage_errors(where), tensor_errors():
+                save_policy(self.policy.model, self.policy.tokenizer, where)
             self.folder.write_summary(summary)
             self.folder.set_status("finished" if done else "stopped")
         for tracker in self.trackers:
@@ -430,11 +430,10 @@ def train(
     """
     if resume and output is None:
         raise CheckpointError("To resume, say which run: output must name its folder.")
-    if resume and recipe is None:
-        assert output is not None
-        recipe = Path(output) / "recipe.toml"
-    if not isinstance(recipe, Recipe):
-        recipe = resolve_recipe(recipe, overrides)
+    if resume and output is not None:
+        RunFolder.open(output)  # before anything else: a wrong folder is the likeliest mistake
+        recipe = Path(output) / "recipe.toml" if recipe is None else recipe
+    recipe = resolve_recipe(recipe, overrides)
     path = Path(output) if output is not None else free_folder(Path("runs"), recipe.name)
     # Everything that can be wrong with model, environment and algorithm shows before a folder is made.
     trainer = Trainer(recipe, observer=observer or SilentObserver(), policy=policy)

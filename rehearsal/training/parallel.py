@@ -14,20 +14,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from rehearsal.models.packed import packed_attention
+from rehearsal.models.packed import is_narrow, packed_attention
 
 P = TypeVar("P")
 R = TypeVar("R")
 
-# A matrix product of this width keeps several threads busy by itself; packs one after the other then need less memory.
-_WIDE = 1024
-
 
 def pack_workers(model: Any) -> int:
     """How many packs to work on at the same time: one for each thread of a processor, for models that are not wide."""
-    parameter = next(model.parameters())
-    width = model.config.get_text_config().hidden_size
-    return torch.get_num_threads() if parameter.device.type == "cpu" and width < _WIDE else 1
+    return torch.get_num_threads() if is_narrow(model) else 1
 
 
 def _in_order(work: Callable[[P], R], packs: Iterable[P], workers: int) -> Iterator[R]:

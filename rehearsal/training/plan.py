@@ -8,6 +8,7 @@ from rehearsal.algorithms.presets import preset
 from rehearsal.models.load import load_policy
 from rehearsal.models.packed import causal_lm
 from rehearsal.training.loop import make_rollout
+from rehearsal.training.parallel import pack_workers
 from rehearsal.training.recipe import Recipe
 
 _MIB = 2**20
@@ -36,8 +37,8 @@ def memory_plan(recipe: Recipe) -> dict[str, float]:
         "weights": float(weights),
         "gradients": float(trained),
         "optimiser": 2.0 * trained,
-        "keys and values": float(rollout.engine.cache_bytes) if hasattr(rollout.engine, "cache_bytes") else 0.0,
-        "activations (estimate)": float(per_token * layers * recipe.training.pack_tokens),
+        "keys and values": float(getattr(rollout.engine, "cache_bytes", 0)),
+        "activations (estimate)": float(per_token * layers * recipe.training.pack_tokens * pack_workers(model)),
     }
     if any(objective.needs_reference for objective in algorithm.objectives):
         plan["reference policy"] = float(weights)

@@ -2,98 +2,115 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import datetime
 import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rehearsal.errors import RecipeError
 
 
 class _Options(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    # Strict: a number in quotes or "true" for a number is a mistake, not something to be interpreted.
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, validate_assignment=True, protected_namespaces=()
+    )
+
+
+def _with_nothing(value: Any) -> Any:
+    """A free-form option with None for "none", as TOML has no word for it; see :func:`_without_none`."""
+    if isinstance(value, Mapping):
+        return {key: _with_nothing(entry) for key, entry in value.items()}
+    return None if value == "none" else value
+
+
+FreeOptions = Annotated[dict[str, Any], BeforeValidator(_with_nothing)]
+"""Options that somebody else knows the names and types of."""
 
 
 class ModelOptions(_Options):
     """The policy."""
 
-    path: str = Field("base", description='"base" for the model that ships, or a Hugging Face folder or hub name')
-    device: str = Field("auto", description='"auto", "cpu", "cuda", "cuda:1", "mps"')
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+    path: str = Field(default="base", description='"base" for the model that ships, or a Hugging Face folder or hub name')
+    device: str = Field(default="auto", description='"auto", "cpu", "cuda", "cuda:1", "mps"')
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(default=
         "auto", description="of the weights; auto is float32 on a processor, bfloat16 on a GPU"
     )
-    gradient_checkpointing: bool = Field(False, description="compute activations twice to keep fewer of them")
-    history: Literal["preserve", "refuse"] = Field(
+    gradient_checkpointing: bool = Field(default=False, description="compute activations twice to keep fewer of them")
+    history: Literal["preserve", "refuse"] = Field(default=
         "preserve", description="what to do with a chat template that rewrites earlier answers"
     )
-    template_options: dict[str, Any] = Field(default_factory=dict, description="variables for the chat template")
+    template_options: FreeOptions = Field(default_factory=dict, description="variables for the chat template")
 
 
 class EnvironmentOptions(_Options):
     """What the agent lives in."""
 
-    name: str = Field("frozenlake", description="a built-in name, or package.module:Class of your own")
-    params: dict[str, Any] = Field(default_factory=dict, description="arguments of the environment")
-    workers: int = Field(16, ge=1, description="threads that step environments which are not fast")
-    step_timeout: float = Field(60.0, gt=0, description="seconds that a reset or a step may take")
+    name: str = Field(default="frozenlake", description="a built-in name, or package.module:Class of your own")
+    params: FreeOptions = Field(default_factory=dict, description="arguments of the environment")
+    workers: int = Field(default=16, ge=1, description="threads that step environments which are not fast")
+    step_timeout: float = Field(default=60.0, gt=0, description="seconds that a reset or a step may take")
 
 
 class AgentOptions(_Options):
     """What the agent may do in an episode."""
 
-    thinking: bool = Field(True, description="whether a thought comes before the answer")
-    max_turns: int | None = Field(None, ge=1, description="turns of an episode; the environment's own if left out")
-    max_actions_per_turn: int | None = Field(None, ge=1, description="actions in one answer; the environment's own")
-    max_actions: int | None = Field(None, ge=1, description="actions of an episode; turns x actions if left out")
-    max_tokens_per_turn: int = Field(64, ge=1, description="sampled tokens of one answer")
-    max_context: int = Field(1024, ge=16, description="tokens of an episode, prompt included")
-    format_penalty: float = Field(-0.1, le=0, description="added to a turn whose answer is unreadable or illegal")
+    thinking: bool = Field(default=True, description="whether a thought comes before the answer")
+    max_turns: int | None = Field(default=None, ge=1, description="turns of an episode; the environment's own if left out")
+    max_actions_per_turn: int | None = Field(default=None, ge=1, description="actions in one answer; the environment's own")
+    max_actions: int | None = Field(default=None, ge=1, description="actions of an episode; turns x actions if left out")
+    max_tokens_per_turn: int = Field(default=64, ge=1, description="sampled tokens of one answer")
+    max_context: int = Field(default=1024, ge=16, description="tokens of an episode, prompt included")
+    format_penalty: float = Field(default=-0.1, le=0, description="added to a turn whose answer is unreadable or illegal")
 
 
 class SamplingOptions(_Options):
     """The distribution that episodes are sampled from."""
 
-    temperature: float = Field(1.0, ge=0, description="0 takes the likeliest token")
-    top_p: float = Field(1.0, gt=0, le=1, description="smallest set of tokens with this probability")
-    top_k: int = Field(0, ge=0, description="the k likeliest tokens; 0 for all")
+    temperature: float = Field(default=1.0, ge=0, description="0 takes the likeliest token")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="smallest set of tokens with this probability")
+    top_k: int = Field(default=0, ge=0, description="the k likeliest tokens; 0 for all")
 
 
 class AlgorithmOptions(_Options):
     """How rewards become an update."""
 
-    name: str = Field("grpo", description="ppo, grpo, dr_grpo, rloo, reinforce_pp, dapo, gspo or cispo")
-    options: dict[str, Any] = Field(default_factory=dict, description="changes to the preset, such as clip_high")
+    name: str = Field(default="grpo", description="ppo, grpo, dr_grpo, rloo, reinforce_pp, dapo, gspo or cispo")
+    options: FreeOptions = Field(default_factory=dict, description="changes to the preset, such as clip_high")
 
 
 class TrainingOptions(_Options):
     """Steps, batches and the optimiser."""
 
-    steps: int = Field(60, ge=1, description="optimiser steps, each after fresh episodes")
-    groups: int = Field(32, ge=1, description="tasks of a step")
-    group_size: int = Field(8, ge=1, description="episodes of each task")
-    learning_rate: float = Field(1e-6, gt=0, description="at its peak")
-    critic_learning_rate: float = Field(1e-5, gt=0, description="of the critic, for algorithms that have one")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
-    final_learning_rate: float = Field(0.0, ge=0, le=1, description="share of the peak that the schedule ends at")
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
-    beta1: float = Field(0.9, ge=0, lt=1, description="of AdamW")
-    beta2: float = Field(0.999, ge=0, lt=1, description="of AdamW")
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
-    epochs: int = Field(1, ge=1, description="passes over the episodes of a step")
-    minibatches: int = Field(1, ge=1, description="optimiser updates of each pass")
-    pack_tokens: int = Field(4096, ge=16, description="tokens of one forward and backward pass")
-    share_prefixes: bool = Field(True, description="read a prompt that a group shares once")
-    old_logprobs: Literal["sampling", "recompute"] = Field(
+    steps: int = Field(default=60, ge=1, description="optimiser steps, each after fresh episodes")
+    groups: int = Field(default=32, ge=1, description="tasks of a step")
+    group_size: int = Field(default=8, ge=1, description="episodes of each task")
+    learning_rate: float = Field(default=1e-6, gt=0, description="at its peak")
+    critic_learning_rate: float = Field(default=1e-5, gt=0, description="of the critic, for algorithms that have one")
+    schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="after the warm-up")
+    final_learning_rate: float = Field(default=0.0, ge=0, le=1, description="share of the peak that the schedule ends at")
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="of AdamW")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="of AdamW")
+    weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are scaled down to this norm")
+    epochs: int = Field(default=1, ge=1, description="passes over the episodes of a step")
+    minibatches: int = Field(default=1, ge=1, description="optimiser updates of each pass")
+    pack_tokens: int = Field(default=4096, ge=16, description="tokens of one forward and backward pass")
+    share_prefixes: bool = Field(default=True, description="read a prompt that a group shares once")
+    old_logprobs: Literal["sampling", "recompute"] = Field(default=
         "sampling", description="what ratios are taken to: the log-probs of sampling, or computed again by the learner"
     )
-    autocast: bool = Field(False, description="bfloat16 matrix products with float32 weights")
-    abort_failed_share: float = Field(
+    autocast: bool = Field(default=False, description="bfloat16 matrix products with float32 weights")
+    abort_failed_share: float = Field(default=
         0.5, gt=0, le=1, description="a step in which more than this share of episodes failed ends the run"
     )
 
@@ -101,33 +118,33 @@ class TrainingOptions(_Options):
 class EvaluationOptions(_Options):
     """Held-out play."""
 
-    episodes: int = Field(256, ge=0, description="held-out tasks before and after training; 0 for none")
-    every: int = Field(10, ge=0, description="steps between evaluations on the validation split; 0 for none")
-    validation_episodes: int = Field(128, ge=1, description="tasks of those")
-    temperature: float = Field(1.0, ge=0, description="of evaluation episodes")
-    seed: int = Field(123, ge=0, description="of the held-out tasks")
+    episodes: int = Field(default=256, ge=0, description="held-out tasks before and after training; 0 for none")
+    every: int = Field(default=10, ge=0, description="steps between evaluations on the validation split; 0 for none")
+    validation_episodes: int = Field(default=128, ge=1, description="tasks of those")
+    temperature: float = Field(default=1.0, ge=0, description="of evaluation episodes")
+    seed: int = Field(default=123, ge=0, description="of the held-out tasks")
 
 
 class EngineOptions(_Options):
     """Generation."""
 
-    max_sessions: int = Field(256, ge=1, description="episodes that are played at the same time")
-    memory_gib: float | None = Field(None, gt=0, description="for keys and values; a quarter of free memory if left out")
-    prefill_tokens: int = Field(4096, ge=16, description="tokens of new text in one forward pass")
+    max_sessions: int = Field(default=256, ge=1, description="episodes that are played at the same time")
+    memory_gib: float | None = Field(default=None, gt=0, description="for keys and values; a quarter of free memory if left out")
+    prefill_tokens: int = Field(default=4096, ge=16, description="tokens of new text in one forward pass")
 
 
 class CheckpointOptions(_Options):
     """What survives a power cut."""
 
-    every: int = Field(10, ge=0, description="steps between checkpoints; 0 for the last step alone")
-    keep: int = Field(2, ge=1, description="checkpoints kept")
+    every: int = Field(default=10, ge=0, description="steps between checkpoints; 0 for the last step alone")
+    keep: int = Field(default=2, ge=1, description="checkpoints kept")
 
 
 class Recipe(_Options):
     """Everything about a run."""
 
-    name: str = Field("run", description="of the run; its folder is runs/NAME unless --output says otherwise")
-    seed: int = Field(0, ge=0, description="fixes tasks, sampling and updates")
+    name: str = Field(default="run", description="of the run; its folder is runs/NAME unless --output says otherwise")
+    seed: int = Field(default=0, ge=0, description="fixes tasks, sampling and updates")
     model: ModelOptions = ModelOptions()
     environment: EnvironmentOptions = EnvironmentOptions()
     agent: AgentOptions = AgentOptions()
@@ -138,7 +155,7 @@ class Recipe(_Options):
     engine: EngineOptions = EngineOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
     trackers: list[str] = Field(default_factory=list, description="tensorboard, wandb, trackio")
-    save_trajectories_every: int = Field(1, ge=0, description="steps between saved training episodes; 0 for none")
+    save_trajectories_every: int = Field(default=1, ge=0, description="steps between saved training episodes; 0 for none")
 
     @field_validator("trackers")
     @classmethod
@@ -167,14 +184,22 @@ class Recipe(_Options):
         return self
 
     def to_toml(self) -> str:
-        """The resolved recipe as TOML; options that are None are left out, which means the same."""
-        return tomli_w.dumps(_without_none(self.model_dump()))
+        """The resolved recipe as TOML, which :func:`resolve_recipe` reads back as the same recipe."""
+        return tomli_w.dumps(_without_none(self.model_dump(), option_names()))
 
 
-def _without_none(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
-    return value
+def _without_none(values: dict[str, Any], known: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Without the options that are None. Left out, an option of ours is None again; one of somebody else (a preset's
+    clip, an environment's parameter) would be what it is by default, so there None is written as "none"."""
+    kept: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            kept[name] = _without_none(value, known, f"{prefix}{name}.")
+        elif value is not None:
+            kept[name] = value
+        elif prefix + name not in known:
+            kept[name] = "none"
+    return kept
 
 
 def built_in_recipes() -> list[str]:
@@ -183,12 +208,14 @@ def built_in_recipes() -> list[str]:
     return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
-def read_recipe(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+def read_recipe(source: Recipe | str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
     """The contents of a recipe: the name of a built-in one, a TOML file, a dictionary, or nothing for the defaults."""
     if source is None:
         return {}
+    if isinstance(source, Recipe):
+        return source.model_dump()
     if isinstance(source, Mapping):
-        return {key: dict(value) if isinstance(value, Mapping) else value for key, value in source.items()}
+        return copy.deepcopy(dict(source))
     path = Path(source)
     if path.suffix == ".toml" or path.is_file():
         try:
@@ -221,15 +248,19 @@ def option_names(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str,
 
 
 def parse_value(text: str) -> Any:
-    """The value of an option from the command line: TOML where it is valid TOML, else text."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return {"none": None, "True": True, "False": False}.get(text, text)
+    """The value of an option from the command line: TOML where it is valid TOML, else text.
+
+    ``none`` is None, and what TOML would take for a date stays text.
+    """
+    with contextlib.suppress(tomllib.TOMLDecodeError):
+        values = tomllib.loads(f"value = {text}")
+        if len(values) == 1 and not isinstance(values["value"], datetime.date | datetime.time):
+            return values["value"]
+    return {"none": None, "True": True, "False": False}.get(text, text)
 
 
 def resolve_recipe(
-    source: str | Path | Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | Sequence[str] = ()
+    source: Recipe | str | Path | Mapping[str, Any] | None = None, overrides: Mapping[str, Any] | Sequence[str] = ()
 ) -> Recipe:
     """A recipe with some options changed.
 
@@ -259,6 +290,8 @@ def resolve_recipe(
         *path, last = name.split(".")
         for part in path:
             target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise RecipeError(f"{name} cannot be set: {part} is {target!r} in the recipe, which holds no options.")
         target[last] = value
     try:
         return Recipe.model_validate(values)
@@ -271,8 +304,11 @@ def _sentence(error: ValidationError, known: Mapping[str, Any]) -> str:
     name = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        groups = {option.partition(".")[0] for option in known if "." in option}
+        close = difflib.get_close_matches(name, [*known, *groups], n=1, cutoff=0.5)
         return f"There is no option {name}." + (f" Did you mean {close[0]}?" if close else "")
+    if first["type"] == "model_type":
+        return f"{name} is a table of options and cannot be {first['input']!r}; write them below [{name}]."
     if not name:
         return f"{message[0].upper()}{message[1:]}."
     return f"Option {name} cannot be {first['input']!r}: {message[0].lower()}{message[1:]}."
