@@ -5,46 +5,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
-import subprocess
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
+import torch
 
+from benchmarks.common import commit, describe_device
 
-def device() -> str:
-    """The processor or GPU and the number of cores."""
-    import torch
-
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, {os.cpu_count()} cores"
-    model = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
-    return f"{model}, {os.cpu_count()} cores"
-
-
-def commit() -> str:
-    """The commit that the code is at, with "+" if files differ from it."""
-    try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, cwd=HERE
-        )
-    except OSError:
-        return ""
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def run_cells(
@@ -81,7 +51,7 @@ def run_cells(
             file.parent.mkdir(parents=True, exist_ok=True)
             content = {
                 "fingerprint": _fingerprint(cells[name]), "settings": dict(cells[name]), "commit": commit(),
-                "device": device(), "figures": figures,
+                "device": describe_device(torch.device("cpu")), "figures": figures,
             }  # fmt: skip
             file.with_suffix(".partial").write_text(json.dumps(content, indent=1) + "\n")
             file.with_suffix(".partial").rename(file)
@@ -99,31 +69,3 @@ def run_cells(
 
 def _fingerprint(settings: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def report(
-    name: str, figures: Mapping[str, Any], goals: Mapping[str, Any], seeds: Sequence[int], quick: bool,
-) -> int:  # fmt: skip
-    """Print the result as the last line, and store it unless ``quick``.
-
-    Args:
-        goals: by figure, ``[">=", bound]`` or ``["<=", bound]``.
-
-    Returns:
-        0 if every goal holds, else 1.
-    """
-    held = {
-        figure: figures[figure] >= bound if sign == ">=" else figures[figure] <= bound
-        for figure, (sign, bound) in goals.items()
-        if figures.get(figure) is not None
-    }
-    result = {
-        "name": name, "command": "python " + " ".join([f"experiments/{name}.py", *sys.argv[1:]]), "commit": commit(),
-        "device": device(), "seeds": list(seeds), "figures": dict(figures), "goals": {k: list(v) for k, v in goals.items()},
-        "holds": {**held, **{figure: None for figure in goals if figure not in held}},
-    }  # fmt: skip
-    if not quick:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
-    return 0 if all(held.values()) else 1

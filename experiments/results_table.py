@@ -1,15 +1,19 @@
 """Write docs/results.md from the stored results of benchmarks and experiments, never by hand.
 
-    python experiments/results_table.py
+python experiments/results_table.py
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.common import met  # noqa: E402
 
 
 def shown(value: Any) -> str:
@@ -29,19 +33,16 @@ def section(file: Path) -> list[str]:
     lines = [
         f"## {result['name']}",
         "",
-        f"`{result['command']}` at {result['commit']} on {result['device']}"
+        f"`{result['command']}` at {result['commit']} on {result['device']['name']}, {result['device']['cores']} cores"
         + (f", seeds {shown(result['seeds'])}" if result.get("seeds") else ""),
         "",
         "| figure | value | goal | holds |",
         "|---|---|---|---|",
     ]
     for name, value in result["figures"].items():
-        if isinstance(value, dict):
-            continue
         goal = result["goals"].get(name)
-        bound = "" if goal is None else f"{goal[0]} {shown(goal[1])}" if isinstance(goal, list) else shown(goal)
-        holds = "" if goal is None else shown(result["holds"].get(name) if isinstance(result["holds"], dict) else None)
-        lines.append(f"| {name} | {shown(value)} | {bound} | {holds} |")
+        holds = "" if goal is None else shown(value is not None and met(value, goal))
+        lines.append(f"| {name} | {shown(value)} | {goal or ''} | {holds} |")
     return [*lines, ""]
 
 
@@ -50,8 +51,8 @@ def main() -> None:
         "# Results",
         "",
         "Made from the files under `benchmarks/results/` and `experiments/results/` by "
-        "`python experiments/results_table.py`. Times are those of one machine on one day; ratios were taken within one "
-        "run.",
+        "`python experiments/results_table.py`. Times are those of one machine on one day; ratios were taken within "
+        "one run.",
         "",
     ]
     for folder in ("experiments", "benchmarks"):

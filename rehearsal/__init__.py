@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rehearsal.environments.registry import make as make
     from rehearsal.environments.registry import register as register
     from rehearsal.errors import RehearsalError as RehearsalError
-    from rehearsal.evaluation.run import evaluate_policy as evaluate
+    from rehearsal.evaluation.run import evaluate_policy as evaluate  # noqa: F401
     from rehearsal.models.load import load_policy as load_policy
     from rehearsal.reports import write_report as write_report
     from rehearsal.training.loop import train as train

@@ -196,7 +196,9 @@ def _list_options(console: Console) -> None:
     table = Table("option", "type", "default", "what it does", box=None, padding=(0, 2, 0, 0))
     for name, info in option_names().items():
         default = info.get_default(call_default_factory=True)
-        table.add_row(f"--{name}", _type_name(info.annotation), "" if default is None else str(default), info.description)
+        table.add_row(
+            f"--{name}", _type_name(info.annotation), "" if default is None else str(default), info.description
+        )
     console.print(table)
 
 

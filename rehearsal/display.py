@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from rehearsal.trajectory import Trajectory
 from rehearsal.training.loop import Trainer
+from rehearsal.trajectory import Trajectory
 
 
 def percent(value: float | None) -> str:

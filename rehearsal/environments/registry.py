@@ -106,7 +106,9 @@ def describe_all() -> list[tuple[str, str, str]]:
             continue
         text = (inspect.getdoc(factory) or "").split("\n\n")[0].replace("\n", " ")
         known = inspect.signature(factory).parameters.values()
-        shown = (p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in known if p.kind is not p.VAR_KEYWORD)
+        shown = (
+            p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in known if p.kind is not p.VAR_KEYWORD
+        )
         rows.append((name, text, ", ".join(shown)))
     return rows
 

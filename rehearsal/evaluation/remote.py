@@ -12,7 +12,7 @@ from rehearsal.environments.base import TextEnv
 from rehearsal.generation.remote import ChatSession, ContextOverflowError, RemoteEngine
 from rehearsal.generation.sampling import SamplingParams
 from rehearsal.models.chat import Rendered
-from rehearsal.rollout import Rollout, Task, Episode
+from rehearsal.rollout import Episode, Rollout, Task
 from rehearsal.trajectory import SampleStop, Turn
 
 

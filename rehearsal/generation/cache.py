@@ -37,7 +37,13 @@ class ShapeProbe:
         self.shapes: dict[int, LayerShape] = {}
 
     def attend(
-        self, layer: int, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, scaling: float, window: int | None,
+        self,
+        layer: int,
+        query_THD: Tensor,
+        key_TGD: Tensor,
+        value_TGD: Tensor,
+        scaling: float,
+        window: int | None,
         softcap: float | None,
     ) -> Tensor:
         self.shapes[layer] = LayerShape(key_TGD.shape[1], key_TGD.shape[2], value_TGD.shape[2], key_TGD.dtype)
@@ -90,8 +96,12 @@ class CachePlan:
     _ROWS_PER_PREFILL = 32
 
     def __init__(
-        self, pool: KeyValuePool, decode_slots: np.ndarray, decode_positions: np.ndarray,
-        prefill: list[tuple[int, int, int]], device: torch.device,
+        self,
+        pool: KeyValuePool,
+        decode_slots: np.ndarray,
+        decode_positions: np.ndarray,
+        prefill: list[tuple[int, int, int]],
+        device: torch.device,
     ) -> None:
         """``prefill`` holds (place, first position, number of tokens) of each run."""
         self._pool = pool
@@ -139,7 +149,13 @@ class CachePlan:
         return chunks
 
     def attend(
-        self, layer: int, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, scaling: float, window: int | None,
+        self,
+        layer: int,
+        query_THD: Tensor,
+        key_TGD: Tensor,
+        value_TGD: Tensor,
+        scaling: float,
+        window: int | None,
         softcap: float | None,
     ) -> Tensor:
         keys, values = self._pool.keys[layer], self._pool.values[layer]

@@ -41,6 +41,7 @@ __all__ = [
     "TextSession",
 ]  # fmt: skip
 
+
 @dataclass(frozen=True)
 class ChatAnswer:
     """What one call of :meth:`TextSession.answer` brought.
@@ -380,4 +381,3 @@ class RemoteEngine:
 
     def _count(self, name: str) -> None:
         self.stats.extra[name] = self.stats.extra.get(name, 0.0) + 1.0
-

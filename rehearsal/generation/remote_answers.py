@@ -122,8 +122,12 @@ def _tokens(choice: dict[str, Any]) -> tuple[list[int] | None, list[str] | None,
     if len(tokens) != len(values) or not all(isinstance(token, str) for token in tokens):
         return token_ids, None, None
     spelled = [token.removeprefix("token_id:") for token in tokens]
-    if token_ids is None and tokens and all(
-        token.startswith("token_id:") and number.isdecimal() for token, number in zip(tokens, spelled, strict=True)
+    if (
+        token_ids is None
+        and tokens
+        and all(
+            token.startswith("token_id:") and number.isdecimal() for token, number in zip(tokens, spelled, strict=True)
+        )
     ):
         token_ids = [int(number) for number in spelled]
     if token_ids is not None and len(token_ids) != len(tokens):

@@ -54,9 +54,7 @@ class TokenText:
         return ids if self._decode(ids) == raw.text else None
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        return str(
-            self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        )
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])

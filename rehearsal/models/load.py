@@ -108,8 +108,8 @@ def load_policy(
     text_config = model.config.get_text_config()
     if len(tokenizer) > text_config.vocab_size:
         raise ModelError(
-            f"The tokenizer of {source} has {len(tokenizer)} tokens and the model only {text_config.vocab_size}; they do "
-            "not belong together, or the model's embeddings were not resized."
+            f"The tokenizer of {source} has {len(tokenizer)} tokens and the model only {text_config.vocab_size}; they "
+            "do not belong together, or the model's embeddings were not resized."
         )
     for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
         if getattr(text_config, name, 0.0):

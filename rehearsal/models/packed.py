@@ -33,16 +33,31 @@ class AttentionPlan(Protocol):
     """What attention needs to know about a packed row of tokens."""
 
     def attend(
-        self, layer: int, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, scaling: float, window: int | None,
+        self,
+        layer: int,
+        query_THD: Tensor,
+        key_TGD: Tensor,
+        value_TGD: Tensor,
+        scaling: float,
+        window: int | None,
         softcap: float | None,
     ) -> Tensor:
         """Attention output of shape (T, H, D)."""
 
 
 def _packed_attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    dropout: float = 0.0, scaling: float | None = None, sliding_window: int | None = None,
-    softcap: float | None = None, packing: AttentionPlan | None = None, s_aux: Tensor | None = None, **_: Any,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    packing: AttentionPlan | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     if packing is None:
         raise ModelError("This model drops the arguments that packed sequences need; it cannot be used for training.")
@@ -62,7 +77,12 @@ AttentionInterface.register(IMPLEMENTATION, _packed_attention)
 
 
 def attention(
-    query_nqHD: Tensor, key_nkGD: Tensor, value_nkGD: Tensor, mask_nqk: Tensor, scaling: float, softcap: float | None,
+    query_nqHD: Tensor,
+    key_nkGD: Tensor,
+    value_nkGD: Tensor,
+    mask_nqk: Tensor,
+    scaling: float,
+    softcap: float | None,
 ) -> Tensor:
     """Masked attention over a batch of padded sequences, returned as (n, q, H, D).
 
@@ -191,7 +211,13 @@ class PackedPlan:
         )  # fmt: skip
 
     def attend(
-        self, layer: int, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, scaling: float, window: int | None,
+        self,
+        layer: int,
+        query_THD: Tensor,
+        key_TGD: Tensor,
+        value_TGD: Tensor,
+        scaling: float,
+        window: int | None,
         softcap: float | None,
     ) -> Tensor:
         outputs = []

@@ -64,7 +64,9 @@ def tensor_errors() -> Iterator[None]:
         raise reason from None
 
 
-def save_checkpoint(folder: Path, step: int, weights: dict[str, torch.Tensor], state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    folder: Path, step: int, weights: dict[str, torch.Tensor], state: dict[str, Any], keep: int
+) -> Path:
     """Write a checkpoint and remove all but the newest ``keep``.
 
     Args:
@@ -135,7 +137,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     except CheckpointError as error:
         raise CheckpointError(f"{error} {_advice(path)}") from error
     except Exception as error:  # a damaged file may raise anything
-        raise CheckpointError(f"The checkpoint {path} cannot be read ({type(error).__name__}). {_advice(path)}") from error
+        raise CheckpointError(
+            f"The checkpoint {path} cannot be read ({type(error).__name__}). {_advice(path)}"
+        ) from error
     return weights, state
 
 
@@ -168,5 +172,3 @@ def restore_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], wh
     with torch.no_grad():
         for name, parameter in current.items():
             parameter.copy_(weights[name])
-
-

@@ -413,7 +413,9 @@ class Learner:
 
 def _check_finite(what: str, array_N: np.ndarray | None, step: int) -> None:
     if array_N is not None and not np.isfinite(array_N).all():
-        raise TrainingDiverged(f"The {what} at step {step + 1} are not finite; no update was taken. {_AFTER_DIVERGENCE}")
+        raise TrainingDiverged(
+            f"The {what} at step {step + 1} are not finite; no update was taken. {_AFTER_DIVERGENCE}"
+        )
 
 
 def _frozen_copy(model: Any) -> Any:

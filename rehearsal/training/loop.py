@@ -175,7 +175,11 @@ class Trainer:
             )  # fmt: skip
         self.rollout = make_rollout(recipe, self.policy)
         self.learner = Learner(
-            self.policy.model, self.algorithm, recipe.training, temperature=recipe.sampling.temperature, seed=recipe.seed
+            self.policy.model,
+            self.algorithm,
+            recipe.training,
+            temperature=recipe.sampling.temperature,
+            seed=recipe.seed,
         )
         self.trackers: list[Tracker] = []
 

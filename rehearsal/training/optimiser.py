@@ -73,8 +73,8 @@ def clipped_updates(updates: Sequence[Update], max_norm: float, where: str) -> l
         if not math.isfinite(norm):
             forget_gradients(updates)
             raise TrainingDiverged(
-                f"The gradient of the {update.name} at {where} is not finite ({norm}); the update was not taken and the "
-                "weights are those before it. Lower training.learning_rate, or resume from the last checkpoint."
+                f"The gradient of the {update.name} at {where} is not finite ({norm}); the update was not taken and "
+                "the weights are those before it. Lower training.learning_rate, or resume from the last checkpoint."
             )
     for update in updates:
         for group in update.optimiser.param_groups:

@@ -94,9 +94,7 @@ class _Run:
 
     def joined_by(self, sequence: np.ndarray) -> _Run:
         common = common_prefix([self.first[: self.common], sequence])
-        return _Run(
-            self.first, self.count + 1, self.tokens + len(sequence), common, min(self.shortest, len(sequence))
-        )
+        return _Run(self.first, self.count + 1, self.tokens + len(sequence), common, min(self.shortest, len(sequence)))
 
     @property
     def shared(self) -> int:

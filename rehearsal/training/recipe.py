@@ -39,14 +39,16 @@ FreeOptions = Annotated[dict[str, Any], BeforeValidator(_with_nothing)]
 class ModelOptions(_Options):
     """The policy."""
 
-    path: str = Field(default="base", description='"base" for the model that ships, or a Hugging Face folder or hub name')
+    path: str = Field(
+        default="base", description='"base" for the model that ships, or a Hugging Face folder or hub name'
+    )
     device: str = Field(default="auto", description='"auto", "cpu", "cuda", "cuda:1", "mps"')
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(default=
-        "auto", description="of the weights; auto is float32 on a processor, bfloat16 on a GPU"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="of the weights; auto is float32 on a processor, bfloat16 on a GPU"
     )
     gradient_checkpointing: bool = Field(default=False, description="compute activations twice to keep fewer of them")
-    history: Literal["preserve", "refuse"] = Field(default=
-        "preserve", description="what to do with a chat template that rewrites earlier answers"
+    history: Literal["preserve", "refuse"] = Field(
+        default="preserve", description="what to do with a chat template that rewrites earlier answers"
     )
     template_options: FreeOptions = Field(default_factory=dict, description="variables for the chat template")
 
@@ -64,12 +66,20 @@ class AgentOptions(_Options):
     """What the agent may do in an episode."""
 
     thinking: bool = Field(default=True, description="whether a thought comes before the answer")
-    max_turns: int | None = Field(default=None, ge=1, description="turns of an episode; the environment's own if left out")
-    max_actions_per_turn: int | None = Field(default=None, ge=1, description="actions in one answer; the environment's own")
-    max_actions: int | None = Field(default=None, ge=1, description="actions of an episode; turns x actions if left out")
+    max_turns: int | None = Field(
+        default=None, ge=1, description="turns of an episode; the environment's own if left out"
+    )
+    max_actions_per_turn: int | None = Field(
+        default=None, ge=1, description="actions in one answer; the environment's own"
+    )
+    max_actions: int | None = Field(
+        default=None, ge=1, description="actions of an episode; turns x actions if left out"
+    )
     max_tokens_per_turn: int = Field(default=64, ge=1, description="sampled tokens of one answer")
     max_context: int = Field(default=1024, ge=16, description="tokens of an episode, prompt included")
-    format_penalty: float = Field(default=-0.1, le=0, description="added to a turn whose answer is unreadable or illegal")
+    format_penalty: float = Field(
+        default=-0.1, le=0, description="added to a turn whose answer is unreadable or illegal"
+    )
 
 
 class SamplingOptions(_Options):
@@ -96,7 +106,9 @@ class TrainingOptions(_Options):
     learning_rate: float = Field(default=1e-6, gt=0, description="at its peak")
     critic_learning_rate: float = Field(default=1e-5, gt=0, description="of the critic, for algorithms that have one")
     schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="after the warm-up")
-    final_learning_rate: float = Field(default=0.0, ge=0, le=1, description="share of the peak that the schedule ends at")
+    final_learning_rate: float = Field(
+        default=0.0, ge=0, le=1, description="share of the peak that the schedule ends at"
+    )
     warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="of AdamW")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="of AdamW")
@@ -106,12 +118,13 @@ class TrainingOptions(_Options):
     minibatches: int = Field(default=1, ge=1, description="optimiser updates of each pass")
     pack_tokens: int = Field(default=4096, ge=16, description="tokens of one forward and backward pass")
     share_prefixes: bool = Field(default=True, description="read a prompt that a group shares once")
-    old_logprobs: Literal["sampling", "recompute"] = Field(default=
-        "sampling", description="what ratios are taken to: the log-probs of sampling, or computed again by the learner"
+    old_logprobs: Literal["sampling", "recompute"] = Field(
+        default="sampling",
+        description="what ratios are taken to: the log-probs of sampling, or computed again by the learner",
     )
     autocast: bool = Field(default=False, description="bfloat16 matrix products with float32 weights")
-    abort_failed_share: float = Field(default=
-        0.5, gt=0, le=1, description="a step in which more than this share of episodes failed ends the run"
+    abort_failed_share: float = Field(
+        default=0.5, gt=0, le=1, description="a step in which more than this share of episodes failed ends the run"
     )
 
 
@@ -129,7 +142,9 @@ class EngineOptions(_Options):
     """Generation."""
 
     max_sessions: int = Field(default=256, ge=1, description="episodes that are played at the same time")
-    memory_gib: float | None = Field(default=None, gt=0, description="for keys and values; a quarter of free memory if left out")
+    memory_gib: float | None = Field(
+        default=None, gt=0, description="for keys and values; a quarter of free memory if left out"
+    )
     prefill_tokens: int = Field(default=4096, ge=16, description="tokens of new text in one forward pass")
 
 
@@ -155,7 +170,9 @@ class Recipe(_Options):
     engine: EngineOptions = EngineOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
     trackers: list[str] = Field(default_factory=list, description="tensorboard, wandb, trackio")
-    save_trajectories_every: int = Field(default=1, ge=0, description="steps between saved training episodes; 0 for none")
+    save_trajectories_every: int = Field(
+        default=1, ge=0, description="steps between saved training episodes; 0 for none"
+    )
 
     @field_validator("trackers")
     @classmethod
