@@ -7,7 +7,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,8 +22,8 @@ from rehearsal.errors import RecipeError, RehearsalError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 where the user can mend what is wrong, 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser()
-    plain, dotted = _without_dotted(given)
+    parser, flags = _parser()
+    plain, dotted = _without_dotted(given, flags)
     options, rest = parser.parse_known_args(plain)
     if not hasattr(options, "run"):
         parser.print_help()
@@ -45,17 +45,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+class _CommandParser(argparse.ArgumentParser):
+    """Remembers its own flags, to tell them from the options of a recipe or an environment."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.flags: set[str] = set()
+        super().__init__(*args, **kwargs)
+
+    def add_argument(self, *names: Any, **kwargs: Any) -> argparse.Action:
+        self.flags.update(name for name in names if name.startswith("-"))
+        return super().add_argument(*names, **kwargs)
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, set[str]]]:
+    """The parser, and each command's own flags."""
     parser = argparse.ArgumentParser(
         prog="rehearsal",
         description="Train language-model agents that keep learning, and know whether the learning signal is real.",
     )
     parser.add_argument("--version", action="version", version=f"rehearsal {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_CommandParser)
+    flags: dict[str, set[str]] = {}
 
-    def command(name: str, text: str, run: Any, dotted: bool = False) -> argparse.ArgumentParser:
+    def command(name: str, text: str, run: Any, dotted: bool = False) -> _CommandParser:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(run=run, takes_dotted=dotted)
+        flags[name] = sub.flags
         return sub
 
     train = command("train", "Train an agent in an environment.", _train, dotted=True)
@@ -93,19 +108,24 @@ def _parser() -> argparse.ArgumentParser:
 
     base = command("base", "Make the small base model.", _base, dotted=True)
     base.add_argument("--output", type=Path, default=Path("base"), help="folder for the model; ./base if left out")
-    return parser
+    return parser, flags
 
 
-def _without_dotted(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Take ``--a.b value`` out of the words, before the value could pass for an argument of the command."""
+def _without_dotted(words: Sequence[str], flags: Mapping[str, set[str]]) -> tuple[list[str], list[str]]:
+    """Take ``--a.b value`` out of the words, before the value could pass for an argument of the command.
+
+    Whatever is not one of the command's own flags is an option of the recipe or the environment.
+    """
+    if not words or words[0] not in flags:
+        return list(words), []
     plain: list[str] = []
     dotted: list[str] = []
     position = 0
     while position < len(words):
         word = words[position]
         position += 1
-        name, equals, _ = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or "." not in name:
+        name, equals, _ = word.partition("=")
+        if not word.startswith("--") or name in flags[words[0]]:
             plain.append(word)
             continue
         dotted.append(word)
@@ -164,7 +184,7 @@ def _train(options: argparse.Namespace) -> int:
         from rehearsal.training.plan import describe_plan
 
         console.print(recipe.to_toml(), highlight=False, markup=False)
-        console.print(describe_plan(recipe))
+        console.print(describe_plan(recipe), highlight=False, markup=False)
         return 0
     if options.overwrite and output is not None and not resume:
         _remove_run(output)
@@ -174,13 +194,13 @@ def _train(options: argparse.Namespace) -> int:
     finally:
         observer.close()
     report = write_report(result.path)
-    console.print(closing_line(result.summary, report), highlight=False, soft_wrap=True)
+    console.print(closing_line(result.summary, report), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
 def _remove_run(path: Path) -> None:
-    if not path.exists():
-        return
+    if not path.is_dir():
+        return  # what else may be there is told when the run begins
     if not (path / "run.json").is_file() and any(path.iterdir()):
         raise RecipeError(f"{path} is not a run folder, so --overwrite does not delete it; choose another --output.")
     from rehearsal.training.runs import RunFolder
@@ -245,7 +265,7 @@ def _play(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from rehearsal.reports import write_report
 
-    Console().print(str(write_report(options.run_folder)), highlight=False, soft_wrap=True)
+    Console().print(str(write_report(options.run_folder)), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -254,7 +274,7 @@ def _envs(options: argparse.Namespace) -> int:
 
     table = Table("name", "what it is", "parameters", box=None, padding=(0, 2, 0, 0))
     for name, text, params in describe_all():
-        table.add_row(name, text, escape(params))
+        table.add_row(escape(name), escape(text), escape(params))
     Console().print(table)
     return 0
 
@@ -279,7 +299,7 @@ def _check(options: argparse.Namespace) -> int:
 
     env = make(options.environment, **options.dotted)
     report = check_env(env)
-    Console().print(str(report), highlight=False, soft_wrap=True)
+    Console().print(str(report), highlight=False, markup=False, soft_wrap=True)
     return 0 if report.ok else 2
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -54,8 +55,8 @@ class TerminalObserver:
         table.add_column(style="dim")
         table.add_column(overflow="fold")
         params = ", ".join(f"{key}={value}" for key, value in recipe.environment.params.items())
-        table.add_row("agent", f"{trainer.policy.source}, {trainer.policy.n_parameters / 1e6:.2f}M parameters")
-        table.add_row("environment", recipe.environment.name + (f" ({params})" if params else ""))
+        table.add_row("agent", f"{escape(trainer.policy.source)}, {trainer.policy.n_parameters / 1e6:.2f}M parameters")
+        table.add_row("environment", escape(recipe.environment.name + (f" ({params})" if params else "")))
         table.add_row(
             "episode",
             f"at most {limits.max_turns} turns of {limits.max_actions_per_turn} actions, {limits.max_context} tokens",
@@ -69,10 +70,10 @@ class TerminalObserver:
         cache = getattr(engine, "cache_bytes", 0) / 2**20
         table.add_row("engine", f"{engine.capacity} episodes at once, {cache:.0f} MiB for keys and values at most")
         if trainer.folder is not None:
-            table.add_row("run", str(trainer.folder.path))
+            table.add_row("run", escape(str(trainer.folder.path)))
         self.console.print(table)
         for note in trainer.policy.renderer.notes:
-            self.console.print(f"[yellow]note[/] {note}", highlight=False)
+            self.console.print(f"[yellow]note[/] {escape(note)}", highlight=False)
 
     def playing(self, what: str, total: int) -> None:
         self._stop()

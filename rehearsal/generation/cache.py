@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rehearsal.models.packed import attention
+from rehearsal.models.packed import additive_mask, attention
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ class CachePlan:
         self._slots_T = torch.from_numpy(np.concatenate(slots).astype(np.int64)).to(device)
         self._n_decode = len(decode_slots)
         self._decode_biases: dict[int | None, Tensor] = {}
+        self._prefill_biases: dict[tuple[int, int | None], Tensor] = {}
         top = int(decode_slots.max()) + 1 if len(decode_slots) else 0
         self._keys_length = int(decode_positions.max()) + 1 if len(decode_slots) else 0
         self._top = top if len(decode_slots) >= self._DENSE * top else 0
@@ -168,13 +169,17 @@ class CachePlan:
         out_THD = query_THD.new_empty((*query_THD.shape[:2], value_TGD.shape[2]))
         if decoded is not None:
             out_THD[:n] = decoded
-        for query_index, query_positions_nq, rows, targets, slots, k in self._prefill:
+        shared = query_THD.shape[1] // key_TGD.shape[1]
+        for number, (query_index, query_positions_nq, rows, targets, slots, k) in enumerate(self._prefill):
             query = query_THD.index_select(0, query_index).view(len(slots), -1, *query_THD.shape[1:])
             key = keys[:, :, :k].index_select(0, slots)
             value = values[:, :, :k].index_select(0, slots)
-            distance = query_positions_nq[:, :, None] - torch.arange(k, device=self._device)
-            mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-            out = attention(query, key.transpose(1, 2), value.transpose(1, 2), mask, scaling, softcap)
+            if (number, window) not in self._prefill_biases:
+                distance = query_positions_nq[:, :, None] - torch.arange(k, device=self._device)
+                visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+                self._prefill_biases[number, window] = additive_mask(visible, shared, query.dtype)
+            bias = self._prefill_biases[number, window]
+            out = attention(query, key.transpose(1, 2), value.transpose(1, 2), bias, scaling, softcap)
             out_THD.index_copy_(0, targets, out.flatten(0, 1).index_select(0, rows))
         return out_THD
 

@@ -76,17 +76,29 @@ def _packed_attention(
 AttentionInterface.register(IMPLEMENTATION, _packed_attention)
 
 
+def additive_mask(visible_nqk: Tensor, shared: int, dtype: torch.dtype) -> Tensor:
+    """What is added to attention scores: 0 where a key is visible, minus infinity elsewhere, (n, 1, q * shared, k).
+
+    Args:
+        visible_nqk: bool; every query must see a key.
+        shared: query heads of each key head; their rows follow one another.
+        dtype: of the queries.
+    """
+    bias_nqk = torch.zeros(visible_nqk.shape, dtype=dtype, device=visible_nqk.device)
+    bias_nqk = bias_nqk.masked_fill_(~visible_nqk, float("-inf"))
+    return bias_nqk.repeat_interleave(shared, dim=1)[:, None]
+
+
 def attention(
-    query_nqHD: Tensor,
-    key_nkGD: Tensor,
-    value_nkGD: Tensor,
-    mask_nqk: Tensor,
-    scaling: float,
-    softcap: float | None,
+    query_nqHD: Tensor, key_nkGD: Tensor, value_nkGD: Tensor, bias: Tensor, scaling: float, softcap: float | None
 ) -> Tensor:
     """Masked attention over a batch of padded sequences, returned as (n, q, H, D).
 
     Query heads that share a key head are folded into the query dimension, so keys are never copied per head.
+
+    Args:
+        bias: from :func:`additive_mask`. It is made once and serves all layers: the fused kernel would make it anew
+            from a boolean mask in each.
     """
     n, q, H, D = query_nqHD.shape
     G = key_nkGD.shape[2]
@@ -94,16 +106,11 @@ def attention(
     # (n, q, G, shared, D) -> (n, G, q * shared, D): one row of the mask serves the `shared` heads of each query.
     query = query_nqHD.reshape(n, q, G, shared, D).transpose(1, 2).reshape(n, G, q * shared, D)
     key, value = key_nkGD.transpose(1, 2), value_nkGD.transpose(1, 2)
-    mask = mask_nqk[:, None]
-    if shared > 1 and q > 1:
-        mask = mask.repeat_interleave(shared, dim=2)
-    elif shared > 1:
-        mask = mask.expand(n, 1, shared, mask.shape[-1])
     if softcap is None:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
     else:
-        scores = softcap * torch.tanh(torch.matmul(query, key.transpose(-1, -2)) * (scaling / softcap))
-        out = torch.matmul(scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(value), value)
+        scores = softcap * torch.tanh(torch.matmul(query, key.transpose(-1, -2)) * (scaling / softcap)) + bias
+        out = torch.matmul(scores.softmax(-1, dtype=torch.float32).to(value), value)
     return out.reshape(n, G, q, shared, value.shape[-1]).transpose(1, 2).reshape(n, q, H, value.shape[-1])
 
 
@@ -133,16 +140,15 @@ class _Bucket:
     query_positions_nq: Tensor
     key_positions_nk: Tensor
     rows: Tensor
-    masks: dict[int | None, Tensor] = field(default_factory=dict)
+    biases: dict[tuple[int | None, int, torch.dtype], Tensor] = field(default_factory=dict)
 
-    def mask(self, window: int | None) -> Tensor:
-        if window not in self.masks:
+    def bias(self, window: int | None, shared: int, dtype: torch.dtype) -> Tensor:
+        key = (window, shared, dtype)
+        if key not in self.biases:
             distance = self.query_positions_nq[:, :, None] - self.key_positions_nk[:, None, :]
-            mask = distance >= 0
-            if window is not None:
-                mask &= distance < window
-            self.masks[window] = mask
-        return self.masks[window]
+            visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+            self.biases[key] = additive_mask(visible, shared, dtype)
+        return self.biases[key]
 
 
 class PackedPlan:
@@ -228,7 +234,8 @@ class PackedPlan:
                     (query_THD, bucket.query_index), (key_TGD, bucket.key_index), (value_TGD, bucket.key_index),
                 )
             )  # fmt: skip
-            out_nqHD = attention(query, key, value, bucket.mask(window), scaling, softcap)
+            bias = bucket.bias(window, query.shape[2] // key.shape[2], query.dtype)
+            out_nqHD = attention(query, key, value, bias, scaling, softcap)
             outputs.append(out_nqHD.flatten(0, 1).index_select(0, bucket.rows))
         return torch.cat(outputs).index_select(0, self._restore_T)
 

@@ -93,7 +93,7 @@ class BaseConfig:
     mlp: int = 384
     max_positions: int = 4096
     vocabulary: int = 1024
-    tokens: int = 16_000_000
+    tokens: int = 7_000_000
     tokens_per_step: int = 8192
     learning_rate: float = 3e-3
     warmup: float = 0.03

@@ -279,7 +279,7 @@ def test_sigterm_ends_a_run_in_order(
     assert "Stopping after this step" in output
     info = RunFolder.open(run).info
     assert info.status == "stopped"
-    assert 2 <= info.summary["steps"] < 4
+    assert 1 <= info.summary["steps"] < 4
     assert (run / "checkpoints" / f"step_{info.summary['steps']:06d}").is_dir()
     train(output=run, resume=True)
     assert_same_run(run, reference)
@@ -528,8 +528,9 @@ def test_a_divergence_ends_the_run_and_keeps_the_last_good_state(
 
     def poisoned(self: Any, groups: Any, step: int, keep_P: Any = None) -> dict[str, float]:
         if step == 2:
+            groups[0].trajectories[0].turns[0].rewards = [1.0]  # something to learn, so something to compute
             with torch.no_grad():
-                next(self.model.parameters())[0, 0] = math.inf
+                self.model.model.norm.weight[0] = math.inf
         return original(self, groups, step, keep_P)
 
     with monkeypatch.context() as patch:

@@ -75,11 +75,11 @@ class SkillMix:
         RecipeError: for negative weights, weights that are all zero, or probabilities outside of 0 to 1.
     """
 
-    oracle: float = 0.02
-    wavering: float = 0.18
-    blind: float = 0.02
-    random: float = 0.78
-    epsilon_low: float = 0.5
+    oracle: float = 0.0
+    wavering: float = 0.7
+    blind: float = 0.1
+    random: float = 0.2
+    epsilon_low: float = 0.6
     epsilon_high: float = 1.0
     boldness_low: float = 0.0
     boldness_high: float = 0.4
