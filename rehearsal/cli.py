@@ -36,13 +36,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.command_line = "rehearsal " + shlex.join(given)
         return int(options.run(options) or 0)
     except RehearsalError as error:
-        console.print(f"[bold red]error[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error[/] {escape(_as_sentence(error))}", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         console.print("Stopped.", highlight=False)
         return 130
     except BrokenPipeError:
         return 0
+
+
+def _as_sentence(error: RehearsalError) -> str:
+    # Some end with what a library said, which may bring its own lines and no full stop.
+    text = " ".join(str(error).split())
+    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 class _CommandParser(argparse.ArgumentParser):

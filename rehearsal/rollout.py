@@ -23,7 +23,7 @@ from rehearsal.agents.agent import Agent, Limits
 from rehearsal.agents.play import check_reset, play_actions
 from rehearsal.agents.protocol import Protocol
 from rehearsal.environments.base import TextEnv
-from rehearsal.errors import RecipeError, RehearsalError
+from rehearsal.errors import EnvironmentFault, RecipeError, RehearsalError
 from rehearsal.generation.sampling import SamplingParams, stream_key
 from rehearsal.generation.session import Engine, Session
 from rehearsal.models.chat import ChatRenderer, Rendered
@@ -426,6 +426,21 @@ class Episode:
     agent: Agent
     place: _Place
     prompt: Rendered | None = None
+
+
+def check_failures(groups: Sequence[Group], share: float) -> None:
+    """Stop where a number over the rest would mean nothing.
+
+    Raises:
+        EnvironmentFault: if more than ``share`` of the episodes failed; it tells what the first one said.
+    """
+    episodes = [trajectory for group in groups for trajectory in group]
+    failed = [trajectory for trajectory in episodes if trajectory.failed]
+    if len(failed) > share * len(episodes):
+        raise EnvironmentFault(
+            f"{len(failed)} of {len(episodes)} episodes failed, more than training.abort_failed_share allows; the "
+            f"first one: {failed[0].error}"
+        )
 
 
 def rollout_metrics(groups: Sequence[Group], prefix: str = "train") -> dict[str, float]:

@@ -11,6 +11,7 @@ from rehearsal.evaluation.held_out import evaluate, held_out_tasks
 from rehearsal.evaluation.remote import ChatRollout
 from rehearsal.generation.remote import RemoteEngine
 from rehearsal.models.load import load_policy
+from rehearsal.rollout import check_failures
 from rehearsal.training.checkpoint import checkpoints, load_checkpoint, restore_weights
 from rehearsal.training.loop import answer_protocol, environment_maker, episode_limits, make_rollout
 from rehearsal.training.recipe import Recipe, resolve_recipe
@@ -66,7 +67,9 @@ def evaluate_policy(
     rollout = make_rollout(recipe, loaded)
     try:
         tasks = held_out_tasks(recipe.evaluation.seed, split, episodes)
-        return evaluate(rollout, tasks, temperature=temperature).figures
+        result = evaluate(rollout, tasks, temperature=temperature)
+        check_failures(result.groups, recipe.training.abort_failed_share)
+        return result.figures
     finally:
         rollout.close()
 
@@ -81,8 +84,9 @@ def _evaluate_remote(
     )  # fmt: skip
     try:
         tasks = held_out_tasks(recipe.evaluation.seed, split, episodes)
-        figures = evaluate(rollout, tasks, temperature=temperature).figures
+        result = evaluate(rollout, tasks, temperature=temperature)
+        check_failures(result.groups, recipe.training.abort_failed_share)
     finally:
         rollout.close()
     tokens = float(engine.stats.tokens_sampled)
-    return {**figures, "server_tokens": tokens, "server_retries": float(engine.stats.retries)}
+    return {**result.figures, "server_tokens": tokens, "server_retries": float(engine.stats.retries)}

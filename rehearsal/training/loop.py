@@ -25,12 +25,12 @@ from rehearsal.algorithms.filters import has_variance
 from rehearsal.algorithms.presets import Algorithm, preset
 from rehearsal.environments.base import TextEnv
 from rehearsal.environments.registry import make
-from rehearsal.errors import CheckpointError, EnvironmentFault, RehearsalError
+from rehearsal.errors import CheckpointError, RehearsalError
 from rehearsal.evaluation.held_out import Evaluation, evaluate, held_out_tasks
 from rehearsal.generation.local import LocalEngine
 from rehearsal.generation.sampling import SamplingParams
 from rehearsal.models.load import Policy, load_policy, save_policy
-from rehearsal.rollout import Rollout, rollout_metrics, signal_metrics, tasks_of_step
+from rehearsal.rollout import Rollout, check_failures, rollout_metrics, signal_metrics, tasks_of_step
 from rehearsal.training.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -221,7 +221,7 @@ class Trainer:
             self.observer.playing(f"step {step + 1}" + (f", refill {rounds - 1}" if rounds > 1 else ""), missing * size)
             tasks = tasks_of_step(recipe.seed, step, missing, first=len(groups))
             fresh = self.rollout.play(tasks, size, step=step, on_episode=self.observer.episode)
-            self._check_failures(fresh)
+            check_failures(fresh, recipe.training.abort_failed_share)
             groups += fresh
             if not self.algorithm.dynamic_sampling:
                 keep += [True] * len(fresh)
@@ -242,7 +242,7 @@ class Trainer:
         result = evaluate(
             self.rollout, tasks, temperature=options.temperature, step=self.steps_done, on_episode=self.observer.episode
         )
-        self._check_failures(result.groups)
+        check_failures(result.groups, self.recipe.training.abort_failed_share)
         self.evaluations.append((self.steps_done, split, result.figures))
         if self.folder is not None:
             self.folder.append_evaluation(self.steps_done, split, result.figures)
@@ -340,15 +340,6 @@ class Trainer:
         return summary
 
     # Small things
-
-    def _check_failures(self, groups: Sequence[Group]) -> None:
-        episodes = all_trajectories(groups)
-        failed = [trajectory for trajectory in episodes if trajectory.failed]
-        if len(failed) > self.recipe.training.abort_failed_share * len(episodes):
-            raise EnvironmentFault(
-                f"{len(failed)} of {len(episodes)} episodes failed, more than training.abort_failed_share allows; the "
-                f"first one: {failed[0].error}"
-            )
 
     def _start_trackers(self) -> None:
         if self.recipe.trackers and self.folder is not None:

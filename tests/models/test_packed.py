@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from rehearsal.models.packed import (
     IMPLEMENTATION,
     PackedPlan,
     Span,
+    additive_mask,
     attention,
     causal_lm,
     logits_of,
@@ -197,7 +199,7 @@ def test_capped_scores(build_family: Callable[[str], Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 6, 2, 4, generator=generator) for _ in range(3))
     mask = torch.ones(1, 6, 6, dtype=torch.bool).tril()
-    out = attention(query, key, value, mask, 1.0, 2.0)
+    out = attention(query, key, value, additive_mask(mask, 1, torch.float32), 1.0, 2.0)
     scores = torch.einsum("nqhd,nkhd->nhqk", query, key)
     weights = (2.0 * torch.tanh(scores / 2.0)).masked_fill(~mask[:, None], float("-inf")).softmax(-1)
     assert torch.allclose(out, torch.einsum("nhqk,nkhd->nqhd", weights, value), atol=1e-6)
@@ -277,6 +279,32 @@ def test_the_attention_is_put_back_whatever_happens(
     assert model.config._attn_implementation == before
     ids = random_ids(5, 0)
     assert model(input_ids=ids[None]).logits.isfinite().all()
+
+
+def test_blocks_may_be_nested_and_entered_by_several_threads(build_family: Callable[[str], Any]) -> None:
+    model = build_family("llama")
+    before = model.config._attn_implementation
+    inside, leave = threading.Barrier(3), threading.Event()
+
+    def enter() -> None:
+        with packed_attention(model):
+            inside.wait(20)
+            leave.wait(20)
+
+    threads = [threading.Thread(target=enter) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    with packed_attention(model):
+        inside.wait(20)
+        with packed_attention(model):
+            pass
+        assert model.config._attn_implementation == IMPLEMENTATION
+    # The threads are still in their blocks.
+    assert model.config._attn_implementation == IMPLEMENTATION
+    leave.set()
+    for thread in threads:
+        thread.join(20)
+    assert model.config._attn_implementation == before
 
 
 def test_adapters_are_part_of_a_packed_pass(build_family: Callable[[str], Any]) -> None:

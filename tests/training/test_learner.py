@@ -150,6 +150,30 @@ def test_weights_after_a_step_do_not_depend_on_the_packs(model: Any, make_groups
     assert_same(after[1], after[0], 2e-3)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_threads_change_nothing(
+    algorithm: str, checkpointing: bool, model: Any, make_groups: MakeGroups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packs side by side: the same weights and figures to the last bit, whichever thread was faster."""
+    groups = make_groups(model)
+    if checkpointing:
+        _compute_activations_again(model)
+    results = []
+    for workers in (1, 2, 5):
+        monkeypatch.setattr(learner_module, "pack_workers", lambda _, n=workers: n)
+        copied = copy.deepcopy(model)
+        learner = learner_of(copied, algorithm, pack_tokens=16, algo_entropy_coefficient=0.01)
+        figures = [learner.step(groups, step) for step in range(2)]
+        told = [{name: v for name, v in row.items() if not name.startswith("time/")} for row in figures]
+        results.append((told, weights(copied), learner.logprobs(groups)))
+    for told, after, logprobs in results[1:]:
+        assert told == results[0][0]
+        assert all(torch.equal(after[name], tensor) for name, tensor in results[0][1].items())
+        assert all(np.array_equal(one, other) for one, other in zip(logprobs, results[0][2], strict=True))
+    assert torch.get_num_threads() == 1
+
+
 @pytest.mark.parametrize("algorithm", ["grpo", "gspo", "ppo"])
 def test_prefixes_shared_or_not(algorithm: str, model: Any, make_groups: MakeGroups) -> None:
     groups = make_groups(model)
@@ -243,7 +267,8 @@ def test_nothing_is_skipped_where_an_objective_looks_at_more_than_advantages(
         for turn in trajectory.turns:
             turn.rewards = [0.5 / len(trajectory.turns)]
     assert all(float(g.abs().max()) == 0 for g in gradients(learner_of(model), groups).values())
-    assert any(float(g.abs().max()) > 0 for g in gradients(learner_of(model, algo_entropy_coefficient=0.1), groups).values())
+    with_bonus = gradients(learner_of(model, algo_entropy_coefficient=0.1), groups)
+    assert any(float(g.abs().max()) > 0 for g in with_bonus.values())
 
 
 def test_a_step_with_nothing_to_learn_leaves_the_weights(model: Any, make_groups: MakeGroups) -> None:
@@ -339,12 +364,9 @@ def sampled_groups(model: Any, temperature: float, groups: int = 3, size: int = 
                 ids = np.concatenate([prompt, sample.token_ids])
                 logprobs = np.concatenate([np.full(len(prompt), np.nan), sample.logprobs])
                 kinds = np.where(np.isnan(logprobs), int(Kind.OBSERVATION), int(Kind.ACTION))
-                members.append(
-                    Trajectory(
-                        "made-up", seed=p, sample=g, turns=[Turn("o", rewards=[float(len(sample.token_ids)) + 0.01 * g])],
-                        segments=[Segment(ids, logprobs, kinds, np.zeros(len(ids)))],
-                    )  # fmt: skip
-                )
+                turn = Turn("o", rewards=[float(len(sample.token_ids)) + 0.01 * g])
+                segment = Segment(ids, logprobs, kinds, np.zeros(len(ids)))
+                members.append(Trajectory("made-up", seed=p, sample=g, turns=[turn], segments=[segment]))
             made.append(Group(members))
         return made
 
@@ -569,10 +591,12 @@ def test_a_broken_weight_stops_the_step(
     assert_untouched(learner, before, state)
 
 
+@pytest.mark.parametrize("workers", [1, 3])
 def test_the_message_names_the_episodes_of_the_pack(
-    model: Any, make_groups: MakeGroups, monkeypatch: pytest.MonkeyPatch
+    workers: int, model: Any, make_groups: MakeGroups, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     groups = make_groups(model)
+    monkeypatch.setattr(learner_module, "pack_workers", lambda _: workers)
     learner = learner_of(model, pack_tokens=16)  # a pack for each episode
     before, state = weights(model), state_of(learner)
     objective = learner.algorithm.objectives[0]
@@ -645,13 +669,10 @@ def test_the_rewarded_answer_becomes_likely(algorithm: str, tiny_qwen3: Callable
             sample = await session.sample(SamplingParams(max_tokens=1))
             session.close()
             reward = float(sample.token_ids[0] == paid[p])
-            return Trajectory(
-                "bandit", seed=p, sample=g, turns=[Turn("o", executed=["pull"], rewards=[reward])],
-                segments=[Segment(
-                    np.append(prompts[p], sample.token_ids), np.append([np.nan] * 3, sample.logprobs),
-                    [int(Kind.OBSERVATION)] * 3 + [int(Kind.ACTION)], [0] * 4,
-                )],
-            )  # fmt: skip
+            turn = Turn("o", executed=["pull"], rewards=[reward])
+            ids, logprobs = np.append(prompts[p], sample.token_ids), np.append([np.nan] * 3, sample.logprobs)
+            segment = Segment(ids, logprobs, [int(Kind.OBSERVATION)] * 3 + [int(Kind.ACTION)], [0] * 4)
+            return Trajectory("bandit", seed=p, sample=g, turns=[turn], segments=[segment])
 
         async def everything() -> list[Group]:
             return [Group(list(await asyncio.gather(*(pull(p, g) for g in range(16))))) for p in range(2)]

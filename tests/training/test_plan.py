@@ -1,0 +1,80 @@
+"""What a recipe will take, before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rehearsal.errors import GenerationError, ModelError, RecipeError
+from rehearsal.models.load import load_policy
+from rehearsal.training.loop import make_rollout
+from rehearsal.training.plan import describe_plan, memory_plan
+from rehearsal.training.recipe import Recipe, resolve_recipe
+
+
+def recipe_of(folder: Path, **changes: Any) -> Recipe:
+    overrides = {name.replace("__", "."): value for name, value in changes.items()}
+    return resolve_recipe(
+        {
+            "model": {"path": str(folder), "device": "cpu"},
+            "agent": {"thinking": False, "max_tokens_per_turn": 12, "max_context": 260},
+            "engine": {"max_sessions": 8, "memory_gib": 0.05},
+        },
+        overrides,
+    )
+
+
+def test_weights_and_cache_are_exact(taught_folder: Path) -> None:
+    recipe = recipe_of(taught_folder)
+    plan = memory_plan(recipe)
+    policy = load_policy(taught_folder, device="cpu")
+    assert plan["weights"] == 4 * policy.n_parameters
+    assert plan["gradients"] == plan["weights"]
+    assert plan["optimiser"] == 2 * plan["weights"]
+    rollout = make_rollout(recipe, policy)
+    # Keys and values of 2 layers, 1 head of width 16, in float32.
+    assert plan["keys and values"] == rollout.engine.capacity * 260 * 2 * 2 * 16 * 4
+    assert plan["keys and values"] <= 0.05 * 2**30
+    rollout.close()
+
+
+def test_half_the_precision_takes_half_the_memory(taught_folder: Path) -> None:
+    whole, half = (memory_plan(recipe_of(taught_folder, model__dtype=dtype)) for dtype in ("float32", "bfloat16"))
+    for name in ("weights", "optimiser", "activations (estimate)"):
+        assert half[name] == whole[name] / 2
+
+
+def test_what_algorithms_need_beside_the_policy(taught_folder: Path) -> None:
+    assert not {"critic", "reference policy"} & memory_plan(recipe_of(taught_folder)).keys()
+    ppo = memory_plan(recipe_of(taught_folder, algorithm__name="ppo"))
+    assert ppo["critic"] == 4 * ppo["weights"]
+    kl = memory_plan(recipe_of(taught_folder, algorithm__options__kl_coefficient=0.1))
+    assert kl["reference policy"] == kl["weights"]
+
+
+def test_activations_follow_the_packs(taught_folder: Path) -> None:
+    name = "activations (estimate)"
+    plain = memory_plan(recipe_of(taught_folder, training__pack_tokens=1000))[name]
+    assert memory_plan(recipe_of(taught_folder, training__pack_tokens=2000))[name] == 2 * plain
+    again = memory_plan(recipe_of(taught_folder, training__pack_tokens=1000, model__gradient_checkpointing=True))[name]
+    assert again == plain / 2  # one of two layers
+
+
+def test_the_plan_in_words(taught_folder: Path) -> None:
+    text = describe_plan(recipe_of(taught_folder, training__steps=5, training__epochs=2, training__minibatches=3))
+    assert "5 steps of 32 x 8 episodes, 30 updates" in text
+    assert "algorithm: grpo" in text
+    plan = memory_plan(recipe_of(taught_folder))
+    (together,) = [line for line in text.splitlines() if "together" in line]
+    assert float(together.split()[1]) == pytest.approx(sum(plan.values()) / 2**20, abs=0.1)
+
+
+def test_what_does_not_fit_is_told_before_anything_runs(taught_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError):
+        memory_plan(recipe_of(tmp_path / "nothing"))
+    with pytest.raises(GenerationError, match="raise the memory budget"):
+        memory_plan(recipe_of(taught_folder, engine__memory_gib=1e-6))
+    with pytest.raises(RecipeError, match=r"raise it to \d+ or more"):
+        memory_plan(recipe_of(taught_folder, agent__max_context=40))
