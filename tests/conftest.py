@@ -1,4 +1,4 @@
-"""What many tests need: the tokenizer of the package's own models, tiny models, and a tiny policy that keeps the format.
+"""What many tests need: a tokenizer like that of the package's own models, tiny models, and one that keeps the format.
 
 A model with random weights never spells an answer, so nothing could be learnt from what it plays. ``taught_folder``
 holds one that was shown a few hundred answers of FrozenLake: it keeps the format most of the time and walks at random.
@@ -27,11 +27,13 @@ def single_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def base_tokenizer() -> Any:
-    """A tokenizer like that of the model that ships, from few episodes."""
-    from rehearsal.training.base_config import BaseConfig
-    from rehearsal.training.base_transcripts import make_tokenizer
+    """A tokenizer like that of the model that ships, from what a few environments say."""
+    from rehearsal.environments import make
+    from rehearsal.training.base_tokenizer import train_tokenizer
 
-    return make_tokenizer(BaseConfig(tokenizer_episodes=40, vocabulary=480))
+    environments = [make(name) for name in ("frozenlake", "bandit")]
+    texts = [text for env in environments for text in (env.instructions, *(env.reset(seed=i)[0] for i in range(20)))]
+    return train_tokenizer(texts, 480)
 
 
 @pytest.fixture(scope="session")

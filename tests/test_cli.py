@@ -72,7 +72,7 @@ class Temper(TextEnv):
         return "Start.", {}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        return "Done.", math.nan if self.how == "nan" else 1.0, True, False, {}
+        return "Done.", math.nan if self.how == "no-number" else 1.0, True, False, {}
 
 
 register("test-temper", Temper)
@@ -189,7 +189,9 @@ def test_options_may_stand_anywhere(words: tuple[str, ...], run: Run) -> None:
 
 
 def test_options_without_a_recipe(run: Run, taught_folder: Path) -> None:
-    code, out, said = run("train", "--seed", "5", "--model.path", taught_folder, "--agent.max_context", "300", "--dry-run")
+    code, out, said = run(
+        "train", "--seed", "5", "--model.path", taught_folder, "--agent.max_context", "300", "--dry-run"
+    )
     assert code == 0, said
     assert "seed = 5" in out
 
@@ -248,7 +250,7 @@ def test_lists(run: Run) -> None:
 def test_checking_environments(run: Run) -> None:
     assert run("check", "bandit")[0] == 0
     assert run("check", "--size", "3", "frozenlake")[0] == 0
-    code, out, said = run("check", "test-temper", "--how", "nan")
+    code, out, said = run("check", "test-temper", "--how", "no-number")
     assert code == 2
     assert said == ""
     assert "nan" in out
@@ -262,7 +264,10 @@ def test_checking_environments(run: Run) -> None:
     [
         (("train", "no-such.toml"), "There is no recipe no-such.toml"),
         (("train", "frozenlak"), "Did you mean frozenlake?"),
-        (("train", "small.toml", "--training.step", "3"), "There is no option training.step. Did you mean training.steps?"),
+        (
+            ("train", "small.toml", "--training.step", "3"),
+            "There is no option training.step. Did you mean training.steps?",
+        ),
         (("train", "small.toml", "--training.steps", "0"), "Option training.steps cannot be 0"),
         (("train", "small.toml", "--algorithm.name", "grop"), "grop"),
         (("train", "small.toml", "--algorithm.options.clip", "1"), "has no option 'clip'"),
@@ -279,7 +284,10 @@ def test_checking_environments(run: Run) -> None:
         (("train", "small.toml", "--resume", "x", "--output", "y"), "leave --output out"),
         (("train", "--resume", "nowhere"), "nowhere holds no run"),
         (("train", "[/bold]"), "There is no recipe [/bold]"),
-        (("train", "small.toml", "--name", "[red]", "--model.path", "./[red]"), "[red] is not a Hugging Face model folder"),
+        (
+            ("train", "small.toml", "--name", "[red]", "--model.path", "./[red]"),
+            "[red] is not a Hugging Face model folder",
+        ),
         (("report", "nowhere"), "nowhere holds no run"),
         (("report", "nowhere", "--training.steps", "3"), "--training.steps is not an option of `rehearsal report`"),
         (("envs", "--all"), "--all is not an option of `rehearsal envs`"),
@@ -289,7 +297,7 @@ def test_checking_environments(run: Run) -> None:
         (("play", "frozenlake", "--sise", "3"), "did you mean size"),
         (("base", "--tokns", "3"), "tokns"),
     ],
-)  # fmt: skip
+)
 def test_one_sentence_for_each_mistake(words: tuple[str, ...], message: str, run: Run, tmp_path: Path) -> None:
     assert message in mistake(run(*words))
     assert not (tmp_path / "runs").exists(), "nothing is made before everything is known to fit"
@@ -326,15 +334,21 @@ def test_models_that_cannot_be_used(run: Run, taught_folder: Path, tmp_path: Pat
         ("raise", "Temper.reset raised ConnectionError: the simulator is gone."),
         ("hang", "Temper.reset took longer than 0.2 s."),
         ("type", "Temper.reset must return a string as observation, not 7 of type int."),
-        ("nan", "Temper.step must return a finite number as reward, not nan of type float."),
+        ("no-number", "Temper.step must return a finite number as reward, not nan of type float."),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_an_environment_that_is_broken(command: str, how: str, message: str, run: Run, taught_folder: Path) -> None:
     options = (
-        "--environment.name", "test-temper", "--environment.params.how", how, "--environment.step_timeout", "0.2",
-        "--evaluation.episodes", "0",
-    )  # fmt: skip
+        "--environment.name",
+        "test-temper",
+        "--environment.params.how",
+        how,
+        "--environment.step_timeout",
+        "0.2",
+        "--evaluation.episodes",
+        "0",
+    )
     if command == "train":
         said = mistake(run("train", "small.toml", "--output", "one", *options))
         assert "of 4 episodes failed" in said
@@ -401,7 +415,15 @@ def test_ctrl_c(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0s"), (59.4, "59s"), (59.6, "1m 00s"), (552, "9m 12s"), (3599.9, "1h 00m"), (3900, "1h 05m"), (90000, "25h 00m")],
+    [
+        (0, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m 00s"),
+        (552, "9m 12s"),
+        (3599.9, "1h 00m"),
+        (3900, "1h 05m"),
+        (90000, "25h 00m"),
+    ],
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text

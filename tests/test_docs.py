@@ -221,7 +221,10 @@ def test_commands_exist(block: Block) -> None:
 
 def check_command(block: Block, given: list[str]) -> None:
     try:
-        options, rest = cli._parser().parse_known_args(given)
+        parser, flags = cli._parser()
+        plain, dotted = cli._without_dotted(given, flags)
+        options, rest = parser.parse_known_args(plain)
+        rest = [*dotted, *rest]
     except SystemExit:
         pytest.fail(f"{block}: the command line does not take: rehearsal {shlex.join(given)}")
     assert given[0] in ("train", "eval", "play", "report", "envs", "recipes", "check", "base")
@@ -255,7 +258,7 @@ def test_toml_blocks_are_recipes(block: Block) -> None:
 
 def cli_options() -> dict[str, set[str]]:
     """The options of each command."""
-    parsers = next(a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    parsers = next(a for a in cli._parser()[0]._actions if isinstance(a, argparse._SubParsersAction)).choices
     return {name: {o for a in parser._actions for o in a.option_strings} for name, parser in parsers.items()}
 
 

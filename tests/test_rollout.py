@@ -1,4 +1,4 @@
-"""Many episodes at once: every way in which an environment can break, and the same episodes whoever runs beside them."""
+"""Many episodes at once: every way in which an environment can break, and the same play whoever runs beside it."""
 
 from __future__ import annotations
 
@@ -138,13 +138,13 @@ def test_an_episode_is_what_was_shown_sampled_and_done(play: Callable[..., Rollo
 
 
 def test_the_counters_add_up(play: Callable[..., Rollout]) -> None:
-    groups = play(Walk).play(tasks(8), 4)
+    groups = play(Walk, sampling=SamplingParams(temperature=2.0)).play(tasks(8), 4)
     episodes = all_trajectories(groups)
     turns = [turn for trajectory in episodes for turn in trajectory.turns]
     names = ("format_errors", "illegal_actions", "ineffective_actions")
     counts = {name: sum(t.counters.get(name, 0.0) for t in episodes) for name in names}
     broken = [turn for turn in turns if not turn.valid]
-    assert broken, "the taught policy should stumble now and then"
+    assert broken, "at this temperature the policy should stumble now and then"
     assert counts["format_errors"] + counts["illegal_actions"] == len(broken)
     assert counts["ineffective_actions"] == sum(sum(len(turn.executed) for turn in t.turns) >= 2 for t in episodes)
     figures = rollout_metrics(groups)
@@ -173,9 +173,11 @@ def test_members_of_a_group_have_luck_of_their_own(play: Callable[..., Rollout])
     groups = rollout.play(tasks(6), 4)
     for group in groups:
         assert len({trajectory.turns[0].observation for trajectory in group}) == 1
-    first_moves = [{(t.turns[0].executed[0], t.turns[1].observation) for t in g if len(t.turns) > 1 and t.turns[0].executed}
-                   for g in groups]  # fmt: skip
-    assert any(len({move for move, _ in moves}) < len(moves) for moves in first_moves)
+    outcomes = [
+        {(t.turns[0].executed[0], t.turns[1].observation) for t in group if len(t.turns) > 1 and t.turns[0].executed}
+        for group in groups
+    ]
+    assert any(len({move for move, _ in seen}) < len(seen) for seen in outcomes)
 
 
 def test_every_episode_is_told_once(play: Callable[..., Rollout]) -> None:
@@ -254,7 +256,9 @@ def test_an_opening_without_room(play: Callable[..., Rollout]) -> None:
         assert trajectory.turns == []
         assert trajectory.segments == []
         assert trajectory.reward == 0.0
-    with pytest.raises(RecipeError, match=r"first observation of walk take \d+ tokens.*agent.max_context \(20 tokens\)"):
+    with pytest.raises(
+        RecipeError, match=r"first observation of walk take \d+ tokens.*agent.max_context \(20 tokens\)"
+    ):
         rollout.check_opening()
 
 
@@ -289,12 +293,14 @@ BREAKS: dict[str, tuple[Any, str]] = {
     "cancels": (raises(asyncio.CancelledError()), r"raised CancelledError\."),
     "returns nothing useful": (lambda env: 3, r"must return \(observation, .*not 3 of type int"),
     "observation is no text": (
-        lambda env: (b"x", {}) if env.steps == 0 else (b"x", 0.0, False, False, {}), "must return a string as observation",
+        lambda env: (b"x", {}) if env.steps == 0 else (b"x", 0.0, False, False, {}),
+        "must return a string as observation",
     ),
     "info is no dictionary": (
-        lambda env: ("x", None) if env.steps == 0 else ("x", 0.0, False, False, None), "must return a dict as info, not None",
+        lambda env: ("x", None) if env.steps == 0 else ("x", 0.0, False, False, None),
+        "must return a dict as info, not None",
     ),
-}  # fmt: skip
+}
 IN_STEP: dict[str, tuple[Any, str]] = {
     "reward is not a number": (lambda env: ("x", math.nan, False, False, {}), "finite number as reward, not nan"),
     "reward is infinite": (lambda env: ("x", -math.inf, False, False, {}), "finite number as reward, not -inf"),
@@ -392,8 +398,9 @@ def test_a_hanging_environment_costs_its_own_episodes(play: Callable[..., Rollou
     release = threading.Event()
     make_env = lambda: Walk(  # noqa: E731
         on_reset=only(1, lambda env: release.wait(60) and None),
-        on_step=only(2, lambda env: release.wait(60) and None), fast=False,
-    )  # fmt: skip
+        on_step=only(2, lambda env: release.wait(60) and None),
+        fast=False,
+    )
     rollout = play(make_env, step_timeout=0.7)
     began = time.monotonic()
     groups = rollout.play(tasks(5), 3)
@@ -444,7 +451,7 @@ def test_a_slow_environment_holds_nobody_else_up(play: Callable[..., Rollout]) -
     waited: list[bool] = []
     make_env = lambda: Walk(  # noqa: E731
         on_reset=only(0, lambda env: waited.append(others_done.wait(60))), fast=False
-    )  # fmt: skip
+    )
     rollout = play(make_env, capacity=12)
     groups = rollout.play(tasks(5), 2, on_episode=note)
     assert waited == [True, True]
@@ -520,7 +527,20 @@ def test_what_was_played_before_changes_nothing(play: Callable[..., Rollout]) ->
     """To the last bit, as a resumed run has a fresh engine where one that went on has a used one."""
     used, fresh = play(Walk, capacity=7), play(Walk, capacity=7)
     used.play(tasks(9)[5:], 3)
+    rows = {}
+    for rollout in (used, fresh):
+        # The order of rows in a matrix product may change its rounding, so places are taken in the same order too.
+        rows[rollout] = noted = []
+        engine: Any = rollout.engine
+        original = engine._step
+
+        def step(engine: Any = engine, noted: list[Any] = noted, original: Any = original) -> None:
+            noted.append([(slot, engine._sessions[slot].key) for slot in np.nonzero(engine._active)[0]])
+            original()
+
+        engine._step = step
     first, second = used.play(tasks(5), 3), fresh.play(tasks(5), 3)
+    assert rows[used] == rows[fresh]
     for one, other in zip(all_trajectories(first), all_trajectories(second), strict=True):
         np.testing.assert_array_equal(one.segments[0].token_ids, other.segments[0].token_ids)
         np.testing.assert_array_equal(one.segments[0].logprobs, other.segments[0].logprobs)
@@ -534,7 +554,7 @@ def test_a_group_may_have_different_openings(play: Callable[..., Rollout]) -> No
     """An environment that takes its luck before the first observation: no two share more than the rules."""
     make_env = lambda: Walk(  # noqa: E731
         on_reset=lambda env: (f"Start {env.options['chance'] % 2} of {env.seed}.", {})
-    )  # fmt: skip
+    )
     groups = play(make_env).play(tasks(3), 4)
     for group in groups:
         assert [t.turns[0].observation for t in group] == [f"Start {k % 2} of {t.seed}." for k, t in enumerate(group)]
@@ -603,12 +623,16 @@ def made_up(*rewards: float | None, success: tuple[bool | None, ...] | None = No
     return Group(
         [
             Trajectory(
-                "x", 0, segments=[segment], turns=[Turn("o", rewards=[reward or 0.0])], success=outcome,
+                "x",
+                0,
+                segments=[segment],
+                turns=[Turn("o", rewards=[reward or 0.0])],
+                success=outcome,
                 stop_reason=StopReason.ERROR if reward is None else StopReason.TERMINATED,
             )
             for reward, outcome in zip(rewards, outcomes, strict=True)
         ]
-    )  # fmt: skip
+    )
 
 
 def test_dead_groups_are_counted_by_what_killed_them() -> None:

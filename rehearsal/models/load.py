@@ -111,13 +111,7 @@ def load_policy(
             f"The tokenizer of {source} has {len(tokenizer)} tokens and the model only {text_config.vocab_size}; they "
             "do not belong together, or the model's embeddings were not resized."
         )
-    for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
-        if getattr(text_config, name, 0.0):
-            # Dropout would make the learner's probabilities differ from those that were sampled from.
-            setattr(text_config, name, 0.0)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    _switch_dropout_off(model)
     torch.nn.Module.to(model, where)
     model.eval()
     if gradient_checkpointing:
@@ -130,6 +124,19 @@ def load_policy(
     )  # fmt: skip
     verify_packing(model)
     return Policy(model, tokenizer, renderer, "base" if str(path) == "base" else source)
+
+
+def _switch_dropout_off(model: Any) -> None:
+    """Dropout would make the learner's probabilities differ from those that were sampled from."""
+    names = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")
+    # Attention keeps a copy of its own of what the configuration said when the model was made.
+    for place in (model.config.get_text_config(), *model.modules()):
+        for name in names:
+            if isinstance(getattr(place, name, None), int | float):
+                setattr(place, name, 0.0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
 
 
 def _compute_activations_again(model: Any) -> None:

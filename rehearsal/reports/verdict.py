@@ -53,7 +53,7 @@ class Verdict:
 
 
 def judge(evaluations: Mapping[str, Sequence[Mapping[str, Any]]]) -> Verdict:
-    """Compare the first with the last evaluation of the held-out split that was played most often.
+    """Compare the first with the last evaluation of the held-out split that spans the most of the run.
 
     The interval of the difference is Newcombe's (1998, Statistics in Medicine 17, method 10), which squares and adds
     the distances of each value to the ends of its own interval. It treats the two evaluations as independent; they
@@ -96,12 +96,18 @@ _UNMEASURED = "No held-out evaluation was recorded, so this run cannot say wheth
 
 
 def judged_split(evaluations: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
-    """The held-out split with the most evaluations; "test" before "validation" where they tie, training data never."""
+    """The held-out split whose evaluations span the most of the run: the one that was played before and after it.
+
+    Where several span the same, the one with the most evaluations, and "test" before "validation"; training data never.
+    """
     candidates = [split for split, rows in evaluations.items() if rows and split != "train"]
     order = {split: place for place, split in enumerate(HELD_OUT)}
-    return max(
-        candidates, key=lambda split: (len(evaluations[split]), -order.get(split, len(order)), split), default=None
-    )
+
+    def rank(split: str) -> tuple[float, int, int, str]:
+        steps = [number(row.get("step")) or 0.0 for row in evaluations[split]]
+        return (max(steps) - min(steps), len(steps), -order.get(split, len(order)), split)
+
+    return max(candidates, key=rank, default=None)
 
 
 def number(value: Any) -> float | None:

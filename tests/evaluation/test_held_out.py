@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,9 +21,9 @@ from rehearsal.evaluation.held_out import evaluate, evaluation_figures, held_out
 from rehearsal.evaluation.run import evaluate_policy
 from rehearsal.evaluation.statistics import mean_interval, wilson_interval
 from rehearsal.generation.local import LocalEngine
-from rehearsal.models.load import load_policy
 from rehearsal.rollout import Rollout, tasks_of_step
-from rehearsal.training.loop import SilentObserver, Trainer, train
+from rehearsal.training.checkpoint import load_checkpoint, save_checkpoint
+from rehearsal.training.loop import train
 from rehearsal.training.runs import RunFolder
 from rehearsal.trajectory import Group, Segment, StopReason, Trajectory, Turn
 
@@ -81,7 +82,9 @@ def test_episodes_are_told_as_they_end(rollout: Rollout) -> None:
 
 def episode(reward: float, success: bool | None = None, stop: StopReason = StopReason.TERMINATED) -> Group:
     segment = Segment(np.arange(2), [np.nan, -1.0], [0, 5], [0, 0])
-    return Group([Trajectory("x", 0, segments=[segment], turns=[Turn("o", rewards=[reward])], success=success, stop_reason=stop)])
+    return Group(
+        [Trajectory("x", 0, segments=[segment], turns=[Turn("o", rewards=[reward])], success=success, stop_reason=stop)]
+    )
 
 
 def test_success_counts_what_was_scored() -> None:
@@ -167,7 +170,7 @@ def figures_of(policy: Path, **settings: Any) -> dict[str, float]:
     return evaluate_policy(policy, episodes=6, **settings)
 
 
-def test_a_run_a_folder_and_a_checkpoint_by_name(recipe: dict[str, Any], taught_folder: Path, tmp_path: Path) -> None:
+def test_a_run_a_folder_and_a_checkpoint_by_name(recipe: dict[str, Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(recipe, output=run)
     of_run = figures_of(run)
@@ -176,22 +179,12 @@ def test_a_run_a_folder_and_a_checkpoint_by_name(recipe: dict[str, Any], taught_
     assert of_run["episodes"] == 6
     assert figures_of(run, overrides={"agent.max_turns": 1})["turns"] <= 1
     # A run that was taken up again is judged by its newest checkpoint, not by the policy of its last end.
-    before = figures_of(taught_folder, recipe=recipe, split="train")
-    (run / "checkpoints" / "step_000002").rename(run / "checkpoints" / "set-aside")
-
-    class StopAtOnce(SilentObserver):
-        def started(self, trainer: Trainer) -> None:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(output=run, resume=True, observer=StopAtOnce())
+    weights, state = load_checkpoint(run / "checkpoints" / "step_000002")
+    wild = {name: torch.randn_like(tensor) for name, tensor in weights.items()}
+    save_checkpoint(run / "checkpoints", 3, wild, state, keep=1)
+    assert figures_of(run) == of_run
     with RunFolder.resume(run, "again"):
-        RunFolder.open(run)
-        at_step_1 = figures_of(run, split="train")
-    trained = load_policy(run / "policy", device="cpu")
-    assert at_step_1.keys() >= {"success", "reward"}
-    assert at_step_1 != before or figures_of(run / "policy", recipe=recipe, split="train") != before
-    assert trained.n_parameters > 0
+        assert figures_of(run)["format_errors"] > of_run["format_errors"] + 0.5
 
 
 def test_what_cannot_be_evaluated(recipe: dict[str, Any], taught_folder: Path, tmp_path: Path) -> None:
@@ -201,7 +194,7 @@ def test_what_cannot_be_evaluated(recipe: dict[str, Any], taught_folder: Path, t
         figures_of(tmp_path / "nothing", recipe=recipe)
     with RunFolder.create(tmp_path / "young", "", "x"), pytest.raises(ModelError, match="let the run get on first"):
         figures_of(tmp_path / "young")
-    with pytest.raises(RecipeError, match="agent.max_context"):
+    with pytest.raises(RecipeError, match=r"agent\.max_context"):
         figures_of(taught_folder, recipe=recipe, overrides={"agent.max_context": 20})
 
 

@@ -137,9 +137,7 @@ def test_a_tokenizer_without_a_chat_template(folder: Path) -> None:
     assert "has no chat template" in complaint(folder)
 
 
-def test_a_model_that_cannot_be_packed(
-    build_family: Callable[[str], Any], base_tokenizer: Any, tmp_path: Path
-) -> None:
+def test_a_model_that_cannot_be_packed(build_family: Callable[[str], Any], base_tokenizer: Any, tmp_path: Path) -> None:
     import transformers as hf
 
     config = hf.GPT2Config(
@@ -165,5 +163,5 @@ def test_devices() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here")
 def test_a_gpu_that_is_not_there() -> None:
-    with pytest.raises(ModelError, match='no CUDA device that PyTorch can use; set model.device to "cpu"'):
+    with pytest.raises(ModelError, match=r'no CUDA device that PyTorch can use; set model\.device to "cpu"'):
         pick_device("cuda")

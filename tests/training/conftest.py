@@ -36,9 +36,9 @@ def fill_logprobs(model: Any, groups: list[Group], temperature: float, spread: f
             for trajectory in group:
                 for segment in trajectory.segments:
                     ids = torch.from_numpy(segment.token_ids.astype(np.int64))
-                    log_TV = (model(input_ids=ids[None], use_cache=False).logits[0].float() / temperature).log_softmax(-1)
+                    logits_TV = model(input_ids=ids[None], use_cache=False).logits[0].float() / temperature
                     logprobs = np.full(len(ids), np.nan)
-                    logprobs[1:] = log_TV[:-1].gather(1, ids[1:, None])[:, 0].numpy()
+                    logprobs[1:] = logits_TV[:-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0].numpy()
                     noise = spread * rng.standard_normal(len(ids))
                     segment.logprobs = np.where(segment.sampled_mask, logprobs + noise, np.nan).astype(np.float32)
 
@@ -58,14 +58,16 @@ def make_groups() -> MakeGroups:
             members = []
             for g in range(size):
                 lengths = tuple(int(n) for n in rng.integers(2, 9, 1 + (p + g) % 2))
-                turns = [
-                    Turn("o", executed=["a"], rewards=[float(rng.normal())], stop=SampleStop.END) for _ in lengths
-                ]
+                turns = [Turn("o", executed=["a"], rewards=[float(rng.normal())], stop=SampleStop.END) for _ in lengths]
                 members.append(
                     Trajectory(
-                        "made-up", seed=p, sample=g, segments=[_episode(rng, prompt, lengths, vocabulary)], turns=turns,
+                        "made-up",
+                        seed=p,
+                        sample=g,
+                        segments=[_episode(rng, prompt, lengths, vocabulary)],
+                        turns=turns,
                         stop_reason=StopReason.TERMINATED,
-                    )  # fmt: skip
+                    )
                 )
             made.append(Group(members))
         fill_logprobs(model, made, temperature, spread, seed)

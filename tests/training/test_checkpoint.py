@@ -93,9 +93,7 @@ def small_files() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.mark.parametrize("large", ["weights", "state"])
-def test_a_file_that_the_system_does_not_take(
-    large: str, tmp_path: Path, small_files: Callable[[int], None]
-) -> None:
+def test_a_file_that_the_system_does_not_take(large: str, tmp_path: Path, small_files: Callable[[int], None]) -> None:
     """The libraries raise errors of their own then, which are no OSError."""
     save_checkpoint(tmp_path, 1, weights(1.0), STATE, keep=2)
     state = {**STATE, "moments": torch.zeros(100_000 if large == "state" else 1)}

@@ -69,7 +69,9 @@ def test_values_learn_a_constant_reward(advantage: str, model: Any, make_groups:
     """Undiscounted, every state of every episode is worth the reward; then nothing is left for the policy to learn."""
     groups = make_groups(model, spread=0.0)
     reward_all(groups, 0.7)
-    learner = learner_of(model, advantage=advantage, turn_gamma=1.0, value_clip=None, value_coefficient=1.0, whiten=False)
+    learner = learner_of(
+        model, advantage=advantage, turn_gamma=1.0, value_clip=None, value_coefficient=1.0, whiten=False
+    )
     figures = [learner.step(groups, step) for step in range(40)]
     assert figures[0]["policy/error"] == pytest.approx(-0.7, abs=1e-6)
     assert abs(figures[-1]["policy/error"]) < 0.05

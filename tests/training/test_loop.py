@@ -266,9 +266,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(
 
 
 @pytest.mark.slow
-def test_sigterm_ends_a_run_in_order(
-    uninterrupted: Callable[[str], tuple[Path, Recipe]], tmp_path: Path
-) -> None:
+def test_sigterm_ends_a_run_in_order(uninterrupted: Callable[[str], tuple[Path, Recipe]], tmp_path: Path) -> None:
     reference, recipe = uninterrupted("grpo")
     run = tmp_path / "run"
     process = start(run, recipe, tmp_path)
@@ -576,7 +574,9 @@ def test_too_many_failed_episodes_end_the_run(
     failing: float, ends: bool, small: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Unreliable, "failing", failing)
-    recipe = small(environment__name="test-unreliable", evaluation__episodes=0, training__groups=8).model_copy(deep=True)
+    recipe = small(environment__name="test-unreliable", evaluation__episodes=0, training__groups=8).model_copy(
+        deep=True
+    )
     recipe.environment.params = {}
     if not ends:
         summary = train(recipe, output=tmp_path / "run").summary
