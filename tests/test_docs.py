@@ -305,7 +305,8 @@ def test_the_table_of_algorithm_options() -> None:
 
 def test_the_table_of_environments() -> None:
     rows = {code_in(row[0])[0]: row for row in rows_of("docs/environments.md", "## Built-in environments")}
-    assert set(rows) == set(registry.names())
+    # Built-in environments are registered by their place in the package; those of other tests are classes.
+    assert set(rows) == {name for name, target in registry._registered.items() if isinstance(target, str)}
     for name, (_, shown, limits) in rows.items():
         factory: Any = registry._factory(name)
         defaults = {
