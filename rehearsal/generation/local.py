@@ -54,6 +54,9 @@ class LocalSession:
         self.slot = -1
         self.computed = 0
         self.prefix: _SharedPrefix | None = None
+        """What it takes over from the session that it was forked from."""
+        self.shared: _SharedPrefix | None = None
+        """What its own forks take over from it."""
         self.params: SamplingParams | None = None
         self.future: asyncio.Future[Sampled] | None = None
         self.closed = False
@@ -275,12 +278,12 @@ class LocalEngine:
         length = parent.length - 1
         if length < 1:
             return
-        prefix = getattr(parent, "_forked", None)
+        prefix = parent.shared
         if prefix is None or prefix.length != length:
             prefix = _SharedPrefix(length)
             if parent.slot >= 0 and parent.computed >= length:
                 self._hold(prefix, parent.slot)
-            parent._forked = prefix  # type: ignore[attr-defined]
+            parent.shared = prefix
         prefix.waiting += 1
         child.prefix = prefix
 
