@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rehearsal.environments.episode import EpisodeEnv, real_number
+from rehearsal.environments.splits import draw_in_split
 from rehearsal.errors import RecipeError
 
 PAIRS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -56,13 +57,18 @@ class Bandit(EpisodeEnv):
     With ``reversed=True`` the names mislead (published as BanditRev): the steady-sounding name pays like the risky arm
     and the other way round. The instructions stay the same, so that only rewards can tell.
 
-    The names of the three splits are disjoint, and the order in which the two arms are shown is random.
+    The order in which the two arms are shown is random. What the splits do not share is for ``held_out`` to say. With
+    "names" the three splits have no name in common, so held-out success asks for knowledge of what words mean, which
+    only a model that has read about the world can have. With "pairs" every steady name of the training split may stand
+    beside every risky one, and the splits have no such pair in common, in either order: what was learnt of each name
+    has to carry over to company that it was never seen in. That is a fair test of a model without general language.
 
     Args:
         low: what the steady arm pays.
         high: what the risky arm pays when it pays.
         chance: the probability that it pays.
         reversed: whether the names mislead.
+        held_out: "names" or "pairs".
 
     Raises:
         RecipeError: for a parameter out of its range, or where both arms have the same expectation.
@@ -72,7 +78,10 @@ class Bandit(EpisodeEnv):
     max_turns = 1
     max_actions_per_turn = 1
 
-    def __init__(self, low: float = 0.15, high: float = 1.0, chance: float = 0.25, reversed: bool = False) -> None:
+    def __init__(
+        self, low: float = 0.15, high: float = 1.0, chance: float = 0.25, reversed: bool = False,
+        held_out: str = "names",
+    ) -> None:  # fmt: skip
         super().__init__(max_steps=1)
         self.low = real_number("low", low, 0.0, 1e6)
         self.high = real_number("high", high, 0.0, 1e6)
@@ -82,6 +91,9 @@ class Bandit(EpisodeEnv):
             raise RecipeError(
                 f"Both arms pay {self.low:g} on average, so neither is better; change low, high or chance."
             )
+        if held_out not in ("names", "pairs"):
+            raise RecipeError(f'held_out must be "names" or "pairs", not {held_out!r}.')
+        self.held_out = held_out
         self._arms = ("", "")
         self._risky = ""
         self._pulled = ""
@@ -100,12 +112,20 @@ class Bandit(EpisodeEnv):
         return list(self._arms)
 
     def _draw(self, split: str) -> str:
-        pairs = PAIRS[split]
-        steady, risky = pairs[int(self.np_random.integers(len(pairs)))]
+        if self.held_out == "pairs":
+            steady, risky = draw_in_split(self._any_pair, " ".join, split)
+        else:
+            pairs = PAIRS[split]
+            steady, risky = pairs[int(self.np_random.integers(len(pairs)))]
         self._arms = (steady, risky) if self.np_random.random() < 0.5 else (risky, steady)
         self._risky = steady if self.reversed else risky
         self._pulled = ""
         return " ".join(self._arms)
+
+    def _any_pair(self) -> tuple[str, str]:
+        known = PAIRS["train"]
+        steady, risky = self.np_random.integers(len(known), size=2).tolist()
+        return known[steady][0], known[risky][1]
 
     def _act(self, action: str) -> tuple[float, bool, bool, bool]:
         self._pulled = action

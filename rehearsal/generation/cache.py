@@ -103,7 +103,7 @@ class CachePlan:
         prefill: list[tuple[int, int, int]],
         device: torch.device,
     ) -> None:
-        """``prefill`` holds (place, first position, number of tokens) of each run."""
+        """``prefill`` holds (place, first position, number of tokens) of each run; ``decode_slots`` ascend."""
         self._pool = pool
         self._device = device
         slots = [decode_slots, *(np.full(count, slot) for slot, _, count in prefill)]
@@ -114,16 +114,19 @@ class CachePlan:
         self._n_decode = len(decode_slots)
         self._decode_biases: dict[int | None, Tensor] = {}
         self._prefill_biases: dict[tuple[int, int | None], Tensor] = {}
-        top = int(decode_slots.max()) + 1 if len(decode_slots) else 0
-        self._keys_length = int(decode_positions.max()) + 1 if len(decode_slots) else 0
-        self._top = top if len(decode_slots) >= self._DENSE * top else 0
         if self._n_decode:
+            self._keys_length = int(decode_positions.max()) + 1
+            # The places from the first to the last that decodes, if most of them do; otherwise none.
+            self._first = int(decode_slots[0])
+            self._span = int(decode_slots[-1]) + 1 - self._first
+            self._span = self._span if self._n_decode >= self._DENSE * self._span else 0
+            self._all = self._n_decode == self._span
             self._decode_slots = self._slots_T[: self._n_decode]
-            self._all = self._n_decode == self._top
+            self._decode_rows = self._decode_slots - self._first
             rows = decode_positions
-            if self._top and not self._all:
-                rows = np.zeros(self._top, dtype=np.int64)
-                rows[decode_slots] = decode_positions
+            if self._span and not self._all:
+                rows = np.zeros(self._span, dtype=np.int64)
+                rows[decode_slots - self._first] = decode_positions
             self._decode_positions = torch.from_numpy(rows.astype(np.int64)).to(device)
         self._prefill = self._chunks(prefill)
 
@@ -187,14 +190,15 @@ class CachePlan:
         self, query_nHD: Tensor, keys: Tensor, values: Tensor, scaling: float, window: int | None, softcap: float | None
     ) -> Tensor:
         k = self._keys_length
-        if self._top:
-            key, value = keys[: self._top, :, :k], values[: self._top, :, :k]
+        if self._span:
+            places = slice(self._first, self._first + self._span)
+            key, value = keys[places, :, :k], values[places, :, :k]
         else:
             key = keys[:, :, :k].index_select(0, self._decode_slots)
             value = values[:, :, :k].index_select(0, self._decode_slots)
         query = query_nHD
-        if self._top and not self._all:
-            query = query_nHD.new_zeros((self._top, *query_nHD.shape[1:])).index_copy_(0, self._decode_slots, query_nHD)
+        if self._span and not self._all:
+            query = query_nHD.new_zeros((self._span, *query_nHD.shape[1:])).index_copy_(0, self._decode_rows, query_nHD)
         if window not in self._decode_biases:
             distance = self._decode_positions[:, None] - torch.arange(k, device=self._device)
             hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
@@ -211,4 +215,4 @@ class CachePlan:
             scores = softcap * torch.tanh(torch.bmm(query, key.transpose(1, 2)) * (scaling / softcap)) + bias
         out = torch.bmm(scores.softmax(-1, dtype=torch.float32).to(value.dtype), value)
         out = out.view(n, -1, value.shape[-1])
-        return out.index_select(0, self._decode_slots) if self._top and not self._all else out
+        return out.index_select(0, self._decode_rows) if self._span and not self._all else out

@@ -1,8 +1,8 @@
 """The local engine: continuous batching over a Hugging Face model, in this process.
 
-One step reads one token of every sampling episode and whatever new text the others brought, in a single packed
-forward pass. Each episode keeps its keys and values across turns, an episode that ends frees its place at once, and
-whoever waits takes it in the same step.
+One step reads one token of every sampling episode and whatever new text the others brought, packed without padding.
+Each episode keeps its keys and values across turns, an episode that ends frees its place at once, and whoever waits
+takes it in the same step.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import numpy as np
 import torch
 
 from rehearsal.errors import GenerationError
-from rehearsal.generation.cache import CachePlan, KeyValuePool, ShapeProbe
-from rehearsal.generation.sampling import SamplingParams, draw, uniforms
+from rehearsal.generation.blocks import Block, BlockRunner, Drawn, Run, Streams, cut_blocks
+from rehearsal.generation.cache import KeyValuePool, ShapeProbe
+from rehearsal.generation.sampling import SamplingParams
 from rehearsal.generation.session import EngineStats, Sampled
-from rehearsal.models.packed import causal_lm, is_narrow, logits_of, packed_attention, packed_hidden
+from rehearsal.models.packed import causal_lm, packed_attention, packed_hidden
 from rehearsal.trajectory import SampleStop
 
 
@@ -355,15 +356,16 @@ class LocalEngine:
     async def _run(self) -> None:
         started = time.perf_counter()
         threads = torch.get_num_threads()
+        runner = BlockRunner(self.model, self._pool, self._device, threads)
         try:
-            if is_narrow(self.model):
+            if runner.narrow:
                 torch.set_num_threads(1)
             causal_lm(self.model).eval()
             while self._active.any() or self._waiting:
                 # Whoever else runs on this loop, another engine for one, must not see these settings.
                 with packed_attention(self.model), torch.inference_mode():
                     self._admit()
-                    self._step()
+                    self._step(runner)
                 # Those whose turn is done act now, and their next request joins the next step.
                 await asyncio.sleep(0)
         except BaseException as error:
@@ -372,6 +374,7 @@ class LocalEngine:
             if not told or not isinstance(error, Exception):
                 raise
         finally:
+            runner.close()
             torch.set_num_threads(threads)
             self.stats.seconds += time.perf_counter() - started
 
@@ -385,44 +388,34 @@ class LocalEngine:
             self._withdraw(session)
         return told
 
-    def _step(self) -> None:
+    def _step(self, runner: BlockRunner) -> None:
         slots = np.nonzero(self._active)[0]
         if len(slots) == 0:
             return
         new = self._length[slots] - self._computed[slots]
         single = slots[new == 1]
-        prefill: list[tuple[int, int, int]] = []
+        runs: list[Run] = []
         budget = self._prefill_tokens
-        for slot in slots[new > 1]:
-            count = int(min(self._length[slot] - self._computed[slot], budget))
-            if count > 0:
-                prefill.append((int(slot), int(self._computed[slot]), count))
-                budget -= count
-        plan = CachePlan(self._pool, single, self._computed[single], prefill, self._device)
-        ids = np.empty(len(single) + sum(count for _, _, count in prefill), dtype=np.int64)
-        position = len(single)
-        ids[: len(single)] = self._last_ids[single]
-        for slot, first, count in prefill:
+        for slot in slots[new > 1].tolist():
             session = self._sessions[slot]
             assert session is not None
-            ids[position : position + count] = session.token_ids[first : first + count]
-            position += count
-        hidden_TW = packed_hidden(self.model, torch.from_numpy(ids).to(self._device), plan.positions_T, plan)
+            first, length = int(self._computed[slot]), int(self._length[slot])
+            last = min(length, first + budget)
+            if last > first:
+                runs.append(Run(slot, first, session.token_ids[first:last], last == length))
+                budget -= last - first
+        read = (single, self._computed[single], self._last_ids[single])
+        blocks = cut_blocks(*read, runs) if runner.narrow else [Block(*read, runs)]
+        streams = Streams(self._keys, self._length, self._params_index, self._params)
+        results = runner.run(blocks, streams)
         self.stats.forwards += 1
-        self.stats.tokens_prefilled += len(ids) - len(single)
+        self.stats.tokens_prefilled += sum(len(run.token_ids) for run in runs)
         self._computed[single] += 1
-        ends = list(range(len(single)))
-        drawing = list(single)
-        position = len(single)
-        for slot, first, count in prefill:
-            position += count
-            self._computed[slot] = first + count
-            if self._computed[slot] == self._length[slot]:
-                ends.append(position - 1)
-                drawing.append(slot)
-            self._filled(slot)
-        if drawing:
-            self._draw(hidden_TW, np.array(ends), np.array(drawing))
+        for run in runs:
+            self._computed[run.slot] = run.first + len(run.token_ids)
+            self._filled(run.slot)
+        for drawn in results:
+            self._append(drawn)
 
     def _filled(self, slot: int) -> None:
         """Let the siblings of a session that computed their common prompt take it over."""
@@ -433,27 +426,16 @@ class LocalEngine:
             self._hold(prefix, slot)
             session.prefix = prefix.filler = None
 
-    def _draw(self, hidden_TW: torch.Tensor, ends_R: np.ndarray, slots_R: np.ndarray) -> None:
-        rows = hidden_TW if len(ends_R) == len(hidden_TW) else hidden_TW[torch.from_numpy(ends_R).to(self._device)]
-        logits_RV = logits_of(self.model, rows)
-        uniforms_R = torch.from_numpy(uniforms(self._keys[slots_R], self._length[slots_R])).to(self._device)
-        kinds_R = self._params_index[slots_R]
-        ids_R = np.empty(len(slots_R), dtype=np.int64)
-        logprobs_R = np.empty(len(slots_R), dtype=np.float32)
-        ended_R = np.zeros(len(slots_R), dtype=bool)
-        for kind in np.unique(kinds_R):
-            part = np.nonzero(kinds_R == kind)[0]
-            whole = len(part) == len(slots_R)
-            index = torch.from_numpy(part).to(self._device)
-            ids, logprobs = draw(
-                logits_RV if whole else logits_RV[index], uniforms_R if whole else uniforms_R[index], self._params[kind]
-            )
-            ids_R[part], logprobs_R[part] = ids.cpu().numpy(), logprobs.float().cpu().numpy()
-            ended_R[part] = np.isin(ids_R[part], self._stops[kind])
+    def _append(self, drawn: Drawn) -> None:
+        slots_R, ids_R = drawn.slots_R, drawn.token_ids_R
         self.stats.tokens_sampled += len(slots_R)
+        kind_R = self._params_index[slots_R]
+        ended_R = np.zeros(len(slots_R), dtype=bool)
+        for kind in np.unique(kind_R):
+            ended_R |= (kind_R == kind) & np.isin(ids_R, self._stops[kind])
         at_R = self._length[slots_R]
         self._new_ids[slots_R, at_R] = self._last_ids[slots_R] = ids_R
-        self._new_logprobs[slots_R, at_R] = logprobs_R
+        self._new_logprobs[slots_R, at_R] = drawn.logprobs_R
         self._length[slots_R] += 1
         for row in np.nonzero(ended_R | (self._length[slots_R] >= self._limit[slots_R]))[0]:
             self._finish(int(slots_R[row]), bool(ended_R[row]))

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from rehearsal.errors import ModelError
+from rehearsal.models.fused import FusedDecoder, fits
 
 IMPLEMENTATION = "rehearsal_packed"
 
@@ -289,11 +290,19 @@ def packed_attention(model: Any) -> Iterator[None]:
 
 def packed_hidden(model: Any, token_ids_T: Tensor, positions_T: Tensor, plan: AttentionPlan, **kwargs: Any) -> Tensor:
     """Last hidden states, (T, width), of packed tokens. Call inside :func:`packed_attention`."""
+    if not kwargs and (fused := fused_decoder(model)) is not None:
+        return fused(token_ids_T, positions_T, plan)
     decoder = causal_lm(model).get_decoder()
     output = decoder(
         input_ids=token_ids_T[None], position_ids=positions_T[None], use_cache=False, packing=plan, **kwargs
     )
     return output.last_hidden_state[0]
+
+
+def fused_decoder(model: Any) -> FusedDecoder | None:
+    """The decoder with joined weights and fewer operations, or None for a model that has to run as it is written."""
+    lm = causal_lm(model)
+    return FusedDecoder(lm) if is_narrow(lm) and fits(lm) else None
 
 
 def logits_of(model: Any, hidden_ND: Tensor) -> Tensor:

@@ -22,8 +22,9 @@ SETTINGS = {
     "frozenlake": Scene("frozenlake"),
     "frozenlake_slip": Scene("frozenlake", {"slip": 0.2}),
     "sokoban": Scene("sokoban"),
-    "bandit": Scene("bandit"),
-    "bandit_reversed": Scene("bandit", {"reversed": True}),
+    "bandit": Scene("bandit", {"held_out": "pairs"}),
+    "bandit_reversed": Scene("bandit", {"held_out": "pairs", "reversed": True}),
+    "bandit_unknown_names": Scene("bandit"),
     "countdown": Scene("countdown"),
 }
 """What is played, by the name that its rate gets."""

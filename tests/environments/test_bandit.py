@@ -61,3 +61,26 @@ def test_arms_of_equal_expectation_are_refused():
         make("bandit", low=0.25)
     with pytest.raises(RecipeError, match="chance"):
         make("bandit", chance=2)
+
+
+def test_held_out_pairs_are_new_and_their_names_are_not():
+    env = Bandit(held_out="pairs")
+    steady_names, risky_names = zip(*PAIRS["train"], strict=True)
+    met: dict[str, set[frozenset[str]]] = {}
+    for split in SPLITS:
+        met[split] = set()
+        for seed in range(1500):
+            env.reset(seed=seed, options={"split": split})
+            facts = env.describe()
+            assert facts["best"] in risky_names
+            assert sum(arm in steady_names for arm in facts["arms"]) == 1
+            met[split].add(frozenset(facts["arms"]))
+    assert sum(len(pairs) for pairs in met.values()) == len(steady_names) * len(risky_names)
+    assert len(frozenset.union(*map(frozenset, met.values()))) == len(steady_names) * len(risky_names)
+    # Every name was met in training, so that it is the pairs alone that are new.
+    assert frozenset.union(*met["train"]) == set(steady_names) | set(risky_names)
+
+
+def test_what_is_held_out_must_be_known():
+    with pytest.raises(RecipeError, match="held_out"):
+        make("bandit", held_out="words")

@@ -76,9 +76,9 @@ class SkillMix:
     """
 
     oracle: float = 0.0
-    wavering: float = 0.7
-    blind: float = 0.1
-    random: float = 0.2
+    wavering: float = 0.6
+    blind: float = 0.05
+    random: float = 0.35
     epsilon_low: float = 0.6
     epsilon_high: float = 1.0
     boldness_low: float = 0.0

@@ -534,9 +534,9 @@ def test_what_was_played_before_changes_nothing(play: Callable[..., Rollout]) ->
         engine: Any = rollout.engine
         original = engine._step
 
-        def step(engine: Any = engine, noted: list[Any] = noted, original: Any = original) -> None:
+        def step(runner: Any, engine: Any = engine, noted: list[Any] = noted, original: Any = original) -> None:
             noted.append([(slot, engine._sessions[slot].key) for slot in np.nonzero(engine._active)[0]])
-            original()
+            original(runner)
 
         engine._step = step
     first, second = used.play(tasks(5), 3), fresh.play(tasks(5), 3)

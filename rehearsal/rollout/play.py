@@ -8,25 +8,20 @@ own with a time limit, so a slow or hanging one holds nobody else up.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import queue
-import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
-
-import numpy as np
 
 from rehearsal.agents.agent import Agent, Limits
 from rehearsal.agents.play import check_reset, play_actions
 from rehearsal.agents.protocol import Protocol
 from rehearsal.environments.base import TextEnv
-from rehearsal.errors import EnvironmentFault, RecipeError, RehearsalError
+from rehearsal.errors import RecipeError, RehearsalError
 from rehearsal.generation.sampling import SamplingParams, stream_key
 from rehearsal.generation.session import Engine, Session
 from rehearsal.models.chat import ChatRenderer, Rendered
+from rehearsal.rollout.places import HungError, OddError, Place, run_coroutine
 from rehearsal.trajectory import Group, StopReason, Trajectory, Turn, info_success
 
 T = TypeVar("T")
@@ -50,132 +45,6 @@ class Task:
 def tasks_of_step(seed: int, step: int, count: int, split: str = "train", first: int = 0) -> list[Task]:
     """The tasks of a training step: a function of (seed, step), so a resumed run gets the same ones."""
     return [Task(stream_key(seed, "task", split, step, first + i) % 2**31, split) for i in range(count)]
-
-
-class _HungError(Exception):
-    """The environment did not answer in time."""
-
-
-class _OddError(Exception):
-    """Carries what a coroutine or a future cannot: StopIteration, SystemExit and their like."""
-
-    def __init__(self, raised: BaseException) -> None:
-        super().__init__(str(raised))
-        self.raised = raised
-
-
-def _contained(function: Callable[[], T]) -> T:
-    """Call code of an environment; whatever it raises belongs to its episode, except Ctrl-C."""
-    try:
-        return function()
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        if isinstance(error, Exception) and not isinstance(error, StopIteration):
-            raise
-        raise _OddError(error) from error
-
-
-class _EnvironmentThread:
-    """Runs the calls of one environment in a daemon thread, which can be left behind if a call never returns."""
-
-    def __init__(self, env: TextEnv) -> None:
-        self._env = env
-        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.AbstractEventLoop, asyncio.Future[Any]] | None]
-        self._calls = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._serve, daemon=True, name="rehearsal-environment")
-        self._thread.start()
-
-    def _serve(self) -> None:
-        while (job := self._calls.get()) is not None:
-            call, loop, future = job
-            result, error = None, None
-            try:
-                result = _contained(call)
-            except Exception as caught:
-                error = caught
-            except KeyboardInterrupt as caught:  # the user's own Ctrl-C arrives in the main thread
-                error = _OddError(caught)
-            try:
-                loop.call_soon_threadsafe(_resolve, future, result, error)
-            except RuntimeError:  # the loop is closed: nobody waits any more
-                break
-        _close_quietly(self._env)
-
-    async def call(self, function: Callable[[], T], timeout: float) -> T:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-        self._calls.put((function, loop, future))
-        try:
-            return await asyncio.wait_for(future, timeout)
-        except TimeoutError as error:
-            if future.done() and not future.cancelled():
-                raise  # the environment itself raised it
-            raise _HungError from error
-
-    def stop(self) -> None:
-        """Close the environment once its present call, if there is one, has returned."""
-        self._calls.put(None)
-
-    def join(self, timeout: float) -> None:
-        self._thread.join(timeout)
-
-
-def _close_quietly(env: TextEnv) -> None:
-    # Its episodes are over: what it has to say now changes nothing.
-    with contextlib.suppress(Exception):
-        env.close()
-
-
-def _resolve(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(result)
-    else:
-        future.set_exception(error)
-
-
-class _Place:
-    """One environment and, if it is not fast, its thread."""
-
-    def __init__(self, env: TextEnv) -> None:
-        self.env = env
-        self.thread = None if env.fast else _EnvironmentThread(env)
-
-    async def call(self, function: Callable[[], T], timeout: float) -> T:
-        if self.thread is None:
-            return _contained(function)
-        return await self.thread.call(function, timeout)
-
-    def close(self) -> None:
-        """Let go of the environment without waiting for it."""
-        if self.thread is None:
-            _close_quietly(self.env)
-        else:
-            self.thread.stop()
-
-
-def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine to its end, also where an event loop is running already (a notebook)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return _run(coroutine)
-    with ThreadPoolExecutor(1, thread_name_prefix="rehearsal-rollout") as pool:
-        return pool.submit(_run, coroutine).result()
-
-
-def _run(coroutine: Coroutine[Any, Any, T]) -> T:
-    # asyncio.run, setting its handler for Ctrl-C back, writes out the result of the main task as text and throws that
-    # away; for a batch of episodes it takes a second. So the main task returns nothing.
-    box: list[T] = []
-
-    async def main() -> None:
-        box.append(await coroutine)
-
-    asyncio.run(main())
-    return box[0]
 
 
 class Rollout:
@@ -205,7 +74,7 @@ class Rollout:
         self.seed = seed
         self.workers = workers
         self.step_timeout = step_timeout
-        self._places: list[_Place] = []
+        self._places: list[Place] = []
         self._stop_ids = tuple(renderer.stop_token_ids) if renderer is not None else ()
 
     def play(
@@ -324,7 +193,7 @@ class Rollout:
     async def _open(
         self, task: Task, sample: int, step: int, stepping: asyncio.Semaphore, limits: Limits | None = None
     ) -> Episode:  # fmt: skip
-        place = self._places.pop() if self._places else _Place(self.make_env())
+        place = self._places.pop() if self._places else Place(self.make_env())
         env = place.env
         trajectory = Trajectory(env.name, task.seed, task.split, sample=sample, policy_step=step)
         agent = self._new_agent()
@@ -389,17 +258,17 @@ class Rollout:
             on_episode(trajectory)
         return trajectory
 
-    async def _call(self, place: _Place, function: Callable[[], T], stepping: asyncio.Semaphore) -> T:
+    async def _call(self, place: Place, function: Callable[[], T], stepping: asyncio.Semaphore) -> T:
         if place.thread is None:
             return await place.call(function, self.step_timeout)
         async with stepping:
             return await place.call(function, self.step_timeout)
 
     def _failed(self, episode: Episode, error: BaseException, where: str) -> None:
-        if isinstance(error, _OddError):
+        if isinstance(error, OddError):
             error = error.raised
         name = type(episode.place.env).__name__
-        if isinstance(error, _HungError):
+        if isinstance(error, HungError):
             episode.trajectory.stop_reason = StopReason.TIMEOUT
             episode.trajectory.error = f"{name}.{where} took longer than {self.step_timeout:g} s."
             return
@@ -424,69 +293,5 @@ class Episode:
 
     trajectory: Trajectory
     agent: Agent
-    place: _Place
+    place: Place
     prompt: Rendered | None = None
-
-
-def check_failures(groups: Sequence[Group], share: float) -> None:
-    """Stop where a number over the rest would mean nothing.
-
-    Raises:
-        EnvironmentFault: if more than ``share`` of the episodes failed; it tells what the first one said.
-    """
-    episodes = [trajectory for group in groups for trajectory in group]
-    failed = [trajectory for trajectory in episodes if trajectory.failed]
-    if len(failed) > share * len(episodes):
-        raise EnvironmentFault(
-            f"{len(failed)} of {len(episodes)} episodes failed, more than training.abort_failed_share allows; the "
-            f"first one: {failed[0].error}"
-        )
-
-
-def rollout_metrics(groups: Sequence[Group], prefix: str = "train") -> dict[str, float]:
-    """What a batch of episodes says at a glance: success, reward, lengths, errors and stop reasons."""
-    episodes = [trajectory for group in groups for trajectory in group]
-    if not episodes:
-        return {}
-    scored = [trajectory for trajectory in episodes if not trajectory.failed]
-    turns = max(1, sum(len(trajectory.turns) for trajectory in episodes))
-    metrics = {
-        f"{prefix}/episodes": float(len(episodes)),
-        f"{prefix}/failed_episodes": float(len(episodes) - len(scored)),
-        f"{prefix}/turns": float(np.mean([len(trajectory.turns) for trajectory in episodes])),
-        f"{prefix}/response_tokens": sum(trajectory.n_sampled for trajectory in episodes) / turns,
-        f"{prefix}/format_errors": sum(t.counters.get("format_errors", 0) for t in episodes) / turns,
-        f"{prefix}/illegal_actions": sum(t.counters.get("illegal_actions", 0) for t in episodes) / turns,
-    }
-    if scored:
-        metrics[f"{prefix}/reward"] = float(np.mean([trajectory.reward for trajectory in scored]))
-        metrics[f"{prefix}/reward_std"] = float(np.std([trajectory.reward for trajectory in scored]))
-        known = [trajectory.success for trajectory in scored if trajectory.success is not None]
-        # Where the environment tells success at all, an episode for which it told none has not succeeded.
-        if known:
-            metrics[f"{prefix}/success"] = sum(bool(value) for value in known) / len(scored)
-    for reason in StopReason:
-        share = sum(trajectory.stop_reason == reason for trajectory in episodes) / len(episodes)
-        if share:
-            metrics[f"{prefix}/stop/{reason.value}"] = share
-    return metrics
-
-
-def signal_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """How many groups can teach the policy anything: their rewards must differ."""
-    judged = [group.rewards[~np.isnan(group.rewards)] for group in groups]
-    judged = [rewards for rewards in judged if len(rewards)]
-    if not judged:
-        return {"signal/dead_groups": 1.0}
-    dead = [rewards for rewards in judged if rewards.max() == rewards.min()]
-    successes = [[t.success for t in group if not t.failed] for group in groups]
-    dead_success = [
-        values for values, group in zip(successes, groups, strict=True)
-        if values and np.nanmax(group.rewards) == np.nanmin(group.rewards)
-    ]  # fmt: skip
-    return {
-        "signal/dead_groups": len(dead) / len(judged),
-        "signal/dead_groups_solved": sum(all(values) for values in dead_success) / len(judged),
-        "signal/dead_groups_failed": sum(not any(values) for values in dead_success) / len(judged),
-        "signal/reward_std_in_group": float(np.mean([rewards.std() for rewards in judged])),
-    }

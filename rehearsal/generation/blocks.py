@@ -1,0 +1,165 @@
+"""One engine step, cut into blocks that are computed side by side.
+
+The operators of a small model are too short to be split among the threads of a processor, so the rows of a step are:
+each block of rows runs through the whole model on a thread of its own. How a step is cut depends on its rows alone and
+not on how many threads there are, so neither does what is sampled. A wide model, or one on a GPU, gets its step whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rehearsal.generation.cache import CachePlan, KeyValuePool
+from rehearsal.generation.sampling import SamplingParams, draw, uniforms
+from rehearsal.models.packed import AttentionPlan, fused_decoder, is_narrow, logits_of, packed_hidden
+
+_DECODE_ROWS = 64
+_PREFILL_TOKENS = 256
+
+
+class Run(NamedTuple):
+    """New text of one place: where it begins, its tokens, and whether a token is drawn after the last of them."""
+
+    slot: int
+    first: int
+    token_ids: np.ndarray
+    draws: bool
+
+
+@dataclass
+class Block:
+    """Rows of a step: places that read the token that they drew last, in ascending order, and runs of new text."""
+
+    slots: np.ndarray
+    positions: np.ndarray
+    token_ids: np.ndarray
+    runs: list[Run] = field(default_factory=list)
+
+
+class Streams(NamedTuple):
+    """What a draw depends on beside the logits, by place: noise, position, and which of ``kinds`` it is drawn with."""
+
+    keys_S: np.ndarray
+    lengths_S: np.ndarray
+    kind_S: np.ndarray
+    kinds: Sequence[SamplingParams]
+
+
+class Drawn(NamedTuple):
+    """One token for each of some places."""
+
+    slots_R: np.ndarray
+    token_ids_R: np.ndarray
+    logprobs_R: np.ndarray
+
+
+def cut_blocks(slots: np.ndarray, positions: np.ndarray, token_ids: np.ndarray, runs: list[Run]) -> list[Block]:
+    """The blocks of a step for a narrow model: up to 64 single tokens, or runs of about 256 tokens."""
+    blocks = [
+        Block(slots[i : i + _DECODE_ROWS], positions[i : i + _DECODE_ROWS], token_ids[i : i + _DECODE_ROWS])
+        for i in range(0, len(slots), _DECODE_ROWS)
+    ]
+    nobody = np.empty(0, dtype=np.int64)
+    size = _PREFILL_TOKENS
+    for run in runs:
+        if size + len(run.token_ids) > _PREFILL_TOKENS:
+            blocks.append(Block(nobody, nobody, nobody))
+            size = 0
+        blocks[-1].runs.append(run)
+        size += len(run.token_ids)
+    return blocks
+
+
+class BlockRunner:
+    """Runs blocks through a model, in threads where the model is narrow. Close it after use.
+
+    Args:
+        model: in evaluation mode, with packed attention switched on.
+        pool: keys and values of the places.
+        device: of both.
+        threads: how many blocks at once.
+    """
+
+    def __init__(self, model: Any, pool: KeyValuePool, device: torch.device, threads: int) -> None:
+        self.model = model
+        self.narrow = is_narrow(model)
+        self._pool = pool
+        self._device = device
+        self._parameters = list(model.parameters())
+        self._versions: list[int] | None = None
+        self._forward: Callable[[Tensor, Tensor, AttentionPlan], Tensor]
+        self._threads = None
+        if self.narrow and threads > 1:
+            # The number of threads within an operator is a setting of each thread.
+            self._threads = ThreadPoolExecutor(threads, "rehearsal-block", torch.set_num_threads, (1,))
+
+    def close(self) -> None:
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+
+    def run(self, blocks: list[Block], streams: Streams) -> list[Drawn]:
+        """The tokens drawn in each block.
+
+        Raises:
+            GenerationError: if logits are not a number.
+        """
+        self._refresh()
+        if self._threads is None or len(blocks) == 1:
+            return [self._block(block, streams) for block in blocks]
+        # Long blocks first, so that nobody waits for one that was begun last.
+        order = sorted(range(len(blocks)), key=lambda i: -sum(len(run.token_ids) for run in blocks[i].runs))
+        futures = {i: self._threads.submit(self._block, blocks[i], streams) for i in order}
+        return [futures[i].result() for i in range(len(blocks))]
+
+    def _refresh(self) -> None:
+        """Joined weights are copies: make them anew if somebody has changed the weights since."""
+        versions = [-1 if parameter.is_inference() else parameter._version for parameter in self._parameters]
+        if versions != self._versions:
+            self._versions = versions
+            with torch.inference_mode():
+                fused = fused_decoder(self.model)
+            self._forward = fused or self._plain
+
+    def _plain(self, token_ids_T: Tensor, positions_T: Tensor, plan: AttentionPlan) -> Tensor:
+        return packed_hidden(self.model, token_ids_T, positions_T, plan)
+
+    @torch.inference_mode()
+    def _block(self, block: Block, streams: Streams) -> Drawn:
+        n = len(block.slots)
+        token_ids = np.concatenate([block.token_ids, *(run.token_ids for run in block.runs)]).astype(np.int64)
+        spans = [(run.slot, run.first, len(run.token_ids)) for run in block.runs]
+        plan = CachePlan(self._pool, block.slots, block.positions, spans, self._device)
+        hidden_TW = self._forward(torch.from_numpy(token_ids).to(self._device), plan.positions_T, plan)
+        last = n - 1 + np.cumsum([count for _, _, count in spans], dtype=np.int64)
+        draws = np.array([run.draws for run in block.runs], dtype=bool)
+        rows_R = np.concatenate([np.arange(n), last[draws]])
+        slots_R = np.concatenate([block.slots, [run.slot for run in block.runs if run.draws]]).astype(np.int64)
+        if len(rows_R) == 0:
+            return Drawn(slots_R, np.empty(0, np.int64), np.empty(0, np.float32))
+        if len(rows_R) < len(hidden_TW):
+            hidden_TW = hidden_TW[torch.from_numpy(rows_R).to(self._device)]
+        return self._draw(logits_of(self.model, hidden_TW), slots_R, streams)
+
+    def _draw(self, logits_RV: Tensor, slots_R: np.ndarray, streams: Streams) -> Drawn:
+        noise_R = uniforms(streams.keys_S[slots_R], streams.lengths_S[slots_R])
+        uniforms_R = torch.from_numpy(noise_R).to(self._device)
+        kind_R = streams.kind_S[slots_R]
+        ids_R = np.empty(len(slots_R), dtype=np.int64)
+        logprobs_R = np.empty(len(slots_R), dtype=np.float32)
+        for kind in np.unique(kind_R):
+            part = np.nonzero(kind_R == kind)[0]
+            whole = len(part) == len(slots_R)
+            index = torch.from_numpy(part).to(self._device)
+            ids, logprobs = draw(
+                logits_RV if whole else logits_RV[index], uniforms_R if whole else uniforms_R[index],
+                streams.kinds[kind],
+            )  # fmt: skip
+            ids_R[part], logprobs_R[part] = ids.cpu().numpy(), logprobs.float().cpu().numpy()
+        return Drawn(slots_R, ids_R, logprobs_R)

@@ -1,0 +1,141 @@
+"""Environments and the threads that they live in, and coroutines run to their end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from rehearsal.environments.base import TextEnv
+
+T = TypeVar("T")
+
+
+class HungError(Exception):
+    """The environment did not answer in time."""
+
+
+class OddError(Exception):
+    """Carries what a coroutine or a future cannot: StopIteration, SystemExit and their like."""
+
+    def __init__(self, raised: BaseException) -> None:
+        super().__init__(str(raised))
+        self.raised = raised
+
+
+def _contained(function: Callable[[], T]) -> T:
+    """Call code of an environment; whatever it raises belongs to its episode, except Ctrl-C."""
+    try:
+        return function()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) and not isinstance(error, StopIteration):
+            raise
+        raise OddError(error) from error
+
+
+class _EnvironmentThread:
+    """Runs the calls of one environment in a daemon thread, which can be left behind if a call never returns."""
+
+    def __init__(self, env: TextEnv) -> None:
+        self._env = env
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.AbstractEventLoop, asyncio.Future[Any]] | None]
+        self._calls = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, daemon=True, name="rehearsal-environment")
+        self._thread.start()
+
+    def _serve(self) -> None:
+        while (job := self._calls.get()) is not None:
+            call, loop, future = job
+            result, error = None, None
+            try:
+                result = _contained(call)
+            except Exception as caught:
+                error = caught
+            except KeyboardInterrupt as caught:  # the user's own Ctrl-C arrives in the main thread
+                error = OddError(caught)
+            try:
+                loop.call_soon_threadsafe(_resolve, future, result, error)
+            except RuntimeError:  # the loop is closed: nobody waits any more
+                break
+        _close_quietly(self._env)
+
+    async def call(self, function: Callable[[], T], timeout: float) -> T:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._calls.put((function, loop, future))
+        try:
+            return await asyncio.wait_for(future, timeout)
+        except TimeoutError as error:
+            if future.done() and not future.cancelled():
+                raise  # the environment itself raised it
+            raise HungError from error
+
+    def stop(self) -> None:
+        """Close the environment once its present call, if there is one, has returned."""
+        self._calls.put(None)
+
+    def join(self, timeout: float) -> None:
+        self._thread.join(timeout)
+
+
+def _close_quietly(env: TextEnv) -> None:
+    # Its episodes are over: what it has to say now changes nothing.
+    with contextlib.suppress(Exception):
+        env.close()
+
+
+def _resolve(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(result)
+    else:
+        future.set_exception(error)
+
+
+class Place:
+    """One environment and, if it is not fast, its thread."""
+
+    def __init__(self, env: TextEnv) -> None:
+        self.env = env
+        self.thread = None if env.fast else _EnvironmentThread(env)
+
+    async def call(self, function: Callable[[], T], timeout: float) -> T:
+        if self.thread is None:
+            return _contained(function)
+        return await self.thread.call(function, timeout)
+
+    def close(self) -> None:
+        """Let go of the environment without waiting for it."""
+        if self.thread is None:
+            _close_quietly(self.env)
+        else:
+            self.thread.stop()
+
+
+def run_coroutine(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end, also where an event loop is running already (a notebook)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return _run(coroutine)
+    with ThreadPoolExecutor(1, thread_name_prefix="rehearsal-rollout") as pool:
+        return pool.submit(_run, coroutine).result()
+
+
+def _run(coroutine: Coroutine[Any, Any, T]) -> T:
+    # asyncio.run, setting its handler for Ctrl-C back, writes out the result of the main task as text and throws that
+    # away; for a batch of episodes it takes a second. So the main task returns nothing.
+    box: list[T] = []
+
+    async def main() -> None:
+        box.append(await coroutine)
+
+    asyncio.run(main())
+    return box[0]
