@@ -3,8 +3,8 @@
     python experiments/main_job.py [--only frozenlake] [--seeds 5] [--workers 1] [--threads 2] [--quick]
 
 Each cell is one training run. Success is that of the final policy, not of the best one on the way, on 256 tasks of the
-test split, which no run trains on and which are the same for all. The control has the same recipe and a learning rate
-so small that nothing is learnt: it shows what playing the held-out tasks again would give by luck.
+test split, which no run trains on and which are the same for all. The control has the same recipe with two steps and a
+learning rate so small that nothing is learnt: it shows what playing the held-out tasks again would give by luck.
 
 The bandit holds out pairs of names. One more cell, held to no goal, holds out the names themselves: the shipped base
 has read nothing but its games, so it should not be able to do it.
@@ -73,7 +73,7 @@ def main() -> int:
         for seed in range(seeds):
             common = {"recipe": name, "seed": seed, "threads": options.threads}
             cells[f"{name}-{seed}"] = {**common, "overrides": quick}
-        control = {"training.learning_rate": 1e-12, **quick}
+        control = {"training.learning_rate": 1e-12, "training.steps": 2, **quick}
         cells[f"{name}-control"] = {"recipe": name, "seed": 0, "threads": options.threads, "overrides": control}
         if name == "bandit":
             names_apart = {"environment.params.held_out": "names", **quick}

@@ -92,6 +92,23 @@ def make(name: str, **params: Any) -> TextEnv:
     )
 
 
+def import_path(name: str) -> str | None:
+    """What :func:`make` takes for the same environment in another process, "package.module:Class"; None where another
+    process could not find it, such as a class of the script that runs.
+
+    Raises:
+        RecipeError: for an unknown name.
+    """
+    target: str | Factory = name
+    if ":" not in name:
+        check_names("environment", [name], _registered)
+        target = _registered[name]
+    if not isinstance(target, str):
+        path = getattr(target, "__qualname__", "<lambda>")
+        target = f"{getattr(target, '__module__', '__main__')}:{path}"
+    return None if target.startswith("__main__:") or "<" in target else target
+
+
 def describe_all() -> list[tuple[str, str, str]]:
     """Name, first sentence of the docstring, and parameters with their defaults, of every registered environment.
 

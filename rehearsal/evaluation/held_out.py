@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rehearsal.evaluation.statistics import mean_interval, wilson_interval
 from rehearsal.generation.sampling import SamplingParams, stream_key
-from rehearsal.rollout import Rollout, Task, rollout_metrics
+from rehearsal.rollout import Player, Task, rollout_metrics
 from rehearsal.trajectory import Group, Trajectory
 
 
@@ -35,7 +35,7 @@ class Evaluation:
 
 
 def evaluate(
-    rollout: Rollout, tasks: Sequence[Task], *, temperature: float = 1.0, step: int = 0,
+    rollout: Player, tasks: Sequence[Task], *, temperature: float = 1.0, step: int = 0,
     on_episode: Callable[[Trajectory], None] | None = None,
 ) -> Evaluation:  # fmt: skip
     """Play one episode of each task.

@@ -13,7 +13,7 @@ from rehearsal.generation.remote import RemoteEngine
 from rehearsal.models.load import load_policy
 from rehearsal.rollout import check_failures
 from rehearsal.training.checkpoint import checkpoints, load_checkpoint, restore_weights
-from rehearsal.training.loop import answer_protocol, environment_maker, episode_limits, make_rollout
+from rehearsal.training.playing import answer_protocol, environment_maker, episode_limits, make_rollout
 from rehearsal.training.recipe import Recipe, resolve_recipe
 from rehearsal.training.runs import RunFolder
 

@@ -2,13 +2,17 @@
 
 from rehearsal.rollout.figures import check_failures, rollout_metrics, signal_metrics
 from rehearsal.rollout.places import run_coroutine
-from rehearsal.rollout.play import Episode, Rollout, Task, tasks_of_step
+from rehearsal.rollout.play import Episode, Player, Rollout, Task, tasks_of_step
+from rehearsal.rollout.processes import ProcessRollout, may_share
 
 __all__ = [
     "Episode",
+    "Player",
+    "ProcessRollout",
     "Rollout",
     "Task",
     "check_failures",
+    "may_share",
     "rollout_metrics",
     "run_coroutine",
     "signal_metrics",

@@ -11,11 +11,11 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from rehearsal.agents.agent import Agent, Limits
 from rehearsal.agents.play import check_reset, play_actions
-from rehearsal.agents.protocol import Protocol
+from rehearsal.agents.protocol import Protocol as AnswerProtocol
 from rehearsal.environments.base import TextEnv
 from rehearsal.errors import RecipeError, RehearsalError
 from rehearsal.generation.sampling import SamplingParams, stream_key
@@ -47,6 +47,19 @@ def tasks_of_step(seed: int, step: int, count: int, split: str = "train", first:
     return [Task(stream_key(seed, "task", split, step, first + i) % 2**31, split) for i in range(count)]
 
 
+class Player(Protocol):
+    """Whatever plays episodes: a :class:`Rollout` in this process, or several in others."""
+
+    def play(
+        self, tasks: Sequence[Task], group_size: int, *, step: int = 0, sampling: SamplingParams | None = None,
+        on_episode: Callable[[Trajectory], None] | None = None,
+    ) -> list[Group]:  # fmt: skip
+        """As :meth:`Rollout.play`."""
+
+    def close(self) -> None:
+        """Give back environments and processes."""
+
+
 class Rollout:
     """Plays an agent in an environment.
 
@@ -61,7 +74,7 @@ class Rollout:
     """
 
     def __init__(
-        self, make_env: Callable[[], TextEnv], engine: Engine, renderer: ChatRenderer | None, protocol: Protocol,
+        self, make_env: Callable[[], TextEnv], engine: Engine, renderer: ChatRenderer | None, protocol: AnswerProtocol,
         limits: Limits, *, sampling: SamplingParams | None = None, seed: int = 0, workers: int = 64,
         step_timeout: float = 60.0,
     ) -> None:  # fmt: skip

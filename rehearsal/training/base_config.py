@@ -36,21 +36,21 @@ class Scene:
 SCENES = (
     Scene("frozenlake", {"slip": 0.0}, 24.0),
     Scene("frozenlake", {"slip": 0.2}, 7.0),
-    Scene("frozenlake", {"slip": 0.0, "frozen": 0.8}, 6.0),
+    Scene("frozenlake", {"slip": 0.0, "frozen": 0.75}, 16.0),
     Scene("frozenlake", {"size": 3}, 4.0),
     Scene("frozenlake", {"size": 5}, 5.0),
     Scene("frozenlake", {"size": 5, "slip": 0.2}, 2.0),
     Scene("frozenlake", {"view": "coordinates"}, 4.0),
     Scene("frozenlake", {"view": "coordinates", "slip": 0.2}, 1.0),
-    Scene("sokoban", {}, 18.0),
-    Scene("sokoban", {"size": 5}, 5.0),
-    Scene("sokoban", {"size": 7}, 4.0),
-    Scene("sokoban", {"view": "coordinates"}, 3.0),
+    Scene("sokoban", {}, 16.0),
+    Scene("sokoban", {"size": 5}, 4.0),
+    Scene("sokoban", {"size": 7}, 3.0),
+    Scene("sokoban", {"view": "coordinates"}, 2.0),
     # Not the pairs of the environment's default: some of them are held out where any two names may meet.
     Scene("bandit", {"held_out": "pairs"}, 14.0),
     Scene("bandit", {"held_out": "pairs", "reversed": True}, 6.0),
     Scene("rehearsal.training.base_scenes:MadeUpBandit", {}, 12.0),
-    Scene("countdown", {}, 18.0),
+    Scene("countdown", {}, 14.0),
 )
 """The four built-in environments: mostly as they are by default, with other sizes, slips, views and names beside it."""
 
@@ -94,7 +94,7 @@ class BaseConfig:
     mlp: int = 384
     max_positions: int = 4096
     vocabulary: int = 1024
-    tokens: int = 14_000_000
+    tokens: int = 20_000_000
     tokens_per_step: int = 8192
     learning_rate: float = 3e-3
     warmup: float = 0.03

@@ -10,27 +10,20 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from rehearsal.agents.agent import Limits
-from rehearsal.agents.protocol import Protocol as AnswerProtocol
 from rehearsal.algorithms.filters import has_variance
 from rehearsal.algorithms.presets import Algorithm, preset
-from rehearsal.environments.base import TextEnv
-from rehearsal.environments.registry import make
 from rehearsal.errors import CheckpointError, RehearsalError
 from rehearsal.evaluation.held_out import Evaluation, evaluate, held_out_tasks
-from rehearsal.generation.local import LocalEngine
-from rehearsal.generation.sampling import SamplingParams
 from rehearsal.models.load import Policy, load_policy, save_policy
-from rehearsal.rollout import Rollout, check_failures, rollout_metrics, signal_metrics, tasks_of_step
+from rehearsal.rollout import Player, check_failures, rollout_metrics, signal_metrics, tasks_of_step
 from rehearsal.training.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -41,6 +34,7 @@ from rehearsal.training.checkpoint import (
     trainable_weights,
 )
 from rehearsal.training.learner import Learner
+from rehearsal.training.playing import make_processes, make_rollout, processes_for
 from rehearsal.training.recipe import Recipe, resolve_recipe
 from rehearsal.training.runs import RunFolder
 from rehearsal.training.storage import storage_errors
@@ -101,49 +95,6 @@ class Batch:
     rounds: int = 1
 
 
-def environment_maker(recipe: Recipe) -> Callable[[], TextEnv]:
-    """Makes the environment of a recipe."""
-    return partial(make, recipe.environment.name, **recipe.environment.params)
-
-
-def answer_protocol(recipe: Recipe) -> AnswerProtocol:
-    """The answer format of a recipe."""
-    return AnswerProtocol(thinking=recipe.agent.thinking, format_penalty=recipe.agent.format_penalty)
-
-
-def episode_limits(recipe: Recipe) -> Limits:
-    """What an episode may use: what the recipe says, else what the environment says."""
-    env = environment_maker(recipe)()
-    try:
-        return Limits.for_env(
-            env,
-            max_turns=recipe.agent.max_turns,
-            max_actions_per_turn=recipe.agent.max_actions_per_turn,
-            max_actions=recipe.agent.max_actions,
-            max_tokens_per_turn=recipe.agent.max_tokens_per_turn,
-            max_context=recipe.agent.max_context,
-        )
-    finally:
-        env.close()
-
-
-def make_rollout(recipe: Recipe, policy: Policy) -> Rollout:
-    """What plays the agent of a recipe in its environment, on a local engine."""
-    limits = episode_limits(recipe)
-    memory = recipe.engine.memory_gib
-    engine = LocalEngine(
-        policy.model, max_context=recipe.agent.max_context, max_sessions=recipe.engine.max_sessions,
-        memory_bytes=None if memory is None else int(memory * 2**30), prefill_tokens=recipe.engine.prefill_tokens,
-    )  # fmt: skip
-    rollout = Rollout(
-        environment_maker(recipe), engine, policy.renderer, answer_protocol(recipe), limits,
-        sampling=SamplingParams(recipe.sampling.temperature, recipe.sampling.top_k, recipe.sampling.top_p),
-        seed=recipe.seed, workers=recipe.environment.workers, step_timeout=recipe.environment.step_timeout,
-    )  # fmt: skip
-    rollout.check_opening()
-    return rollout
-
-
 @dataclass
 class Trainer:
     """One run.
@@ -174,6 +125,8 @@ class Trainer:
                 gradient_checkpointing=recipe.model.gradient_checkpointing,
             )  # fmt: skip
         self.rollout = make_rollout(recipe, self.policy)
+        self.processes = processes_for(recipe, self.policy)
+        self._player: Player | None = None
         self.learner = Learner(
             self.policy.model,
             self.algorithm,
@@ -220,7 +173,7 @@ class Trainer:
             rounds += 1
             self.observer.playing(f"step {step + 1}" + (f", refill {rounds - 1}" if rounds > 1 else ""), missing * size)
             tasks = tasks_of_step(recipe.seed, step, missing, first=len(groups))
-            fresh = self.rollout.play(tasks, size, step=step, on_episode=self.observer.episode)
+            fresh = self.player.play(tasks, size, step=step, on_episode=self.observer.episode)
             check_failures(fresh, recipe.training.abort_failed_share)
             groups += fresh
             if not self.algorithm.dynamic_sampling:
@@ -240,7 +193,7 @@ class Trainer:
         self.observer.playing(f"evaluation after {self.steps_done} steps", episodes)
         tasks = held_out_tasks(options.seed, split, episodes)
         result = evaluate(
-            self.rollout, tasks, temperature=options.temperature, step=self.steps_done, on_episode=self.observer.episode
+            self.player, tasks, temperature=options.temperature, step=self.steps_done, on_episode=self.observer.episode
         )
         check_failures(result.groups, self.recipe.training.abort_failed_share)
         self.evaluations.append((self.steps_done, split, result.figures))
@@ -335,9 +288,26 @@ class Trainer:
             self.folder.set_status("finished" if done else "stopped")
         for tracker in self.trackers:
             tracker.finish(summary)
-        self.rollout.close()
+        self.close()
         self.observer.finished(summary)
         return summary
+
+    @property
+    def player(self) -> Player:
+        """What plays the episodes; other processes begin when they are first needed."""
+        if self._player is None:
+            assert self.policy is not None
+            self._player = self.rollout
+            if self.processes > 1:
+                self._player = make_processes(self.recipe, self.policy, self.processes)
+        return self._player
+
+    def close(self) -> None:
+        """Give back environments and processes. Closing twice is harmless."""
+        self.rollout.close()
+        if self._player is not None:
+            self._player.close()
+            self._player = None
 
     # Small things
 
@@ -438,7 +408,7 @@ def train(
         folder = RunFolder.resume(path, command, recipe_text=recipe.to_toml(), device=device)
     else:
         folder = RunFolder.create(path, recipe.to_toml(), command, device=device)
-    with folder, stop_on_signals(trainer):
+    with folder, stop_on_signals(trainer), contextlib.closing(trainer):
         trainer.folder = folder
         if resume:
             trainer.restore()

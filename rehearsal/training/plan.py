@@ -7,8 +7,8 @@ import torch
 from rehearsal.algorithms.presets import preset
 from rehearsal.models.load import load_policy
 from rehearsal.models.packed import causal_lm
-from rehearsal.training.loop import make_rollout
 from rehearsal.training.parallel import pack_workers
+from rehearsal.training.playing import make_rollout
 from rehearsal.training.recipe import Recipe
 
 _MIB = 2**20

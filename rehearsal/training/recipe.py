@@ -146,6 +146,10 @@ class EngineOptions(_Options):
         default=None, gt=0, description="for keys and values; a quarter of free memory if left out"
     )
     prefill_tokens: int = Field(default=4096, ge=16, description="tokens of new text in one forward pass")
+    processes: int | None = Field(
+        default=None, ge=1,
+        description="processes that play; if left out, one for each core in a longer run of a small model, else one",
+    )  # fmt: skip
 
 
 class CheckpointOptions(_Options):

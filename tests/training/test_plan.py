@@ -9,8 +9,8 @@ import pytest
 
 from rehearsal.errors import GenerationError, ModelError, RecipeError
 from rehearsal.models.load import load_policy
-from rehearsal.training.loop import make_rollout
 from rehearsal.training.plan import describe_plan, memory_plan
+from rehearsal.training.playing import make_rollout
 from rehearsal.training.recipe import Recipe, resolve_recipe
 
 

@@ -1,0 +1,110 @@
+"""What plays the episodes of a recipe: environment, answer format, limits, engine, and the processes they live in."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from rehearsal.agents.agent import Limits
+from rehearsal.agents.protocol import Protocol as AnswerProtocol
+from rehearsal.environments.base import TextEnv
+from rehearsal.environments.registry import import_path, make
+from rehearsal.errors import RecipeError
+from rehearsal.generation.local import LocalEngine, free_memory
+from rehearsal.generation.sampling import SamplingParams
+from rehearsal.models.load import Policy, load_policy, save_policy
+from rehearsal.rollout import ProcessRollout, Rollout, may_share
+from rehearsal.training.recipe import Recipe
+
+_MANY_EPISODES = 4000
+"""A process takes seconds to begin, which fewer episodes than these do not pay for."""
+_MOST_PROCESSES = 16
+
+
+def environment_maker(recipe: Recipe) -> Callable[[], TextEnv]:
+    """Makes the environment of a recipe."""
+    return partial(make, recipe.environment.name, **recipe.environment.params)
+
+
+def answer_protocol(recipe: Recipe) -> AnswerProtocol:
+    """The answer format of a recipe."""
+    return AnswerProtocol(thinking=recipe.agent.thinking, format_penalty=recipe.agent.format_penalty)
+
+
+def episode_limits(recipe: Recipe) -> Limits:
+    """What an episode may use: what the recipe says, else what the environment says."""
+    env = environment_maker(recipe)()
+    try:
+        return Limits.for_env(
+            env,
+            max_turns=recipe.agent.max_turns,
+            max_actions_per_turn=recipe.agent.max_actions_per_turn,
+            max_actions=recipe.agent.max_actions,
+            max_tokens_per_turn=recipe.agent.max_tokens_per_turn,
+            max_context=recipe.agent.max_context,
+        )
+    finally:
+        env.close()
+
+
+def make_rollout(recipe: Recipe, policy: Policy) -> Rollout:
+    """What plays the agent of a recipe in its environment, on a local engine."""
+    limits = episode_limits(recipe)
+    memory = recipe.engine.memory_gib
+    engine = LocalEngine(
+        policy.model, max_context=recipe.agent.max_context, max_sessions=recipe.engine.max_sessions,
+        memory_bytes=None if memory is None else int(memory * 2**30), prefill_tokens=recipe.engine.prefill_tokens,
+    )  # fmt: skip
+    rollout = Rollout(
+        environment_maker(recipe), engine, policy.renderer, answer_protocol(recipe), limits,
+        sampling=SamplingParams(recipe.sampling.temperature, recipe.sampling.top_k, recipe.sampling.top_p),
+        seed=recipe.seed, workers=recipe.environment.workers, step_timeout=recipe.environment.step_timeout,
+    )  # fmt: skip
+    rollout.check_opening()
+    return rollout
+
+
+def processes_for(recipe: Recipe, policy: Policy) -> int:
+    """How many processes play the episodes of a run.
+
+    Raises:
+        RecipeError: if several are asked for and the model or the environment cannot be taken to other processes.
+    """
+    wanted, training = recipe.engine.processes, recipe.training
+    possible = may_share(policy.model) and import_path(recipe.environment.name) is not None
+    if wanted is None:
+        long_enough = training.steps * training.groups * training.group_size >= _MANY_EPISODES
+        return min(torch.get_num_threads(), _MOST_PROCESSES) if possible and long_enough else 1
+    if wanted > 1 and not possible:
+        raise RecipeError(
+            "Several processes can play for a small float32 model on a processor, in an environment that can be "
+            "imported as package.module:Class; set engine.processes to 1."
+        )
+    return wanted
+
+
+def make_processes(recipe: Recipe, policy: Policy, processes: int) -> ProcessRollout:
+    """The same rollout in several processes, which share the memory and the places of one."""
+    memory = recipe.engine.memory_gib or free_memory(policy.device) / 4 / 2**30
+    engine = recipe.engine.model_copy(
+        update={"memory_gib": memory / processes, "max_sessions": -(-recipe.engine.max_sessions // processes)}
+    )
+    with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
+        save_policy(policy.model, policy.tokenizer, folder)
+        model = recipe.model.model_copy(update={"path": folder, "device": "cpu", "dtype": "float32"})
+        path = import_path(recipe.environment.name)
+        environment = recipe.environment.model_copy(update={"name": path})
+        shared = recipe.model_copy(update={"engine": engine, "model": model, "environment": environment})
+        return ProcessRollout(partial(_rollout_of, shared), policy.model, processes)
+
+
+def _rollout_of(recipe: Recipe) -> tuple[Rollout, Any]:
+    policy = load_policy(
+        recipe.model.path, device=recipe.model.device, dtype=recipe.model.dtype, history=recipe.model.history,
+        template_options=recipe.model.template_options,
+    )  # fmt: skip
+    return make_rollout(recipe, policy), policy.model
