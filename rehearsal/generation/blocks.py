@@ -20,7 +20,7 @@ from rehearsal.generation.cache import CachePlan, KeyValuePool
 from rehearsal.generation.sampling import SamplingParams, draw, uniforms
 from rehearsal.models.packed import AttentionPlan, fused_decoder, is_narrow, logits_of, packed_hidden
 
-_DECODE_ROWS = 64
+_DECODE_ROWS = 128
 _PREFILL_TOKENS = 256
 
 
@@ -61,7 +61,7 @@ class Drawn(NamedTuple):
 
 
 def cut_blocks(slots: np.ndarray, positions: np.ndarray, token_ids: np.ndarray, runs: list[Run]) -> list[Block]:
-    """The blocks of a step for a narrow model: up to 64 single tokens, or runs of about 256 tokens."""
+    """The blocks of a step for a narrow model: up to 128 single tokens, or runs of about 256 tokens."""
     blocks = [
         Block(slots[i : i + _DECODE_ROWS], positions[i : i + _DECODE_ROWS], token_ids[i : i + _DECODE_ROWS])
         for i in range(0, len(slots), _DECODE_ROWS)

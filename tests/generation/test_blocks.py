@@ -64,7 +64,7 @@ def test_every_row_is_in_one_block(n_single: int, lengths: list[int]) -> None:
     for block in cut:
         tokens = [len(run.token_ids) for run in block.runs]
         assert len(block.slots) + len(tokens) > 0
-        assert len(block.slots) <= 64
+        assert len(block.slots) <= 128
         assert len(tokens) <= 1 or sum(tokens) <= 256
 
 
