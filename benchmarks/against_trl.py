@@ -3,7 +3,8 @@
 Steps alternate in one process with the same number of threads: before each step of TRL, rehearsal takes one of its own.
 Both start from the same weights, walk through the same tasks, sample at temperature 1 from float32 weights and take one
 AdamW step on a loss that is the mean over sampled tokens, without entropy or KL terms; the learning rate is so small
-that the policies stay alike. TRL plays its turns as ``benchmarks/trl_side.py`` says and gets the fastest of several
+that the policies stay alike. On a processor rehearsal plays in one process for each thread, as it does by default, and
+those wait while TRL works. TRL plays its turns as ``benchmarks/trl_side.py`` says and gets the fastest of several
 batch sizes for learning (``--trl-batch auto``).
 
 The goal is held to FrozenLake 4x4 as it is by default, 5 turns of up to 2 actions, 32 groups of 8 episodes.
@@ -12,6 +13,7 @@ The goal is held to FrozenLake 4x4 as it is by default, 5 turns of up to 2 actio
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import sys
 import time
@@ -87,7 +89,7 @@ def fastest_batch(recipe: Recipe, folder: Path, batches: tuple[int, ...], engine
     return min(seconds, key=lambda batch: seconds[batch])
 
 
-def figures_of(ours: list[_OurStep], theirs: list[TrlSeconds], batch: int) -> dict[str, float]:
+def figures_of(ours: list[_OurStep], theirs: list[TrlSeconds], batch: int, processes: int) -> dict[str, float]:
     """The figures of the result; the first step of each side is left out."""
     ours, theirs = ours[1:], theirs[1:]
     median = statistics.median
@@ -111,6 +113,7 @@ def figures_of(ours: list[_OurStep], theirs: list[TrlSeconds], batch: int) -> di
         "turns_per_episode": sum(o.turns for o in ours) / sum(o.episodes for o in ours),
         "trl_turns_per_episode": sum(t.turns for t in theirs) / sum(t.episodes for t in theirs),
         "episodes_with_advantage": sum(o.learned for o in ours) / len(ours),
+        "processes": float(processes),
         "episodes_per_step": float(ours[0].episodes),
         "steps": float(len(ours)),
         "trl_batch": float(batch),
@@ -145,10 +148,11 @@ def main() -> None:
         else:
             batch = int(given.trl_batch)
         ours = Ours(recipe, folder)
-        theirs = train_with_trl(
-            recipe, model_copy(folder), given.steps + 1, batch=batch, between=ours.step, engine=given.trl_engine
-        )
-    figures = figures_of(ours.log, theirs, batch)
+        with contextlib.closing(ours.trainer):
+            theirs = train_with_trl(
+                recipe, model_copy(folder), given.steps + 1, batch=batch, between=ours.step, engine=given.trl_engine
+            )
+    figures = figures_of(ours.log, theirs, batch, ours.trainer.processes)
     settings = [] if given.trl_engine == "generate" else ["continuous"]
     settings += [] if (given.turns, given.actions) == (5, 2) else [f"{given.turns}x{given.actions}"]
     name = "_".join(["against_trl", *settings])

@@ -91,7 +91,7 @@ def main() -> int:
         after = [run["after"] for run in runs]
         mean, low, high = mean_interval(after)
         figures |= {
-            f"{name}_before": runs[0]["before"],
+            f"{name}_before_mean": sum(run["before"] for run in runs) / len(runs),
             **{f"{name}_after_seed_{seed}": success for seed, success in enumerate(after)},
             f"{name}_after_mean": mean,
             f"{name}_after_mean_low": low,
@@ -103,7 +103,7 @@ def main() -> int:
         }
     if "frozenlake" in names:
         goals |= {
-            "frozenlake_before": "<= 0.30", "frozenlake_after_worst": ">= 0.75",
+            "frozenlake_before_mean": "<= 0.30", "frozenlake_after_worst": ">= 0.75",
             "frozenlake_after_mean": ">= 0.80", "frozenlake_seconds_longest": "<= 900.0",
         }  # fmt: skip
     if "bandit" in names:
