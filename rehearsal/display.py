@@ -69,9 +69,7 @@ class TerminalObserver:
         engine = trainer.rollout.engine
         cache = getattr(engine, "cache_bytes", 0) / 2**20
         split = f" in {trainer.processes} processes" if trainer.processes > 1 else ""
-        table.add_row(
-            "engine", f"{engine.capacity} episodes at once{split}, {cache:.0f} MiB for keys and values at most"
-        )
+        table.add_row("engine", f"{engine.capacity} episodes at once{split}, at most {cache:.0f} MiB of cache")
         if trainer.folder is not None:
             table.add_row("run", escape(str(trainer.folder.path)))
         self.console.print(table)
