@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,15 @@ class SampleStop(enum.StrEnum):
     """The tokens of the turn were used up."""
     CONTEXT = "context"
     """The context was full."""
+
+
+def _total(rewards: Iterable[float]) -> float:
+    """The sum, rounded once; infinite or not a number where rewards are beyond what a float holds."""
+    values = list(rewards)
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):
+        return sum(values)
 
 
 @dataclass
@@ -143,7 +152,7 @@ class Turn:
     @property
     def reward(self) -> float:
         """The reward of the turn: what the environment gave plus the penalty of the harness."""
-        return math.fsum(self.rewards) + self.penalty
+        return _total(self.rewards) + self.penalty
 
 
 @dataclass
@@ -193,7 +202,7 @@ class Trajectory:
     @property
     def reward(self) -> float:
         """The sum over turns; NaN for a failed episode."""
-        return math.nan if self.failed else math.fsum(turn.reward for turn in self.turns)
+        return math.nan if self.failed else _total(turn.reward for turn in self.turns)
 
     @property
     def n_tokens(self) -> int:

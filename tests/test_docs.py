@@ -26,7 +26,8 @@ from rehearsal.training.base_config import BaseConfig
 from rehearsal.training.recipe import built_in_recipes, option_names, resolve_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+# The results are written by a script and name the options of other scripts.
+PAGES = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")} - {ROOT / "docs" / "results.md"})
 KNOWN_OPTIONS = option_names()
 DICTIONARIES = ("environment.params", "model.template_options", "algorithm.options")
 

@@ -230,3 +230,12 @@ def test_a_step_of_episodes_is_written_and_read_fast(tmp_path: Path) -> None:
     # About 25 ms and 17 ms on one core. The bounds leave room for a machine that is busy with other things.
     assert min(write for write, _ in seconds) < 0.15
     assert min(read for _, read in seconds) < 0.15
+
+
+@pytest.mark.parametrize(
+    ("rewards", "total"), [([1e308, 1e308], math.inf), ([math.inf, -math.inf], math.nan), ([0.1] * 10, 1.0)]
+)
+def test_rewards_beyond_a_float_are_added_all_the_same(rewards: list[float], total: float) -> None:
+    turns = [Turn("", rewards=[reward]) for reward in rewards]
+    assert lake_episode(turns=turns).reward == pytest.approx(total, nan_ok=True, abs=0)
+    assert Turn("", rewards=rewards).reward == pytest.approx(total, nan_ok=True, abs=0)
