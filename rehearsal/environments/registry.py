@@ -99,10 +99,7 @@ def import_path(name: str) -> str | None:
     Raises:
         RecipeError: for an unknown name.
     """
-    target: str | Factory = name
-    if ":" not in name:
-        check_names("environment", [name], _registered)
-        target = _registered[name]
+    target = _target(name)
     if not isinstance(target, str):
         path = getattr(target, "__qualname__", "<lambda>")
         target = f"{getattr(target, '__module__', '__main__')}:{path}"
@@ -140,11 +137,16 @@ def check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
             raise RecipeError(f"There is no {what} {name!r}; {hint}")
 
 
+def _target(name: str) -> str | Factory:
+    """What a name stands for; one with a colon stands for itself."""
+    if ":" in name:
+        return name
+    check_names("environment", [name], _registered)
+    return _registered[name]
+
+
 def _factory(name: str) -> Factory:
-    target: str | Factory = name
-    if ":" not in name:
-        check_names("environment", [name], _registered)
-        target = _registered[name]
+    target = _target(name)
     return _load(target) if isinstance(target, str) else target
 
 

@@ -1,14 +1,13 @@
-"""One engine step, cut into blocks that are computed side by side.
+"""One engine step, cut into blocks.
 
-The operators of a small model are too short to be split among the threads of a processor, so the rows of a step are:
-each block of rows runs through the whole model on a thread of its own. How a step is cut depends on its rows alone and
-not on how many threads there are, so neither does what is sampled. A wide model, or one on a GPU, gets its step whole.
+A narrow model reads a step in blocks whose activations stay in the processor's cache, one after the other: its
+operators are so short that threads would spend their time handing Python's lock to one another. A wide model, or one on
+a GPU, gets its step whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -78,16 +77,15 @@ def cut_blocks(slots: np.ndarray, positions: np.ndarray, token_ids: np.ndarray, 
 
 
 class BlockRunner:
-    """Runs blocks through a model, in threads where the model is narrow. Close it after use.
+    """Runs blocks through a model.
 
     Args:
         model: in evaluation mode, with packed attention switched on.
         pool: keys and values of the places.
         device: of both.
-        threads: how many blocks at once.
     """
 
-    def __init__(self, model: Any, pool: KeyValuePool, device: torch.device, threads: int) -> None:
+    def __init__(self, model: Any, pool: KeyValuePool, device: torch.device) -> None:
         self.model = model
         self.narrow = is_narrow(model)
         self._pool = pool
@@ -95,14 +93,6 @@ class BlockRunner:
         self._parameters = list(model.parameters())
         self._versions: list[int] | None = None
         self._forward: Callable[[Tensor, Tensor, AttentionPlan], Tensor]
-        self._threads = None
-        if self.narrow and threads > 1:
-            # The number of threads within an operator is a setting of each thread.
-            self._threads = ThreadPoolExecutor(threads, "rehearsal-block", torch.set_num_threads, (1,))
-
-    def close(self) -> None:
-        if self._threads is not None:
-            self._threads.shutdown(cancel_futures=True)
 
     def run(self, blocks: list[Block], streams: Streams) -> list[Drawn]:
         """The tokens drawn in each block.
@@ -111,12 +101,7 @@ class BlockRunner:
             GenerationError: if logits are not a number.
         """
         self._refresh()
-        if self._threads is None or len(blocks) == 1:
-            return [self._block(block, streams) for block in blocks]
-        # Long blocks first, so that nobody waits for one that was begun last.
-        order = sorted(range(len(blocks)), key=lambda i: -sum(len(run.token_ids) for run in blocks[i].runs))
-        futures = {i: self._threads.submit(self._block, blocks[i], streams) for i in order}
-        return [futures[i].result() for i in range(len(blocks))]
+        return [self._block(block, streams) for block in blocks]
 
     def _refresh(self) -> None:
         """Joined weights are copies: make them anew if somebody has changed the weights since."""

@@ -356,7 +356,7 @@ class LocalEngine:
     async def _run(self) -> None:
         started = time.perf_counter()
         threads = torch.get_num_threads()
-        runner = BlockRunner(self.model, self._pool, self._device, threads)
+        runner = BlockRunner(self.model, self._pool, self._device)
         try:
             if runner.narrow:
                 torch.set_num_threads(1)
@@ -374,7 +374,6 @@ class LocalEngine:
             if not told or not isinstance(error, Exception):
                 raise
         finally:
-            runner.close()
             torch.set_num_threads(threads)
             self.stats.seconds += time.perf_counter() - started
 

@@ -147,11 +147,17 @@ class _Worker:
             while True:
                 what, content = pickle.load(self._process.stdout)
                 self._inbox.put((self._number, what, content))
-        except (EOFError, OSError, pickle.UnpicklingError):
+        except (EOFError, OSError):
             code = self._process.wait()
             told = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-            error = RehearsalError(f"A process that plays episodes {told}; set engine.processes to 1 to do without.")
-            self._inbox.put((self._number, "error", error))
+        except Exception as problem:  # whatever else: nobody may wait for ever for an answer that cannot be read
+            told = f"sent what cannot be read ({type(problem).__name__}: {problem})"
+        self._inbox.put(
+            (
+                self._number, "error",
+                RehearsalError(f"A process that plays episodes {told}; set engine.processes to 1 to do without."),
+            )
+        )  # fmt: skip
 
 
 def serve() -> None:

@@ -22,7 +22,7 @@ from rehearsal.algorithms.filters import has_variance
 from rehearsal.algorithms.presets import Algorithm, preset
 from rehearsal.errors import CheckpointError, RehearsalError
 from rehearsal.evaluation.held_out import Evaluation, evaluate, held_out_tasks
-from rehearsal.models.load import Policy, load_policy, save_policy
+from rehearsal.models.load import Policy, save_policy
 from rehearsal.rollout import Player, check_failures, rollout_metrics, signal_metrics, tasks_of_step
 from rehearsal.training.checkpoint import (
     checkpoints,
@@ -34,7 +34,7 @@ from rehearsal.training.checkpoint import (
     trainable_weights,
 )
 from rehearsal.training.learner import Learner
-from rehearsal.training.playing import make_processes, make_rollout, processes_for
+from rehearsal.training.playing import make_processes, make_rollout, policy_of, processes_for
 from rehearsal.training.recipe import Recipe, resolve_recipe
 from rehearsal.training.runs import RunFolder
 from rehearsal.training.storage import storage_errors
@@ -119,11 +119,7 @@ class Trainer:
         recipe = self.recipe
         self.algorithm: Algorithm = preset(recipe.algorithm.name, **recipe.algorithm.options)
         if self.policy is None:
-            self.policy = load_policy(
-                recipe.model.path, device=recipe.model.device, dtype=recipe.model.dtype, history=recipe.model.history,
-                template_options=recipe.model.template_options,
-                gradient_checkpointing=recipe.model.gradient_checkpointing,
-            )  # fmt: skip
+            self.policy = policy_of(recipe)
         self.rollout = make_rollout(recipe, self.policy)
         self.processes = processes_for(recipe, self.policy)
         self._player: Player | None = None

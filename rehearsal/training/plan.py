@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 
 from rehearsal.algorithms.presets import preset
-from rehearsal.models.load import load_policy
 from rehearsal.models.packed import causal_lm
 from rehearsal.training.parallel import pack_workers
-from rehearsal.training.playing import make_rollout
+from rehearsal.training.playing import make_rollout, policy_of
 from rehearsal.training.recipe import Recipe
 
 _MIB = 2**20
@@ -20,10 +19,7 @@ def memory_plan(recipe: Recipe) -> dict[str, float]:
     The estimate counts, for each layer and each token of a pack, the tensors that a gated decoder keeps for its
     backward pass: about 16 of the model's width and 5 of the feed-forward layer's.
     """
-    policy = load_policy(
-        recipe.model.path, device=recipe.model.device, dtype=recipe.model.dtype, history=recipe.model.history,
-        template_options=recipe.model.template_options,
-    )  # fmt: skip
+    policy = policy_of(recipe)
     algorithm = preset(recipe.algorithm.name, **recipe.algorithm.options)
     rollout = make_rollout(recipe, policy)
     model = causal_lm(policy.model)

@@ -25,6 +25,15 @@ _MANY_EPISODES = 4000
 _MOST_PROCESSES = 16
 
 
+def policy_of(recipe: Recipe) -> Policy:
+    """The policy that a recipe names, loaded."""
+    model = recipe.model
+    return load_policy(
+        model.path, device=model.device, dtype=model.dtype, history=model.history,
+        template_options=model.template_options, gradient_checkpointing=model.gradient_checkpointing,
+    )  # fmt: skip
+
+
 def environment_maker(recipe: Recipe) -> Callable[[], TextEnv]:
     """Makes the environment of a recipe."""
     return partial(make, recipe.environment.name, **recipe.environment.params)
@@ -103,8 +112,5 @@ def make_processes(recipe: Recipe, policy: Policy, processes: int) -> ProcessRol
 
 
 def _rollout_of(recipe: Recipe) -> tuple[Rollout, Any]:
-    policy = load_policy(
-        recipe.model.path, device=recipe.model.device, dtype=recipe.model.dtype, history=recipe.model.history,
-        template_options=recipe.model.template_options,
-    )  # fmt: skip
+    policy = policy_of(recipe)
     return make_rollout(recipe, policy), policy.model

@@ -83,6 +83,22 @@ def test_what_goes_wrong_while_they_begin_is_told(policy: Any) -> None:
         make_processes(recipe_of(**{"agent.max_context": 100}), policy, 2)
 
 
+class TwoWordsError(RehearsalError):
+    """Cannot be made again from its message alone, so it does not survive the way between two processes."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} {second}")
+
+
+def _make_that_fails() -> Any:
+    raise TwoWordsError("no", "luck")
+
+
+def test_an_answer_that_cannot_be_read_leaves_nobody_waiting(policy: Any) -> None:
+    with pytest.raises(RehearsalError, match="cannot be read"):
+        ProcessRollout(_make_that_fails, policy.model, 1)
+
+
 def test_a_trainer_uses_them_and_lets_them_go() -> None:
     trainer = Trainer(recipe_of(**{"engine.processes": 2}))
     summary = trainer.run()
