@@ -7,6 +7,7 @@ being turned into tokens. Such an episode has turns and rewards and no segments:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
@@ -53,8 +54,8 @@ class TextAgent(Agent):
 
     def __init__(self, protocol: Protocol, limits: Limits) -> None:
         self._messages = _Messages()
-        renderer: ChatRenderer = self._messages  # type: ignore[assignment]
-        super().__init__(renderer, protocol, limits)
+        # Messages instead of tokens: of a renderer it has just what an agent calls.
+        super().__init__(cast(ChatRenderer, self._messages), protocol, limits)
 
     @property
     def tokens_left(self) -> int:

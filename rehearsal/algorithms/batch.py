@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -140,10 +140,10 @@ class TokenBatch:
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device."""
-        moved = {name: array_N.to(device) for name, array_N in self._token_arrays().items()}
+        moved: dict[str, Any] = {name: array_N.to(device) for name, array_N in self._token_arrays().items()}
         assert self.step_sequences_S is not None  # set in __post_init__
         moved["step_sequences_S"] = self.step_sequences_S.to(device)
-        return replace(self, **moved)  # type: ignore[arg-type]
+        return replace(self, **moved)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from rehearsal.agents.agent import Agent, Limits
 from rehearsal.agents.protocol import THINK_CLOSE, THINK_OPEN, Protocol
@@ -34,7 +34,7 @@ class ChatRollout(Rollout):
         super().__init__(make_env, engine, None, protocol, limits, **others)
 
     def _sessions(self, openings: Sequence[Episode], task: Task, step: int) -> list[Any]:
-        engine: RemoteEngine = self.engine  # type: ignore[assignment]
+        engine = cast(RemoteEngine, self.engine)
         sessions: list[Any] = []
         for episode in openings:
             begun = episode.prompt is not None

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -116,8 +116,7 @@ class _Worker:
             [sys.executable, "-c", "from rehearsal.rollout.processes import serve; serve()"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=os.getcwd(),
         )  # fmt: skip
-        assert self._process.stdin is not None
-        self._input: BinaryIO = self._process.stdin  # type: ignore[assignment]
+        self._input = cast(BinaryIO, self._process.stdin)
         # Where modules are found comes first: what is sent next may need it.
         self.send([os.path.abspath(path) for path in sys.path])
         self.send(make)
