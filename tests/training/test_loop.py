@@ -257,7 +257,9 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(
         if process.returncode == 0:
             break  # it was faster
         assert process.returncode == -signal.SIGKILL
-        assert RunFolder.open(run).info.status == "running"
+        # Killed after its last line, while Python shut down, it is rightly finished.
+        status = RunFolder.open(run).info.status
+        assert status == "running" or (status == "finished" and n_steps(run) == recipe.training.steps)
         assert not RunFolder.open(run).in_use
     process = start(run, recipe, tmp_path)
     output, _ = process.communicate(timeout=300)
