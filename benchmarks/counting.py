@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rehearsal.models.packed import causal_lm
-from rehearsal.training.packing import PackItem, common_prefix
+from rehearsal.models.packing import PackItem, common_prefix
 from rehearsal.trajectory import Group
 
 

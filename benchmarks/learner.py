@@ -38,9 +38,9 @@ from rehearsal.agents.players import SkillMix, scripted_episode
 from rehearsal.algorithms.presets import preset
 from rehearsal.environments.registry import make
 from rehearsal.models.load import Policy, load_policy
+from rehearsal.models.packing import PackItem, make_packs
 from rehearsal.rollout import tasks_of_step
 from rehearsal.training.learner import Learner
-from rehearsal.training.packing import PackItem, make_packs
 from rehearsal.training.recipe import TrainingOptions
 from rehearsal.trajectory import Group
 

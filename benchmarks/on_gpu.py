@@ -43,11 +43,11 @@ from benchmarks.trl_side import TrlSeconds, model_copy, train_with_trl
 from rehearsal.generation.local import LocalEngine
 from rehearsal.generation.sampling import SamplingParams, stream_key
 from rehearsal.models.load import Policy, save_policy
+from rehearsal.models.packing import make_packs
 from rehearsal.rollout import run_coroutine
 from rehearsal.training.base_config import BaseConfig
 from rehearsal.training.base_transcripts import make_tokenizer
 from rehearsal.training.loop import Trainer
-from rehearsal.training.packing import make_packs
 from rehearsal.training.recipe import Recipe
 from rehearsal.trajectory import Group
 

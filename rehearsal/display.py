@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from rehearsal.diagnostics import Verdict
 from rehearsal.training.loop import Trainer
 from rehearsal.trajectory import Trajectory
 
@@ -120,6 +121,15 @@ class TerminalObserver:
                 f"{metrics.get('speed/episodes_per_second', float('nan')):.1f}",
                 duration(left),
             ]
+        )
+
+    def verdict(self, step: int, verdict: Verdict) -> None:
+        self._stop()
+        since = "" if verdict.began == step else f" (since step {verdict.began})"
+        self.console.print(
+            f"[bold yellow]{escape(verdict.rule.title)}[/]{since}: {escape(verdict.evidence)} "
+            f"{escape(verdict.rule.sentence)} [dim]{escape(verdict.rule.suggestion)}[/]",
+            highlight=False,
         )
 
     def evaluation(self, step: int, split: str, figures: Mapping[str, float]) -> None:

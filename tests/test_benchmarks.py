@@ -19,8 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import interleaved, met, ratio, report  # noqa: E402
 from benchmarks.counting import decoder_weights, items_of, packed_counts, training_flops  # noqa: E402
+from rehearsal.models.packing import PackItem, make_packs  # noqa: E402
 from rehearsal.training.base_config import BaseConfig  # noqa: E402
-from rehearsal.training.packing import PackItem, make_packs  # noqa: E402
 from rehearsal.trajectory import Group, Kind, Segment, Trajectory  # noqa: E402
 
 FIELDS = {"name", "command", "commit", "device", "seeds", "figures", "goals", "holds"}

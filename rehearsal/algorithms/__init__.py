@@ -1,7 +1,7 @@
 """What to learn from a step: advantages, filters and the terms of the loss.
 
-Pure functions and small dataclasses: no models, no sampling, no files. The learner calls, in this order,
-:func:`has_variance` (which groups), :func:`token_advantages` (whole step), ``objective.mask`` and
+Pure functions and small dataclasses: no models, no sampling, no files. A :class:`Filter` says which groups
+the policy learns from; the learner calls, in this order, :func:`token_advantages` (whole step), ``objective.mask`` and
 :meth:`StepTotals.count` (whole step), and then for every micro-batch ``objective(batch, output)`` and
 :func:`token_weights`.
 """
@@ -9,7 +9,7 @@ Pure functions and small dataclasses: no models, no sampling, no files. The lear
 from rehearsal.algorithms.aggregation import AGGREGATIONS, Aggregation, StepTotals, token_weights
 from rehearsal.algorithms.batch import Objective, PolicyOutput, TokenBatch, TokenLoss
 from rehearsal.algorithms.credit import SequenceRewards, token_advantages
-from rehearsal.algorithms.filters import has_variance
+from rehearsal.algorithms.filters import FILTERS, Filter, Kept, has_variance, make_filter
 from rehearsal.algorithms.objectives import CISPOLoss, EntropyBonus, KLLoss, PolicyLoss, ValueLoss
 from rehearsal.algorithms.presets import (
     ESTIMATORS,
@@ -27,6 +27,7 @@ __all__ = [
     "AGGREGATIONS",
     "CORRECTIONS",
     "ESTIMATORS",
+    "FILTERS",
     "OPTION_NAMES",
     "PRESETS",
     "AdvantageSettings",
@@ -34,8 +35,10 @@ __all__ = [
     "Algorithm",
     "CISPOLoss",
     "EntropyBonus",
+    "Filter",
     "ImportanceCorrection",
     "KLLoss",
+    "Kept",
     "Objective",
     "Options",
     "OverlongPenalty",
@@ -47,6 +50,7 @@ __all__ = [
     "TokenLoss",
     "ValueLoss",
     "has_variance",
+    "make_filter",
     "preset",
     "token_advantages",
     "token_weights",

@@ -1,18 +1,91 @@
-"""Which groups teach the policy something.
+"""Which groups, or which episodes of them, the policy learns from.
 
-A filter acts on the policy objective alone: the tokens of a group that it turns down still serve every other objective
-(the critic, a world model), so its answer goes into ``TokenBatch.policy_mask_N`` and never into the list of rollouts.
+A filter acts on the policy objective alone: the tokens that it turns down still serve every other objective (the
+critic, a world model) and stay in the baseline of their group. Its answer therefore goes into
+``TokenBatch.policy_mask_N`` and never into the list of rollouts. What belongs to the policy's objective (its KL term
+and its entropy bonus) goes with it.
+
+Why groups at all: in a group without reward variance the group-normalised advantages are all zero, and what is left of
+the gradient is noise and regularisation (RAGEN-2). How much variance is enough is the
+question that the filters below answer differently. No filter has an absolute threshold, so none depends on the scale of
+the rewards, with one exception: ``mass="softmax"``, which is kept as published.
+
+============  ========================================================================================================
+``none``      keeps everything that has a reward
+``constant``  drops groups without variance, as DAPO does (arXiv:2503.14476, eq. 11)
+``top_k``     keeps the k groups of largest variance, or a share of the groups
+``top_p``     keeps the smallest number of groups that together hold a share p of the mass
+``min_p``     keeps groups whose mass is at least p times the largest
+``random``    keeps as many groups as another filter would, whichever they are: the control
+``extremes``  keeps the best and the worst episodes of each group
+============  ========================================================================================================
+
+The mass of a group is its variance (the paper), its standard deviation, or the softmax of the standard deviations (the
+published code). Variances are those of the population, and so are the deviations, but for the softmax, which is taken
+of the unbiased ones as in the published code. Departures from that code, each on purpose: it subtracts 0.01 from the
+mass that is wanted (which drops everything where rewards are small), and breaks ties by the order of a sort that is not
+stable. Here ties are broken by the order of the groups, and sums are compared up to rounding.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rehearsal.algorithms.advantages import checked_rewards
+from rehearsal.errors import RecipeError
+
+Bools = NDArray[np.bool_]
+Mass = Literal["variance", "deviation", "softmax"]
+MASSES: tuple[str, ...] = get_args(Mass)
+LossScaling = Literal["none", "share", "sqrt"]
+
+_ROUNDING = 1e-12
+"""Relative. Sums of masses that are equal on paper may differ by this much."""
 
 
-def has_variance(rewards_PG: ArrayLike) -> NDArray[np.bool_]:
+@dataclass(frozen=True)
+class Kept:
+    """What a filter says of a batch of P groups of G episodes.
+
+    Attributes:
+        keep_PG: bool of shape (P, G): the episodes that the policy learns from. False where an episode has no reward.
+        reasons: for each group why it was kept or dropped, in plain words.
+    """
+
+    keep_PG: Bools
+    reasons: tuple[str, ...]
+
+    @property
+    def keep_P(self) -> Bools:
+        """bool of shape (P,): groups of which anything is kept."""
+        return np.asarray(self.keep_PG.any(axis=1))
+
+    @property
+    def share(self) -> float:
+        """Share of the groups of which anything is kept; 1 for an empty batch."""
+        return float(self.keep_P.mean()) if len(self.keep_P) else 1.0
+
+
+class Filter(Protocol):
+    """Rewards in, :class:`Kept` out."""
+
+    def __call__(self, rewards_PG: ArrayLike, rng: np.random.Generator | None = None) -> Kept:
+        """Look at a batch.
+
+        Args:
+            rewards_PG: rewards of P groups of G episodes; NaN where an episode failed or does not exist.
+            rng: for filters that draw; a fixed one if None.
+        """
+
+
+# --- what the filters look at -----------------------------------------------------------------------------------------
+
+
+def has_variance(rewards_PG: ArrayLike) -> Bools:
     """Whether the rewards of each group differ; the predicate of DAPO's dynamic sampling (arXiv:2503.14476, eq. 11).
 
     The comparison is exact: a group passes when its largest reward is larger than its smallest. There is no smallest
@@ -29,3 +102,342 @@ def has_variance(rewards_PG: ArrayLike) -> NDArray[np.bool_]:
     largest_P = np.where(missing_PG, -np.inf, rewards_PG).max(axis=1, initial=-np.inf)
     smallest_P = np.where(missing_PG, np.inf, rewards_PG).min(axis=1, initial=np.inf)
     return np.asarray(largest_P > smallest_P)
+
+
+def group_variance(rewards_PG: ArrayLike, ddof: int = 0) -> NDArray[np.float64]:
+    """In-group variance of the rewards, float64 of shape (P,).
+
+    Exactly 0 where all rewards of a group are equal or fewer than ``ddof + 1`` exist, whatever rounding would say.
+
+    Args:
+        rewards_PG: rewards of P groups of G episodes; NaN for a missing one, which is left out.
+        ddof: 0 for the population's variance, 1 for the unbiased one.
+    """
+    rewards_PG = checked_rewards(rewards_PG)
+    present_PG = ~np.isnan(rewards_PG)
+    count_P = present_PG.sum(axis=1)
+    alive_P = has_variance(rewards_PG) & (count_P > ddof)
+    filled_PG = np.where(present_PG, rewards_PG, 0.0)
+    mean_P = filled_PG.sum(axis=1) / np.maximum(count_P, 1)
+    squares_P = (np.where(present_PG, rewards_PG - mean_P[:, None], 0.0) ** 2).sum(axis=1)
+    return np.where(alive_P, squares_P / np.maximum(count_P - ddof, 1), 0.0)
+
+
+def variance_mass(rewards_PG: ArrayLike, mass: Mass = "variance") -> NDArray[np.float64]:
+    """The mass of each group, float64 of shape (P,): what ``top_p`` and ``min_p`` count.
+
+    Args:
+        rewards_PG: rewards of P groups of G episodes; NaN for a missing one.
+        mass: "variance" (the RAGEN-2 paper), "deviation", or "softmax" of the unbiased deviations (the published code).
+    """
+    if mass == "variance":
+        return group_variance(rewards_PG)
+    if mass == "deviation":
+        return np.sqrt(group_variance(rewards_PG))
+    deviations_P = np.sqrt(group_variance(rewards_PG, ddof=1))
+    shifted_P = np.exp(deviations_P - deviations_P.max(initial=0.0))
+    return shifted_P / max(float(shifted_P.sum()), 1e-300)
+
+
+# --- the filters ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KeepAll:
+    """Keeps every episode that has a reward."""
+
+    def __call__(self, rewards_PG: ArrayLike, rng: np.random.Generator | None = None) -> Kept:
+        rewards_PG = checked_rewards(rewards_PG)
+        return _kept(rewards_PG, np.ones(len(rewards_PG), dtype=bool), ["kept: there is no filter"] * len(rewards_PG))
+
+
+@dataclass(frozen=True)
+class DropConstant:
+    """Drops groups whose rewards are all the same."""
+
+    def __call__(self, rewards_PG: ArrayLike, rng: np.random.Generator | None = None) -> Kept:
+        rewards_PG = checked_rewards(rewards_PG)
+        keep_P = has_variance(rewards_PG)
+        words = ["kept: rewards differ" if keep else _CONSTANT for keep in keep_P]
+        return _kept(rewards_PG, keep_P, words)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Keeps the groups of largest variance; of equal ones, those that come first.
+
+    Attributes:
+        k: how many, if a whole number of at least 1; a share of the groups that have any reward, if below 1. Of a share
+            the whole part counts, and at least one group.
+        include_constant: whether groups without variance may be kept to make up the number (as in the published code).
+    """
+
+    k: float = 0.5
+    include_constant: bool = False
+
+    def __post_init__(self) -> None:
+        if not (0 < self.k < 1 or (self.k >= 1 and self.k == int(self.k))):
+            raise RecipeError(f"k of a top_k filter must be a share below 1 or a whole number of groups, not {self.k}.")
+
+    def __call__(self, rewards_PG: ArrayLike, rng: np.random.Generator | None = None) -> Kept:
+        rewards_PG = checked_rewards(rewards_PG)
+        variance_P = group_variance(rewards_PG)
+        possible_P = _possible(rewards_PG, self.include_constant)
+        rated = int((~np.isnan(rewards_PG)).any(axis=1).sum())
+        # The slack is for shares that are not what they look like: 0.29 * 100 is 28.999999999999996.
+        k = int(self.k) if self.k >= 1 else max(1, int(self.k * rated * (1 + _ROUNDING)))
+        order = _largest_first(variance_P, possible_P)
+        keep_P = np.zeros(len(rewards_PG), dtype=bool)
+        keep_P[order[:k]] = True
+        return _kept(rewards_PG, keep_P, _ranked_words(variance_P, order, possible_P, keep_P, f"of the top {k}"))
+
+
+@dataclass(frozen=True)
+class TopP:
+    """Keeps the smallest number of groups, largest mass first, that hold at least a share ``p`` of the whole mass.
+
+    With no mass at all nothing is needed to hold its share, so nothing is kept. With ``p = 1`` every group with mass is
+    kept. Of equal groups those that come first are kept.
+
+    Attributes:
+        p: above 0, at most 1.
+        mass: see :func:`variance_mass`.
+        include_constant: whether groups without variance take part. It makes a difference to the softmax alone, in
+            which they have mass; the published runs had it so.
+    """
+
+    p: float = 0.9
+    mass: Mass = "variance"
+    include_constant: bool = False
+
+    def __post_init__(self) -> None:
+        _check_share("top_p", self.p, self.mass)
+
+    def __call__(self, rewards_PG: ArrayLike, rng: np.random.Generator | None = None) -> Kept:
+        rewards_PG = checked_rewards(rewards_PG)
+        mass_P, possible_P = _masses(rewards_PG, self.mass, self.include_constant)
+        order = _largest_first(mass_P, possible_P & (mass_P > 0))
+        keep_P = np.zeros(len(rewards_PG), dtype=bool)
+        if len(order):
+            so_far = np.cumsum(mass_P[order])
+            needed = int(np.searchsorted(so_far, self.p * so_far[-1] * (1 - _ROUNDING), side="left")) + 1
+            keep_P[order[:needed]] = True
+        what = f"of those that hold {self.p:.0%} of the {self.mass}"
+        return _kept(rewards_PG, keep_P, _ranked_words(mass_P, order, possible_P, keep_P, what))
+
+
+@dataclass(frozen=True)
+class MinP:
+    """Keeps groups whose mass is at least ``p`` times the largest; with no mass at all, none.
+
+    Attributes:
+        p: above 0, at most 1.
+        mass: see :func:`variance_mass`.
+        include_constant: as in :class:`TopP`.
+    """
+
+    p: float = 0.2
+    mass: Mass = "variance"
+    include_constant: bool = False
+
+    def __post_init__(self) -> None:
+        _check_share("min_p", self.p, self.mass)
+
+    def __call__(self, rewards_PG: ArrayLike, rng: np.random.Generator | None = None) -> Kept:
+        rewards_PG = checked_rewards(rewards_PG)
+        mass_P, possible_P = _masses(rewards_PG, self.mass, self.include_constant)
+        candidates_P = possible_P & (mass_P > 0)
+        largest = float(np.where(candidates_P, mass_P, 0.0).max(initial=0.0))
+        keep_P = candidates_P & (mass_P >= self.p * largest * (1 - _ROUNDING))
+        order = _largest_first(mass_P, candidates_P)
+        what = f"with at least {self.p:g} of the largest {self.mass}"
+        return _kept(rewards_PG, keep_P, _ranked_words(mass_P, order, possible_P, keep_P, what))
+
+
+@dataclass(frozen=True)
+class RandomLike:
+    """Keeps as many groups as another filter would, drawn at random among those that have a reward.
+
+    What this does as well as the other, the other's choice is not the reason for.
+
+    Attributes:
+        other: the filter that says how many.
+    """
+
+    other: Filter = field(default_factory=TopP)
+
+    def __call__(self, rewards_PG: ArrayLike, rng: np.random.Generator | None = None) -> Kept:
+        rewards_PG = checked_rewards(rewards_PG)
+        rng = np.random.default_rng(0) if rng is None else rng
+        count = int(self.other(rewards_PG, rng).keep_P.sum())
+        rated = np.flatnonzero((~np.isnan(rewards_PG)).any(axis=1))
+        keep_P = np.zeros(len(rewards_PG), dtype=bool)
+        keep_P[rng.choice(rated, size=count, replace=False)] = True
+        words = [f"{'kept' if keep else 'dropped'}: drawn at random, {count} of {len(rated)}" for keep in keep_P]
+        return _kept(rewards_PG, keep_P, words)
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """Keeps the best and the worst episodes of each group; all of a group that has no more than these.
+
+    The advantages stay those of the whole group. Of equal rewards the episodes that come first are kept. A group
+    without variance has neither best nor worst and is dropped.
+
+    Attributes:
+        top, bottom: how many; one of them may be 0.
+    """
+
+    top: int = 2
+    bottom: int = 2
+
+    def __post_init__(self) -> None:
+        if min(self.top, self.bottom) < 0 or self.top + self.bottom < 1:
+            raise RecipeError(
+                f"An extremes filter keeps at least one episode of a group, not {self.top} and {self.bottom}."
+            )
+
+    def __call__(self, rewards_PG: ArrayLike, rng: np.random.Generator | None = None) -> Kept:
+        rewards_PG = checked_rewards(rewards_PG)
+        keep_P = has_variance(rewards_PG)
+        keep_PG = np.zeros(rewards_PG.shape, dtype=bool)
+        words = []
+        for p, keep in enumerate(keep_P):
+            if not keep:
+                words.append(_CONSTANT)
+                continue
+            present = np.flatnonzero(~np.isnan(rewards_PG[p]))
+            best_first = present[np.argsort(-rewards_PG[p, present], kind="stable")]
+            worst_first = present[np.argsort(rewards_PG[p, present], kind="stable")]
+            keep_PG[p, best_first[: self.top]] = True
+            keep_PG[p, worst_first[: self.bottom]] = True
+            words.append(f"kept: its best {self.top} and its worst {self.bottom} episodes")
+        return _kept(rewards_PG, keep_P, words, keep_PG)
+
+
+FILTERS: dict[str, type[Any]] = {
+    "none": KeepAll,
+    "constant": DropConstant,
+    "top_k": TopK,
+    "top_p": TopP,
+    "min_p": MinP,
+    "random": RandomLike,
+    "extremes": Extremes,
+}
+"""The filters by the name that a recipe gives them."""
+
+
+def make_filter(name: str, **options: Any) -> Filter:
+    """A filter by name.
+
+    Args:
+        name: a key of :data:`FILTERS`.
+        options: its attributes by name. For ``random``, ``like`` names the other filter and the rest is for that one.
+
+    Raises:
+        RecipeError: for an unknown name, an unknown option or a value out of range.
+    """
+    if name not in FILTERS:
+        raise RecipeError(f"There is no filter {name!r}; there are {', '.join(FILTERS)}.")
+    if name == "random":
+        like = options.pop("like", "top_p")
+        if like == "random":
+            raise RecipeError("A random filter keeps as many groups as some other filter; name that one as `like`.")
+        return RandomLike(make_filter(like, **options))
+    known = {f.name: f.default for f in FILTERS[name].__dataclass_fields__.values()}
+    for option, value in options.items():
+        if option not in known:
+            there = f"there are {', '.join(known)}" if known else "it has none"
+            raise RecipeError(f"The filter {name} has no option {option!r}; {there}.")
+        _check_option(name, option, value, known[option])
+    made: Filter = FILTERS[name](**options)
+    return made
+
+
+def at_most(kept: Kept, count: int) -> Kept:
+    """The same with no more than ``count`` groups: those that come first. For batches that were filled up."""
+    surplus = np.flatnonzero(kept.keep_P)[count:]
+    keep_PG = kept.keep_PG.copy()
+    keep_PG[surplus] = False
+    reasons = list(kept.reasons)
+    for group in surplus:
+        reasons[group] = "dropped: the step has enough groups without it"
+    return Kept(keep_PG, tuple(reasons))
+
+
+def loss_scale(kept: Kept, scaling: LossScaling) -> float:
+    """What the policy's loss is multiplied by after filtering.
+
+    A mean over what was kept is as large as one over everything, so a step with few groups moves as far as a full one.
+    ``share`` multiplies by the kept share of the groups (RAGEN-2), ``sqrt`` by its root (VAGEN's code).
+    """
+    return {"none": 1.0, "share": kept.share, "sqrt": kept.share**0.5}[scaling]
+
+
+# --- shared by the filters --------------------------------------------------------------------------------------------
+
+_CONSTANT = "dropped: all its rewards are equal"
+
+
+def _kept(rewards_PG: NDArray[np.float64], keep_P: Bools, words: list[str], keep_PG: Bools | None = None) -> Kept:
+    present_PG = ~np.isnan(rewards_PG)
+    rated_P: Bools = np.asarray(present_PG.any(axis=1))
+    if keep_PG is None:
+        keep_PG = np.repeat(keep_P[:, None], rewards_PG.shape[1], axis=1)
+    unrated = "dropped: none of its episodes has a reward"
+    reasons = [word if rated else unrated for word, rated in zip(words, rated_P, strict=True)]
+    return Kept(keep_PG & present_PG, tuple(reasons))
+
+
+def _possible(rewards_PG: NDArray[np.float64], include_constant: bool) -> Bools:
+    if include_constant:
+        return np.asarray((~np.isnan(rewards_PG)).any(axis=1))
+    return has_variance(rewards_PG)
+
+
+def _masses(rewards_PG: NDArray[np.float64], mass: Mass, include_constant: bool) -> tuple[NDArray[np.float64], Bools]:
+    """Masses, and the groups that take part. Only those share a softmax."""
+    possible_P = _possible(rewards_PG, include_constant)
+    mass_P = np.zeros(len(rewards_PG))
+    mass_P[possible_P] = variance_mass(rewards_PG[possible_P], mass)
+    return mass_P, possible_P
+
+
+def _largest_first(mass_P: NDArray[np.float64], possible_P: Bools) -> NDArray[np.int64]:
+    """Numbers of the possible groups by falling mass. Masses that differ by rounding alone are equal."""
+    numbers = np.flatnonzero(possible_P)
+    if not len(numbers):
+        return numbers
+    largest = float(mass_P[numbers].max())
+    exponent = np.floor(np.log2(largest)) if largest > 0 else 0.0
+    rounded = np.round(mass_P[numbers] / 2.0**exponent, 11)
+    return numbers[np.argsort(-rounded, kind="stable")]
+
+
+def _ranked_words(
+    mass_P: NDArray[np.float64], order: NDArray[np.int64], possible_P: Bools, keep_P: Bools, what: str
+) -> list[str]:
+    rank = {int(group): number + 1 for number, group in enumerate(order)}
+    words = []
+    for group in range(len(mass_P)):
+        if not possible_P[group] or group not in rank:
+            words.append(_CONSTANT)
+        elif keep_P[group]:
+            words.append(f"kept: number {rank[group]} by variance, {what}")
+        else:
+            words.append(f"dropped: number {rank[group]} by variance, not {what}")
+    return words
+
+
+def _check_share(name: str, p: float, mass: str) -> None:
+    if not 0 < p <= 1:
+        raise RecipeError(f"p of a {name} filter must lie above 0 and at most at 1, not {p}.")
+    if mass not in MASSES:
+        raise RecipeError(f"There is no mass {mass!r}; choose one of {', '.join(MASSES)}.")
+
+
+def _check_option(name: str, option: str, value: Any, default: Any) -> None:
+    wanted: tuple[type, ...] = (int, float) if isinstance(default, float) else (type(default),)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and not isinstance(default, bool)):
+        kind = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}[type(default)]
+        raise RecipeError(f"Option {option} of the filter {name} must be {kind}, not {value!r}.")

@@ -101,7 +101,8 @@ class Options:
         kl_coefficient, kl_estimator: see :class:`KLLoss`; no term at 0.
         entropy_coefficient: see :class:`EntropyBonus`; no term at 0.
         value_coefficient, value_clip: see :class:`ValueLoss`; only with an estimator that has a critic.
-        dynamic_sampling: whether groups without reward variance are replaced by fresh ones before the update.
+        dynamic_sampling: whether groups that the filter turns down (without a filter: those without reward
+            variance) are replaced by fresh ones before the update.
         max_refill_tries: how many times at most.
         overlong_max_tokens, overlong_cache_tokens: see :class:`OverlongPenalty`; no penalty without the first, and a
             fifth of it (as published) without the second.
@@ -187,8 +188,8 @@ class Algorithm:
         name: of the preset it was made from.
         advantage: the estimator, read by :func:`rehearsal.algorithms.credit.token_advantages`.
         objectives: the terms of the loss, the policy's first.
-        dynamic_sampling: whether groups for which :func:`rehearsal.algorithms.filters.has_variance` is False are
-            replaced by fresh ones before the update.
+        dynamic_sampling: whether groups that the step's filter turns down are replaced by fresh ones before the
+            update. Without a filter, those without reward variance are.
         max_refill_tries: how many times at most.
         overlong: the penalty on long episodes, or None. ``token_advantages`` applies it.
         mask_truncated: whether the policy does not learn from episodes for which
@@ -237,9 +238,9 @@ class Algorithm:
         ]
         lines += [f"objective: {_describe_objective(objective)}" for objective in self.objectives]
         lines.append(
-            f"groups without reward variance: replaced, {self.max_refill_tries} tries at most"
+            f"groups that teach nothing: replaced, {self.max_refill_tries} tries at most"
             if self.dynamic_sampling
-            else "groups without reward variance: not replaced"
+            else "groups that teach nothing: not replaced"
         )
         if self.overlong is not None:
             begin = self.overlong.max_tokens - self.overlong.cache_tokens

@@ -1,0 +1,46 @@
+"""Is the learning signal real? Measures on trajectories and the policy, and what they say in plain words.
+
+Does the reasoning depend on the input (:mod:`~rehearsal.diagnostics.information`), is there anything to compare
+(:mod:`~rehearsal.diagnostics.rewards`), what does the agent do (:mod:`~rehearsal.diagnostics.behaviour`), and what is
+wrong and what to try (:mod:`~rehearsal.diagnostics.verdict`). Nothing here knows of the loop.
+"""
+
+from rehearsal.diagnostics.behaviour import behaviour_metrics
+from rehearsal.diagnostics.information import Information, SmoothedDeviation, information
+from rehearsal.diagnostics.rewards import signal_metrics
+from rehearsal.diagnostics.series import Series
+from rehearsal.diagnostics.thoughts import (
+    CrossTable,
+    Tags,
+    Thought,
+    ThoughtInformation,
+    any_turn_table,
+    first_turn_table,
+    measure,
+    thought_of_turn,
+)
+from rehearsal.diagnostics.verdict import RULE_NAMES, RULES, Rule, Thresholds, Verdict, Watch, judge
+
+__all__ = [
+    "RULES",
+    "RULE_NAMES",
+    "CrossTable",
+    "Information",
+    "Rule",
+    "Series",
+    "SmoothedDeviation",
+    "Tags",
+    "Thought",
+    "ThoughtInformation",
+    "Thresholds",
+    "Verdict",
+    "Watch",
+    "any_turn_table",
+    "behaviour_metrics",
+    "first_turn_table",
+    "information",
+    "judge",
+    "measure",
+    "signal_metrics",
+    "thought_of_turn",
+]

@@ -1,6 +1,6 @@
 """Many episodes at once: the agent plays, and groups of trajectories come back."""
 
-from rehearsal.rollout.figures import check_failures, rollout_metrics, signal_metrics
+from rehearsal.rollout.figures import check_failures, rollout_metrics
 from rehearsal.rollout.places import run_coroutine
 from rehearsal.rollout.play import Episode, Player, Rollout, Task, tasks_of_step
 from rehearsal.rollout.processes import ProcessRollout, may_share
@@ -15,6 +15,5 @@ __all__ = [
     "may_share",
     "rollout_metrics",
     "run_coroutine",
-    "signal_metrics",
     "tasks_of_step",
 ]

@@ -52,23 +52,3 @@ def rollout_metrics(groups: Sequence[Group], prefix: str = "train") -> dict[str,
         if share:
             metrics[f"{prefix}/stop/{reason.value}"] = share
     return metrics
-
-
-def signal_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """How many groups can teach the policy anything: their rewards must differ."""
-    judged = [group.rewards[~np.isnan(group.rewards)] for group in groups]
-    judged = [rewards for rewards in judged if len(rewards)]
-    if not judged:
-        return {"signal/dead_groups": 1.0}
-    dead = [rewards for rewards in judged if rewards.max() == rewards.min()]
-    successes = [[t.success for t in group if not t.failed] for group in groups]
-    dead_success = [
-        values for values, group in zip(successes, groups, strict=True)
-        if values and np.nanmax(group.rewards) == np.nanmin(group.rewards)
-    ]  # fmt: skip
-    return {
-        "signal/dead_groups": len(dead) / len(judged),
-        "signal/dead_groups_solved": sum(all(values) for values in dead_success) / len(judged),
-        "signal/dead_groups_failed": sum(not any(values) for values in dead_success) / len(judged),
-        "signal/reward_std_in_group": float(np.mean([rewards.std() for rewards in judged])),
-    }

@@ -15,10 +15,10 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 from rehearsal.errors import TrainingDiverged
 from rehearsal.models.head import token_logprobs
 from rehearsal.models.packed import packed_hidden
+from rehearsal.models.packing import Pack, PackItem, make_packs
+from rehearsal.models.parallel import accumulate_gradients, map_packs, pack_workers
 from rehearsal.training.base_config import BaseConfig
 from rehearsal.training.base_transcripts import Transcript
-from rehearsal.training.packing import Pack, PackItem, make_packs
-from rehearsal.training.parallel import accumulate_gradients, map_packs, pack_workers
 from rehearsal.trajectory import Kind
 
 _OPENING = len(Kind)

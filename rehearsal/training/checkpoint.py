@@ -114,6 +114,14 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def step_of(checkpoint: Path) -> int:
+    """How many steps had been done when a checkpoint was written."""
+    match = _NAME.fullmatch(checkpoint.name)
+    if match is None:
+        raise CheckpointError(f"{checkpoint} is not the folder of a checkpoint.")
+    return int(match[1])
+
+
 def remove_partial(folder: Path) -> None:
     """Delete what a crash left half-written."""
     if folder.is_dir():

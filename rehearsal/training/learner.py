@@ -22,19 +22,23 @@ from torch import Tensor
 from rehearsal.algorithms.aggregation import StepTotals, token_weights
 from rehearsal.algorithms.batch import Objective, PolicyOutput, TokenBatch
 from rehearsal.algorithms.credit import SequenceRewards, token_advantages
+from rehearsal.algorithms.filters import group_variance
 from rehearsal.algorithms.objectives import CISPOLoss, PolicyLoss
 from rehearsal.algorithms.presets import Algorithm
 from rehearsal.algorithms.shaping import was_cut_off
 from rehearsal.errors import TrainingDiverged
 from rehearsal.models.head import token_logprobs
 from rehearsal.models.packed import causal_lm, packed_hidden
+from rehearsal.models.packing import Pack, PackItem, make_packs
+from rehearsal.models.parallel import accumulate_gradients, map_packs, pack_workers
+from rehearsal.models.scoring import each_target, target_logprobs
 from rehearsal.training.critic import Critic
+from rehearsal.training.gradient_probe import draw_by_quantile, gradient_figures
 from rehearsal.training.optimiser import Update, clipped_updates, forget_gradients, make_optimiser, scheduled_share
-from rehearsal.training.packing import Pack, PackItem, make_packs
-from rehearsal.training.parallel import accumulate_gradients, map_packs, pack_workers
 from rehearsal.training.recipe import TrainingOptions
-from rehearsal.trajectory import Group, Segment, rewards_matrix
+from rehearsal.trajectory import SAMPLED_KINDS, Group, Segment, rewards_matrix
 
+_WEIGHT, _WEIGHT_SQUARED = "policy/weight", "policy/weight_squared"
 _AFTER_DIVERGENCE = "Lower training.learning_rate, or resume from the last checkpoint."
 
 
@@ -132,13 +136,19 @@ class Learner:
 
     # One step
 
-    def step(self, groups: Sequence[Group], step: int, keep_P: np.ndarray | None = None) -> dict[str, float]:
+    def step(
+        self, groups: Sequence[Group], step: int, keep: np.ndarray | None = None, scale: float = 1.0,
+        probe: int = 0,
+    ) -> dict[str, float]:  # fmt: skip
         """Learn from one batch.
 
         Args:
             groups: the episodes; failed ones are left out.
             step: number of the step, from 0; the schedule and messages use it.
-            keep_P: bool, the groups that the policy may learn from; all if None.
+            keep: bool of shape (P,) or (P, G), the groups or episodes that the policy may learn from; all if None.
+            scale: what the advantages are multiplied by, see :func:`rehearsal.algorithms.filters.loss_scale`.
+            probe: groups of each quartile of reward variance whose gradients are taken apart before the update, see
+                :mod:`rehearsal.training.gradient_probe`; 0 for none.
 
         Returns:
             figures of the step by name.
@@ -151,8 +161,11 @@ class Learner:
         metrics: dict[str, float] = {"policy/learning_rate": self._learning_rate(step), "policy/updates": 0.0}
         if len(sequences) == 0 or sum(len(targets) for targets in sequences.targets) == 0:
             return metrics
-        batch = self._batch(groups, sequences, keep_P, step)
+        batch = self._batch(groups, sequences, keep, step, scale)
         batch.check()
+        if probe:
+            metrics |= self._probe(groups, sequences, batch, probe, np.random.default_rng([self._seed, step, 1]))
+            metrics["time/probe"] = time.perf_counter() - started
         sums: dict[str, float] = defaultdict(float)
         counts: dict[str, float] = defaultdict(float)
         grad_norms: list[float] = []
@@ -161,16 +174,23 @@ class Learner:
         for _ in range(self.options.epochs):
             for part in self._minibatches(len(sequences), rng):
                 norm, used, shared = self._update(sequences, batch, part, step, sums, counts)
+                if not grad_norms and counts["policy/mismatch"]:
+                    # Later ones differ because the policy has moved; this one only if engine and learner disagree.
+                    metrics["policy/mismatch_first"] = sums["policy/mismatch"] / counts["policy/mismatch"]
                 grad_norms.append(norm)
                 n_tokens += used
                 saved += shared
-                metrics["policy/updates"] += 1
+                metrics["policy/updates"] += used > 0
         metrics |= {name: sums[name] / counts[name] for name in sums if counts[name]}
+        if (mean_square := metrics.pop(_WEIGHT_SQUARED, 0.0)) > 0:
+            # Kish's effective sample size over the number of tokens: 1 where what is learned from was sampled by the
+            # very policy that learns.
+            metrics["policy/effective_sample_share"] = metrics.pop(_WEIGHT) ** 2 / mean_square
         metrics["policy/grad_norm"] = float(np.mean(grad_norms)) if grad_norms else 0.0
         metrics["policy/grad_clipped"] = float(np.mean([n > self.options.max_grad_norm for n in grad_norms or [0.0]]))
         metrics["speed/learner_tokens"] = float(n_tokens)
         metrics["speed/shared_tokens"] = float(saved)
-        metrics["time/learning"] = time.perf_counter() - started
+        metrics["time/learning"] = time.perf_counter() - started - metrics.get("time/probe", 0.0)
         return metrics
 
     def _learning_rate(self, step: int) -> float:
@@ -200,6 +220,8 @@ class Learner:
             [mini_items[i] for i in wanted], self.options.pack_tokens, share_prefixes=self.options.share_prefixes,
             device=self.device,
         )  # fmt: skip
+        if not packs:
+            return 0.0, 0, 0  # nothing has a gradient; an optimiser would still move, by momentum
         updates = self._updates(step)
         self.model.train()
 
@@ -235,6 +257,46 @@ class Learner:
         self.updates += 1
         return norm, sum(pack.n_tokens for pack in packs), sum(pack.saved_tokens for pack in packs)
 
+    def _probe(
+        self, groups: Sequence[Group], sequences: _Sequences, batch: TokenBatch, each: int, rng: np.random.Generator
+    ) -> dict[str, float]:
+        """Gradients of single groups, as they are at the beginning of the step, for each objective of the policy."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        objectives = [objective for objective in self.algorithm.objectives if not objective.needs_values]
+        items, group_S = sequences.items(), np.asarray(sequences.group)
+        self.model.train()
+
+        def gradients_of(group: int) -> dict[str, list[Tensor | None]]:
+            mini_S = np.flatnonzero(group_S == group)
+            mini = batch.select_sequences(torch.from_numpy(mini_S))
+            # What a filter turned down is what one wants to compare with.
+            mini.policy_mask_N = torch.isin(mini.kinds_N.long(), torch.tensor(SAMPLED_KINDS))
+            totals = {o.name: StepTotals.count(o.mask(mini), mini.sequence_N, mini.n_sequences) for o in objectives}
+            found: dict[str, list[Tensor | None]] = {o.name: [None] * len(parameters) for o in objectives}
+            packs = make_packs(
+                [items[s] for s in mini_S], self.options.pack_tokens, share_prefixes=self.options.share_prefixes,
+                device=self.device,
+            )  # fmt: skip
+            for pack in packs:
+                numbers = torch.as_tensor(pack.items)
+                micro = mini.select_sequences(numbers).to(self.device)
+                output = PolicyOutput(*self._policy(self.model, pack, self._needs_entropy), None)
+                for objective in objectives:
+                    figures = _PackFigures(numbers)
+                    loss = self._term(objective, micro, output, totals[objective.name].select(numbers), figures)
+                    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+                    found[objective.name] = [
+                        held if new is None else new if held is None else held + new
+                        for held, new in zip(found[objective.name], gradients, strict=True)
+                    ]
+            return found
+
+        variance_P = group_variance(rewards_matrix(groups))
+        drawn = draw_by_quantile(variance_P, sorted(set(sequences.group)), 4, each, rng)
+        with torch.enable_grad():
+            one_by_one = map_packs([self.model], gradients_of, [p for part in drawn for p in part], self._workers)
+            return gradient_figures(drawn, variance_P, one_by_one)
+
     def _updates(self, step: int) -> list[Update]:
         """The optimisers that take a step, the policy's first."""
         updates = [Update("policy", self.optimiser, self._learning_rate(step))]
@@ -246,16 +308,18 @@ class Learner:
     def _wanted(self, mini: TokenBatch) -> np.ndarray:
         """Sequences that can have a gradient at all.
 
-        An episode whose advantages are all zero adds nothing to a clipped or CISPO loss. It is counted in every
-        denominator, but its forward and backward passes are left out, unless some objective looks at more than
-        advantages.
+        An episode whose advantages are all zero adds nothing to a clipped or CISPO loss, and one that a filter has
+        taken out adds nothing to any loss over the policy's mask. Both are counted in every denominator where their
+        tokens are in the mask, but their forward and backward passes are left out.
         """
-        everything = np.arange(mini.n_sequences)
-        if not all(isinstance(objective, PolicyLoss | CISPOLoss) for objective in self.algorithm.objectives):
-            return everything
-        alive_N = (mini.advantages_N != 0) & mini.policy_mask_N
+        alive_N = torch.zeros(len(mini), dtype=torch.bool)
+        for objective in self.algorithm.objectives:
+            mask_N = objective.mask(mini)
+            if isinstance(objective, PolicyLoss | CISPOLoss):
+                mask_N = mask_N & (mini.advantages_N != 0)
+            alive_N |= mask_N
         alive_S = torch.bincount(mini.sequence_N[alive_N], minlength=mini.n_sequences) > 0
-        return everything[alive_S.numpy()]
+        return np.flatnonzero(alive_S.numpy())
 
     def _term(
         self, objective: Objective, micro: TokenBatch, output: PolicyOutput, totals: StepTotals, figures: _PackFigures
@@ -276,6 +340,10 @@ class Learner:
         difference = (output.logprobs_N.detach() - micro.rollout_logprobs_N)[mask_N]
         figures.add("policy/kl_sampling", torch.expm1(difference) - difference)
         figures.add("policy/mismatch", difference.abs())
+        # A log-ratio beyond this is a sign of its own; its square must not drown everything else.
+        weights = difference.clamp(-20.0, 20.0).exp()
+        figures.add(_WEIGHT, weights)
+        figures.add(_WEIGHT_SQUARED, weights**2)
         # Without an entropy objective the entropy is estimated from what was sampled: E[-log p].
         entropy_N = -micro.rollout_logprobs_N if output.entropy_N is None else output.entropy_N.detach()
         figures.add("policy/entropy", entropy_N[mask_N])
@@ -308,7 +376,6 @@ class Learner:
             hidden_TD = packed_hidden(self.critic, pack.token_ids_T, pack.positions_T, pack.plan)
         return self.critic.values(hidden_TD.index_select(0, pack.sources_N))
 
-    @torch.no_grad()
     def logprobs(self, groups: Sequence[Group], model: Any | None = None) -> list[np.ndarray]:
         """Log-probs of the sampled tokens of every sequence, under the present policy or another model.
 
@@ -317,25 +384,31 @@ class Learner:
         """
         return self._each(_collect(groups), model)
 
+    def score(self, items: Sequence[PackItem]) -> list[np.ndarray]:
+        """Log-probs of the target tokens of any sequences, under the present policy."""
+        options = self.options
+        return target_logprobs(
+            self.model, items, temperature=self.temperature, pack_tokens=options.pack_tokens,
+            share_prefixes=options.share_prefixes, precision=self._precision,
+        )  # fmt: skip
+
     def _each(self, sequences: _Sequences, model: Any | None = None, values: bool = False) -> list[np.ndarray]:
-        packs = make_packs(
-            sequences.items(), self.options.pack_tokens, share_prefixes=self.options.share_prefixes, device=self.device
-        )
-        asked = self.critic if values else self.model if model is None else model
-
-        def figures_of(pack: Pack) -> np.ndarray:
-            flat_N = self._values(pack) if values else self._policy(asked, pack, False)[0]
-            return flat_N.float().cpu().numpy()
-
-        with torch.no_grad():
-            parts = list(map_packs([asked], figures_of, packs, self._workers))
-        flat_N = np.concatenate(parts) if parts else np.empty(0, np.float32)
-        ends = np.cumsum([len(targets) for targets in sequences.targets], dtype=np.int64)
-        return np.split(flat_N, ends)[:-1]
+        options = self.options
+        if values:
+            return each_target(
+                [self.critic], sequences.items(), lambda pack: self._values(pack).float().cpu().numpy(),
+                options.pack_tokens, options.share_prefixes, self.device, self._workers,
+            )  # fmt: skip
+        if model is None:
+            return self.score(sequences.items())
+        return target_logprobs(
+            model, sequences.items(), temperature=self.temperature, pack_tokens=options.pack_tokens,
+            share_prefixes=options.share_prefixes, precision=self._precision,
+        )  # fmt: skip
 
     def _batch(
-        self, groups: Sequence[Group], sequences: _Sequences, keep_P: np.ndarray | None, step: int
-    ) -> TokenBatch:  # fmt: skip
+        self, groups: Sequence[Group], sequences: _Sequences, keep: np.ndarray | None, step: int, scale: float
+    ) -> TokenBatch:
         segments, targets = sequences.segments, sequences.targets
         lengths = [len(wanted) for wanted in targets]
         sequence_N = np.repeat(np.arange(len(sequences)), lengths)
@@ -345,8 +418,9 @@ class Learner:
 
         kinds_N, turns_N, rollout_N = flat("kinds"), flat("turns"), flat("logprobs")
         keep_S = np.ones(len(sequences), dtype=bool)
-        if keep_P is not None:
-            keep_S &= np.asarray(keep_P, dtype=bool)[sequences.group]
+        if keep is not None:
+            keep = np.asarray(keep, dtype=bool)
+            keep_S &= keep[sequences.group] if keep.ndim == 1 else keep[sequences.group, sequences.sample]
         if self.algorithm.mask_truncated:
             keep_S &= ~np.asarray(sequences.cut_off, dtype=bool)
         values_N = np.concatenate(self._each(sequences, values=True)) if self.critic is not None else None
@@ -384,7 +458,7 @@ class Learner:
             turns_N=torch.from_numpy(turns_N.astype(np.int64)),
             sequence_N=torch.from_numpy(sequence_N),
             n_sequences=len(sequences),
-            advantages_N=torch.from_numpy(advantages_N),
+            advantages_N=torch.from_numpy(advantages_N * np.float32(scale)),
             policy_mask_N=torch.from_numpy(keep_S[sequence_N] & sampled_N),
             rollout_logprobs_N=torch.from_numpy(rollout_N),
             old_logprobs_N=torch.from_numpy(old_N),

@@ -18,22 +18,25 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from rehearsal.algorithms.filters import has_variance
+from rehearsal.algorithms.filters import DropConstant, KeepAll, Kept, at_most, loss_scale, make_filter
 from rehearsal.algorithms.presets import Algorithm, preset
+from rehearsal.diagnostics import Verdict
 from rehearsal.errors import CheckpointError, RehearsalError
 from rehearsal.evaluation.held_out import Evaluation, evaluate, held_out_tasks
 from rehearsal.models.load import Policy, save_policy
-from rehearsal.rollout import Player, check_failures, rollout_metrics, signal_metrics, tasks_of_step
+from rehearsal.rollout import Player, check_failures, rollout_metrics, tasks_of_step
 from rehearsal.training.checkpoint import (
     checkpoints,
     load_checkpoint,
     remove_partial,
     restore_weights,
     save_checkpoint,
+    step_of,
     tensor_errors,
     trainable_weights,
 )
 from rehearsal.training.learner import Learner
+from rehearsal.training.monitor import Monitor
 from rehearsal.training.playing import make_processes, make_rollout, policy_of, processes_for
 from rehearsal.training.recipe import Recipe, resolve_recipe
 from rehearsal.training.runs import RunFolder
@@ -57,6 +60,8 @@ class Observer(Protocol):
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
+    def verdict(self, step: int, verdict: Verdict) -> None: ...
+
     def evaluation(self, step: int, split: str, figures: Mapping[str, float]) -> None: ...
 
     def finished(self, summary: Mapping[str, Any]) -> None: ...
@@ -75,6 +80,8 @@ class SilentObserver:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
+    def verdict(self, step: int, verdict: Verdict) -> None: ...
+
     def evaluation(self, step: int, split: str, figures: Mapping[str, float]) -> None: ...
 
     def finished(self, summary: Mapping[str, Any]) -> None: ...
@@ -86,12 +93,12 @@ class Batch:
 
     Attributes:
         groups: all that were played.
-        keep_P: bool, the groups that the policy learns from.
-        rounds: how often groups were played; more than 1 where dead ones were replaced.
+        kept: what the policy learns from, and why.
+        rounds: how often groups were played; more than 1 where some were replaced.
     """
 
     groups: list[Group]
-    keep_P: np.ndarray
+    kept: Kept
     rounds: int = 1
 
 
@@ -118,6 +125,9 @@ class Trainer:
     def __post_init__(self) -> None:
         recipe = self.recipe
         self.algorithm: Algorithm = preset(recipe.algorithm.name, **recipe.algorithm.options)
+        self.filter = make_filter(recipe.filter.name, **recipe.filter.options)
+        if self.algorithm.dynamic_sampling and isinstance(self.filter, KeepAll):
+            self.filter = DropConstant()
         if self.policy is None:
             self.policy = policy_of(recipe)
         self.rollout = make_rollout(recipe, self.policy)
@@ -130,6 +140,10 @@ class Trainer:
             temperature=recipe.sampling.temperature,
             seed=recipe.seed,
         )
+        self.monitor = Monitor(
+            recipe.diagnostics, self.learner, self.policy.renderer, recipe.seed, recipe.agent.thinking
+        )
+        self.ended_by: Verdict | None = None
         self.trackers: list[Tracker] = []
 
     # The loop
@@ -145,9 +159,15 @@ class Trainer:
             batch = self.play()
             played = time.perf_counter()
             self.observer.learning()
-            figures = self.learner.step(batch.groups, self.steps_done, batch.keep_P)
+            figures = self.monitor.measure(batch.groups, self.steps_done)
+            figures |= self.learner.step(
+                batch.groups, self.steps_done, batch.kept.keep_PG,
+                loss_scale(batch.kept, self.recipe.filter.loss_scaling), self.monitor.probe_groups(self.steps_done),
+            )  # fmt: skip
             self.steps_done += 1
             self.record(batch, figures, started, played)
+            if self.judge():
+                break
             last = self.steps_done == self.recipe.training.steps
             if last:
                 self.evaluate("test", self.recipe.evaluation.episodes)
@@ -158,28 +178,24 @@ class Trainer:
         return self.finish()
 
     def play(self) -> Batch:
-        """The episodes of the next step; groups that can teach nothing are replaced if the algorithm says so."""
+        """The episodes of the next step; groups that the filter turns down are replaced if the algorithm says so."""
         recipe, step = self.recipe, self.steps_done
         wanted, size = recipe.training.groups, recipe.training.group_size
         groups: list[Group] = []
-        keep: list[bool] = []
         rounds = 0
         missing = wanted
-        while missing > 0:
+        while True:
             rounds += 1
             self.observer.playing(f"step {step + 1}" + (f", refill {rounds - 1}" if rounds > 1 else ""), missing * size)
             tasks = tasks_of_step(recipe.seed, step, missing, first=len(groups))
             fresh = self.player.play(tasks, size, step=step, on_episode=self.observer.episode)
             check_failures(fresh, recipe.training.abort_failed_share)
             groups += fresh
-            if not self.algorithm.dynamic_sampling:
-                keep += [True] * len(fresh)
-                break
-            keep += [bool(alive) for alive in has_variance(rewards_matrix(fresh))]
-            missing = wanted - sum(keep)
-            if rounds > self.algorithm.max_refill_tries:
-                break
-        return Batch(groups, np.array(keep, dtype=bool), rounds)
+            # Filters compare groups with each other, so all are looked at again once there are more of them.
+            kept = self.filter(rewards_matrix(groups), np.random.default_rng([recipe.seed, step]))
+            missing = wanted - int(kept.keep_P.sum())
+            if missing <= 0 or not self.algorithm.dynamic_sampling or rounds > self.algorithm.max_refill_tries:
+                return Batch(groups, at_most(kept, wanted), rounds)
 
     def evaluate(self, split: str, episodes: int) -> Evaluation | None:
         """Play held-out tasks with the present policy and record the figures."""
@@ -201,32 +217,70 @@ class Trainer:
         self.observer.evaluation(self.steps_done, split, result.figures)
         return result
 
+    def judge(self) -> bool:
+        """Say what is wrong, if anything is; returns whether the recipe ends the run on it."""
+        called = self.monitor.judge(self.steps_done, self.history[-1])
+        for verdict in called:
+            self.observer.verdict(self.steps_done, verdict)
+        self.ended_by = self.monitor.end_of(called)
+        if self.ended_by is None:
+            return False
+        if self.ended_by.rule.name in self.recipe.diagnostics.go_back_on:
+            self.go_back(self.ended_by.began)
+        else:
+            self.save()
+        self.evaluate("test", self.recipe.evaluation.episodes)
+        return True
+
+    def go_back(self, step: int) -> None:
+        """Take up the weights of the last checkpoint before a step, if there is one."""
+        assert self.policy is not None
+        found = checkpoints(self.folder.path / "checkpoints") if self.folder is not None else []
+        earlier = [path for path in found if step_of(path) < step]
+        if earlier:
+            weights, _ = load_checkpoint(earlier[-1])
+            restore_weights(self.policy.model, weights, earlier[-1])
+        if self.folder is not None:
+            self.folder.add_warning(
+                f"The policy is that of step {step_of(earlier[-1])}, the last checkpoint before the verdict began."
+                if earlier
+                else f"There is no checkpoint from before step {step} to go back to; the policy is that of the end."
+            )
+
     def record(self, batch: Batch, figures: dict[str, float], started: float, played: float) -> None:
         """Write down what a step did and how long it took."""
         ended = time.perf_counter()
         episodes = all_trajectories(batch.groups)
         sampled = sum(trajectory.n_sampled for trajectory in episodes)
         total = max(ended - started, 1e-9)
+        looking = figures.get("time/diagnostics", 0.0) + figures.pop("time/probe", 0.0)
         figures = {
             **rollout_metrics(batch.groups),
-            **signal_metrics(batch.groups),
             **figures,
-            "signal/kept_groups": float(batch.keep_P.sum()),
+            "signal/kept_groups": float(batch.kept.keep_P.sum()),
+            "signal/kept_share": batch.kept.share,
+            "signal/kept_episodes": float(batch.kept.keep_PG.sum()),
             "signal/played_groups": float(len(batch.groups)),
             "signal/rounds": float(batch.rounds),
             "speed/tokens_per_second": sampled / max(played - started, 1e-9),
             "speed/episodes_per_second": len(episodes) / total,
             "time/generation": played - started,
-            "time/other": total - (played - started) - figures.get("time/learning", 0.0),
+            "time/diagnostics": looking,
+            "time/other": total - (played - started) - figures.get("time/learning", 0.0) - looking,
             "time/step": total,
+            "time/diagnostics_share": looking / total,
         }
         self.history.append(figures)
         if self.folder is not None:
             self.folder.append_metrics(self.steps_done, figures)
             if _due(self.steps_done, self.recipe.save_trajectories_every):
                 path = self.folder.trajectory_path("train", self.steps_done)
-                kept = [bool(keep) for group, keep in zip(batch.groups, batch.keep_P, strict=True) for _ in group]
-                write_trajectories(path, batch.groups, phase="train", step=self.steps_done, extra={"kept": kept})
+                each = list(zip(batch.groups, batch.kept.keep_PG.tolist(), batch.kept.reasons, strict=True))
+                extra = {
+                    "kept": [keep_G[g] for group, keep_G, _ in each for g in range(len(group))],
+                    "filter_reason": [reason for group, _, reason in each for _ in group],
+                }
+                write_trajectories(path, batch.groups, phase="train", step=self.steps_done, extra=extra)
         self._track(figures)
         self.observer.step(self.steps_done, figures)
 
@@ -234,7 +288,10 @@ class Trainer:
         """Write a checkpoint."""
         if self.folder is not None:
             assert self.policy is not None
-            state = {"learner": self.learner.state_dict(), "seconds": self.folder.seconds}
+            state = {
+                "learner": self.learner.state_dict(), "monitor": self.monitor.state_dict(),
+                "seconds": self.folder.seconds,
+            }  # fmt: skip
             save_checkpoint(
                 self.folder.path / "checkpoints", self.steps_done, trainable_weights(self.policy.model), state,
                 self.recipe.checkpoint.keep,
@@ -250,9 +307,11 @@ class Trainer:
             weights, state = load_checkpoint(found[-1])
             restore_weights(self.policy.model, weights, found[-1])
             self.learner.load_state_dict(state["learner"])
+            self.monitor.load_state_dict(state.get("monitor", {}))
             self.steps_done = int(state["step"])
         # Without a checkpoint even the evaluation of step 0 is played again.
         self.folder.truncate_after(self.steps_done if found else -1)
+        self.monitor.replay(self.folder.metrics().rows)
         for row in self.folder.evaluations().rows:
             figures = {name: value for name, value in row.items() if name not in ("step", "time", "split")}
             self.evaluations.append((row["step"], row["split"], figures))
@@ -260,7 +319,7 @@ class Trainer:
     def finish(self) -> dict[str, Any]:
         """Write the policy and the summary."""
         assert self.policy is not None
-        done = self.steps_done >= self.recipe.training.steps
+        done = self.steps_done >= self.recipe.training.steps or self.ended_by is not None
         held_out = [(step, figures) for step, split, figures in self.evaluations if split == "test"]
         summary: dict[str, Any] = {
             "steps": self.steps_done,
@@ -268,6 +327,9 @@ class Trainer:
             "algorithm": self.algorithm.name,
             "parameters": self.policy.n_parameters,
         }
+        summary["verdicts"] = sorted({verdict.rule.name for verdict in self.monitor.watch.verdicts})
+        if self.ended_by is not None:
+            summary["ended_by"] = self.ended_by.rule.name
         if held_out:
             summary["episodes"] = held_out[0][1]["episodes"]
             for name in ("success", "success_low", "success_high", "reward"):

@@ -6,7 +6,7 @@ import torch
 
 from rehearsal.algorithms.presets import preset
 from rehearsal.models.packed import causal_lm
-from rehearsal.training.parallel import pack_workers
+from rehearsal.models.parallel import pack_workers
 from rehearsal.training.playing import make_rollout, policy_of
 from rehearsal.training.recipe import Recipe
 

@@ -97,6 +97,18 @@ class AlgorithmOptions(_Options):
     options: FreeOptions = Field(default_factory=dict, description="changes to the preset, such as clip_high")
 
 
+class FilterOptions(_Options):
+    """Which groups the policy learns from."""
+
+    name: str = Field(default="none", description="none, constant, top_k, top_p, min_p, random or extremes")
+    options: FreeOptions = Field(
+        default_factory=dict, description="of the filter: k, p, mass, include_constant, top, bottom, like"
+    )
+    loss_scaling: Literal["none", "share", "sqrt"] = Field(
+        default="none", description="multiply advantages by the kept share of the groups, or by its root"
+    )
+
+
 class TrainingOptions(_Options):
     """Steps, batches and the optimiser."""
 
@@ -138,6 +150,26 @@ class EvaluationOptions(_Options):
     seed: int = Field(default=123, ge=0, description="of the held-out tasks")
 
 
+class DiagnosticsOptions(_Options):
+    """Is the signal real? What is measured on the way, and what happens when something is wrong."""
+
+    every: int = Field(default=4, ge=0, description="steps between measurements of prompt-thought information; 0: none")
+    prompts: int = Field(default=32, ge=2, description="prompts that thoughts are scored under, at most")
+    max_share: float = Field(
+        default=0.1, gt=0, le=1, description="the most of a step's learning that such a measurement may cost"
+    )
+    gradients_every: int = Field(
+        default=20, ge=0, description="steps between looks at gradients of single groups; 0 for none"
+    )
+    gradient_groups: int = Field(
+        default=2, ge=1, description="groups of each quartile of reward variance in such a look"
+    )
+    stop_on: list[str] = Field(default_factory=list, description="verdicts that end the run")
+    go_back_on: list[str] = Field(
+        default_factory=list, description="verdicts that end the run with the last checkpoint from before they began"
+    )
+
+
 class EngineOptions(_Options):
     """Generation."""
 
@@ -169,8 +201,10 @@ class Recipe(_Options):
     agent: AgentOptions = AgentOptions()
     sampling: SamplingOptions = SamplingOptions()
     algorithm: AlgorithmOptions = AlgorithmOptions()
+    filter: FilterOptions = FilterOptions()
     training: TrainingOptions = TrainingOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
+    diagnostics: DiagnosticsOptions = DiagnosticsOptions()
     engine: EngineOptions = EngineOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
     trackers: list[str] = Field(default_factory=list, description="tensorboard, wandb, trackio")

@@ -20,7 +20,7 @@ from rehearsal.environments.base import TextEnv
 from rehearsal.errors import RecipeError
 from rehearsal.generation.local import LocalEngine
 from rehearsal.generation.sampling import SamplingParams
-from rehearsal.rollout import Rollout, Task, rollout_metrics, run_coroutine, signal_metrics, tasks_of_step
+from rehearsal.rollout import Rollout, Task, rollout_metrics, run_coroutine, tasks_of_step
 from rehearsal.trajectory import (
     FAILED_STOPS,
     Group,
@@ -207,7 +207,6 @@ def test_environments_are_used_again_and_closed_at_the_end(play: Callable[..., R
 def test_no_tasks(play: Callable[..., Rollout]) -> None:
     assert play(Walk).play([], 4) == []
     assert rollout_metrics([]) == {}
-    assert signal_metrics([]) == {"signal/dead_groups": 1.0}
 
 
 # Limits
@@ -344,7 +343,6 @@ def test_a_broken_episode_is_data(
     assert figures["train/failed_episodes"] == len(failed)
     assert figures["train/stop/error"] == pytest.approx(len(failed) / 9)
     assert math.isfinite(figures["train/reward"])
-    assert math.isfinite(signal_metrics(groups)["signal/reward_std_in_group"])
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -633,21 +631,6 @@ def made_up(*rewards: float | None, success: tuple[bool | None, ...] | None = No
             for reward, outcome in zip(rewards, outcomes, strict=True)
         ]
     )
-
-
-def test_dead_groups_are_counted_by_what_killed_them() -> None:
-    groups = [
-        made_up(1.0, 1.0, success=(True, True)),
-        made_up(0.0, 0.0, None, success=(False, False, True)),
-        made_up(0.0, 1.0, success=(False, True)),
-        made_up(None, None),
-        made_up(0.3, 0.3),
-    ]
-    figures = signal_metrics(groups)
-    assert figures["signal/dead_groups"] == pytest.approx(3 / 4)
-    assert figures["signal/dead_groups_solved"] == pytest.approx(1 / 4)
-    assert figures["signal/dead_groups_failed"] == pytest.approx(2 / 4)
-    assert figures["signal/reward_std_in_group"] == pytest.approx(0.5 / 4)
 
 
 def test_failed_episodes_enter_no_rate() -> None:

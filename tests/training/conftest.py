@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from rehearsal.training.recipe import Recipe, resolve_recipe
 from rehearsal.trajectory import Group, Kind, SampleStop, Segment, StopReason, Trajectory, Turn
 
 MakeGroups = Callable[..., list[Group]]
@@ -72,5 +74,27 @@ def make_groups() -> MakeGroups:
             made.append(Group(members))
         fill_logprobs(model, made, temperature, spread, seed)
         return made
+
+    return build
+
+
+SMALL: dict[str, Any] = {
+    "environment": {"name": "frozenlake", "params": {"size": 3}},
+    "agent": {"thinking": False, "max_turns": 3, "max_tokens_per_turn": 12, "max_context": 260},
+    "training": {"steps": 4, "groups": 4, "group_size": 3, "learning_rate": 3e-3, "schedule": "linear"},
+    "evaluation": {"episodes": 4, "every": 2, "validation_episodes": 3},
+    "engine": {"max_sessions": 12, "memory_gib": 0.05},
+    "checkpoint": {"every": 1, "keep": 2},
+    "save_trajectories_every": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def small(taught_folder: Path) -> Callable[..., Recipe]:
+    """A recipe of a few seconds, with options changed by dotted name (two underscores for the dot)."""
+
+    def build(**changes: Any) -> Recipe:
+        overrides = {name.replace("__", "."): value for name, value in changes.items()}
+        return resolve_recipe(SMALL, {"model.path": str(taught_folder), "model.device": "cpu", **overrides})
 
     return build

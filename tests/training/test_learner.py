@@ -46,7 +46,7 @@ def learner_of(model: Any, algorithm: str = "grpo", temperature: float = 1.0, **
     return Learner(model, preset(algorithm, **of_algorithm), options(**of_training), temperature=temperature)
 
 
-def gradients(learner: Learner, groups: list[Group], keep_P: np.ndarray | None = None) -> Gradients:
+def gradients(learner: Learner, groups: list[Group], keep: np.ndarray | None = None) -> Gradients:
     """The gradient that a step would apply to the policy, without applying it."""
     found: Gradients = {}
 
@@ -59,9 +59,9 @@ def gradients(learner: Learner, groups: list[Group], keep_P: np.ndarray | None =
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learner_module, "clipped_updates", record)
-        learner.step(groups, 0, keep_P)
-    assert found
-    return found
+        learner.step(groups, 0, keep)
+    # Where nothing has a gradient the optimiser is not asked at all.
+    return found or {name: torch.zeros_like(parameter) for name, parameter in learner.model.named_parameters()}
 
 
 def weights(model: Any) -> Gradients:
@@ -275,13 +275,43 @@ def test_a_step_with_nothing_to_learn_leaves_the_weights(model: Any, make_groups
     for trajectory in (*groups[0], *groups[1]):
         for turn in trajectory.turns:
             turn.rewards = [1.0 / len(trajectory.turns)]
-    before = weights(model)
     learner = learner_of(model)
-    figures = learner.step(groups, 0)
+    learner.step(make_groups(model), 0)  # gives the optimiser momentum to move by
+    before = weights(model)
+    figures = learner.step(groups, 1)
     assert figures["policy/grad_norm"] == 0.0
+    assert figures["policy/updates"] == 0.0
     for name, tensor in weights(model).items():
         assert torch.equal(tensor, before[name])
     assert all(math.isfinite(value) for value in figures.values())
+
+
+def test_episodes_that_a_filter_turns_down_stay_in_the_baseline(model: Any, make_groups: MakeGroups) -> None:
+    groups = make_groups(model)
+    keep_PG = np.ones((len(groups), len(groups[0])), dtype=bool)
+    whole = gradients(learner_of(model, "dr_grpo", algo_constant=100.0), groups, keep_PG)
+    assert_same(gradients(learner_of(model, "dr_grpo", algo_constant=100.0), groups), whole)
+    keep_PG[:, 0] = False
+    rest = gradients(learner_of(model, "dr_grpo", algo_constant=100.0), groups, keep_PG)
+    only = gradients(learner_of(model, "dr_grpo", algo_constant=100.0), groups, ~keep_PG)
+    # Advantages look at the whole group, so the two parts add up; each is a mean over its own episodes.
+    assert_same({name: rest[name] * 2 / 3 + only[name] / 3 for name in rest}, whole)
+
+
+def test_a_scaled_loss_has_a_scaled_gradient(model: Any, make_groups: MakeGroups) -> None:
+    groups = make_groups(model)
+    whole = gradients(learner_of(model), groups)
+    learner = learner_of(model)
+    found: Gradients = {}
+    original = learner._batch
+
+    def half(*arguments: Any) -> Any:
+        return original(*arguments[:-1], 0.5)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learner, "_batch", half)
+        found = gradients(learner, groups)
+    assert_same(found, {name: gradient / 2 for name, gradient in whole.items()})
 
 
 def test_groups_that_a_filter_turns_down(model: Any, make_groups: MakeGroups) -> None:

@@ -34,27 +34,6 @@ from rehearsal.training.runs import RunFolder
 from rehearsal.training.trajectory_store import read_trajectories
 from rehearsal.trajectory import Trajectory, all_trajectories
 
-SMALL: dict[str, Any] = {
-    "environment": {"name": "frozenlake", "params": {"size": 3}},
-    "agent": {"thinking": False, "max_turns": 3, "max_tokens_per_turn": 12, "max_context": 260},
-    "training": {"steps": 4, "groups": 4, "group_size": 3, "learning_rate": 3e-3, "schedule": "linear"},
-    "evaluation": {"episodes": 4, "every": 2, "validation_episodes": 3},
-    "engine": {"max_sessions": 12, "memory_gib": 0.05},
-    "checkpoint": {"every": 1, "keep": 2},
-    "save_trajectories_every": 2,
-}
-
-
-@pytest.fixture
-def small(taught_folder: Path) -> Callable[..., Recipe]:
-    """A recipe of a few seconds, with options changed by dotted name (two underscores for the dot)."""
-
-    def build(**changes: Any) -> Recipe:
-        overrides = {name.replace("__", "."): value for name, value in changes.items()}
-        return resolve_recipe(SMALL, {"model.path": str(taught_folder), "model.device": "cpu", **overrides})
-
-    return build
-
 
 class StopAfter(SilentObserver):
     """Asks for a stop while a step goes on, as Ctrl-C does."""
@@ -110,18 +89,14 @@ def episodes_of(file: Path) -> list[Trajectory]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(
-    tmp_path_factory: pytest.TempPathFactory, taught_folder: Path
+    tmp_path_factory: pytest.TempPathFactory, small: Callable[..., Recipe]
 ) -> Callable[[str], tuple[Path, Recipe]]:
     """The run that nobody stopped, for an algorithm; played once."""
     runs: dict[str, tuple[Path, Recipe]] = {}
 
     def reference(algorithm: str) -> tuple[Path, Recipe]:
         if algorithm not in runs:
-            recipe = resolve_recipe(
-                SMALL,
-                {"model.path": str(taught_folder), "model.device": "cpu", "algorithm.name": algorithm,
-                 "algorithm.options.kl_coefficient": 0.01},
-            )  # fmt: skip
+            recipe = small(algorithm__name=algorithm, algorithm__options__kl_coefficient=0.01)
             path = tmp_path_factory.mktemp("reference") / algorithm
             train(recipe, output=path)
             runs[algorithm] = (path, recipe)
@@ -444,7 +419,7 @@ def test_everything_is_written_down(uninterrupted: Callable[[str], tuple[Path, R
         assert row["policy/updates"] == 1
         assert row["policy/kl_sampling"] < 1e-6
         assert math.isfinite(row["policy/loss/policy"])
-        parts = row["time/generation"] + row["time/learning"] + row["time/other"]
+        parts = row["time/generation"] + row["time/learning"] + row["time/diagnostics"] + row["time/other"]
         assert parts == pytest.approx(row["time/step"], rel=1e-3)
         assert row["time/other"] >= 0
     assert [row["policy/learning_rate"] for row in rows] == pytest.approx([3e-3 * (1 - i / 4) for i in range(4)])
@@ -526,12 +501,12 @@ def test_a_divergence_ends_the_run_and_keeps_the_last_good_state(
     run = tmp_path / "run"
     original = loop_module.Learner.step
 
-    def poisoned(self: Any, groups: Any, step: int, keep_P: Any = None) -> dict[str, float]:
+    def poisoned(self: Any, groups: Any, step: int, *rest: Any) -> dict[str, float]:
         if step == 2:
             groups[0].trajectories[0].turns[0].rewards = [1.0]  # something to learn, so something to compute
             with torch.no_grad():
                 self.model.model.norm.weight[0] = math.inf
-        return original(self, groups, step, keep_P)
+        return original(self, groups, step, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop_module.Learner, "step", poisoned)
@@ -623,7 +598,7 @@ def test_dead_groups_are_replaced_by_fresh_tasks(small: Callable[..., Recipe]) -
     trainer = refill_trainer(small, lambda number: number % 2 == 1)
     batch = trainer.play()
     # 4 groups with 2 alive, 2 more with 1, 1 more with none (number 6), 1 more alive.
-    assert batch.keep_P.tolist() == [False, True, False, True, False, True, False, True]
+    assert batch.kept.keep_P.tolist() == [False, True, False, True, False, True, False, True]
     assert batch.rounds == 4
     seeds = [group.trajectories[0].seed for group in batch.groups]
     assert len(set(seeds)) == 8
@@ -635,9 +610,9 @@ def test_refills_are_bounded(small: Callable[..., Recipe]) -> None:
     batch = trainer.play()
     assert batch.rounds == 1 + 3
     assert len(batch.groups) == 4 + 3 * 3
-    assert int(batch.keep_P.sum()) == 1
+    assert int(batch.kept.keep_P.sum()) == 1
     # The policy learns from what is there; nothing is duplicated to fill the step.
-    figures = trainer.learner.step(batch.groups, 0, batch.keep_P)
+    figures = trainer.learner.step(batch.groups, 0, batch.kept.keep_PG)
     assert figures["policy/grad_norm"] > 0
 
 
@@ -645,7 +620,7 @@ def test_refills_are_bounded(small: Callable[..., Recipe]) -> None:
 def test_exactly_as_many_groups_as_asked_for_are_kept(first_dead: int, small: Callable[..., Recipe]) -> None:
     trainer = refill_trainer(small, lambda number: number >= first_dead)
     batch = trainer.play()
-    assert int(batch.keep_P.sum()) == 4
+    assert int(batch.kept.keep_P.sum()) == 4
     assert len(batch.groups) == 4 + first_dead
     assert batch.rounds == (1 if first_dead == 0 else 2)
 
@@ -653,7 +628,7 @@ def test_exactly_as_many_groups_as_asked_for_are_kept(first_dead: int, small: Ca
 def test_without_dynamic_sampling_every_group_is_kept(small: Callable[..., Recipe]) -> None:
     trainer = Trainer(small(evaluation__episodes=0))
     batch = trainer.play()
-    assert batch.keep_P.tolist() == [True] * 4
+    assert batch.kept.keep_P.tolist() == [True] * 4
     assert batch.rounds == 1
 
 

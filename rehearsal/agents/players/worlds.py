@@ -104,8 +104,11 @@ class SokobanWorld(World):
         return f"me {spelled(player)}, box {spelled(box)}, target {spelled(target)}: {way(box, target)}{near}."
 
     def intention(self, env: TextEnv, actions: Sequence[str], rng: np.random.Generator) -> str:
-        """The side to push from, the way there and the moves. The side belongs to the plan if these moves push, or the best plan
-        begins with them; otherwise to a push that brings the first box closer."""
+        """The side to push from, the way there and the moves.
+
+        The side belongs to the plan if these moves push, or the best plan begins with them; otherwise to a push that
+        brings the first box closer.
+        """
         box, _ = self._task(env)
         if box is None:
             return super().intention(env, actions, rng)

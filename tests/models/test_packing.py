@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rehearsal.models.head import token_logprobs
 from rehearsal.models.packed import packed_attention, packed_hidden
-from rehearsal.training.packing import Pack, PackItem, common_prefix, make_packs
+from rehearsal.models.packing import Pack, PackItem, common_prefix, make_packs
 
 
 @st.composite

@@ -1,0 +1,61 @@
+"""Log-probs of given tokens under a model, many sequences at once and without gradients."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+
+from rehearsal.models.head import token_logprobs
+from rehearsal.models.packed import causal_lm, packed_hidden
+from rehearsal.models.packing import Pack, PackItem, make_packs
+from rehearsal.models.parallel import map_packs, pack_workers
+
+
+def target_logprobs(
+    model: Any, items: Sequence[PackItem], *, temperature: float = 1.0, pack_tokens: int = 4096,
+    share_prefixes: bool = True, precision: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> list[np.ndarray]:  # fmt: skip
+    """Log-probs in nats of the target tokens of every sequence.
+
+    Args:
+        model: a Hugging Face causal LM.
+        items: the sequences; neighbours of the same group that begin alike are read with one common prefix.
+        temperature: of the distributions.
+        pack_tokens: tokens of one forward pass.
+        share_prefixes: whether common prefixes are read once.
+        precision: makes the context that a forward pass runs in, such as autocast.
+
+    Returns:
+        float32 arrays, one a sequence, in order.
+    """
+    device = next(causal_lm(model).parameters()).device
+
+    def logprobs_of(pack: Pack) -> np.ndarray:
+        with precision():
+            hidden_TD = packed_hidden(model, pack.token_ids_T, pack.positions_T, pack.plan)
+            hidden_ND = hidden_TD.index_select(0, pack.sources_N)
+            flat_N, _ = token_logprobs(causal_lm(model), hidden_ND, pack.targets_N, temperature=temperature)
+        return flat_N.float().cpu().numpy()
+
+    return each_target([model], items, logprobs_of, pack_tokens, share_prefixes, device, pack_workers(model))
+
+
+@torch.no_grad()
+def each_target(
+    models: Sequence[Any], items: Sequence[PackItem], flat_of: Callable[[Pack], np.ndarray], pack_tokens: int,
+    share_prefixes: bool, device: torch.device | str, workers: int,
+) -> list[np.ndarray]:  # fmt: skip
+    """A number for every target token, by ``flat_of`` a pack; one array a sequence, in order."""
+    packs = make_packs(items, pack_tokens, share_prefixes=share_prefixes, device=device)
+    parts = list(map_packs(models, flat_of, packs, workers))
+    flat_N = np.concatenate(parts) if parts else np.empty(0, np.float32)
+    ends = np.cumsum([len(item.targets) for item in items], dtype=np.int64)
+    return np.split(flat_N, ends)[:-1]
+
+
+__all__ = ["each_target", "target_logprobs"]

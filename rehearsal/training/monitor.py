@@ -1,0 +1,140 @@
+"""Measures the learning signal of a run as it goes, within a budget, and says when something is wrong."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rehearsal.diagnostics import (
+    RULE_NAMES,
+    CrossTable,
+    Series,
+    SmoothedDeviation,
+    Tags,
+    Verdict,
+    Watch,
+    any_turn_table,
+    behaviour_metrics,
+    first_turn_table,
+    measure,
+    signal_metrics,
+)
+from rehearsal.errors import RecipeError
+from rehearsal.models.chat import ChatRenderer
+from rehearsal.training.learner import Learner
+from rehearsal.training.recipe import DiagnosticsOptions
+from rehearsal.trajectory import Group, all_trajectories
+
+_LEARNING_PASSES = 3.0
+"""A token that is learned from costs about as much as three that are read: one pass forward, two back."""
+
+
+class Monitor:
+    """What a trainer asks about its signal.
+
+    Args:
+        options: of the recipe.
+        learner: the policy that played is scored with it, before it learns.
+        renderer: of the policy; tells the tags around its thoughts.
+        seed: draws samples.
+    """
+
+    def __init__(
+        self, options: DiagnosticsOptions, learner: Learner, renderer: ChatRenderer, seed: int, thinking: bool = True
+    ) -> None:
+        for name in (*options.stop_on, *options.go_back_on):
+            if name not in RULE_NAMES:
+                raise RecipeError(f"There is no verdict {name!r}; there are {', '.join(RULE_NAMES)}.")
+        self.options = options
+        self.watch = Watch()
+        self._learner = learner
+        self._seed = seed
+        self._thinking = thinking
+        self._tags = Tags(tuple(renderer.encode("<think>").tolist()), tuple(renderer.encode("</think>").tolist()))
+        self._rows: list[Mapping[str, Any]] = []
+        self._deviations: dict[str, SmoothedDeviation] = {}
+
+    # Figures
+
+    def measure(self, groups: Sequence[Group], step: int) -> dict[str, float]:
+        """Everything about a batch that needs no gradient.
+
+        Args:
+            groups: all that were played.
+            step: number of the step, from 0.
+        """
+        began = time.perf_counter()
+        figures = {**signal_metrics(groups), **behaviour_metrics(groups)}
+        if self._due(self.options.every, step) and self._thinking:
+            figures |= self._information(groups, step)
+        figures["time/diagnostics"] = time.perf_counter() - began
+        return figures
+
+    def probe_groups(self, step: int) -> int:
+        """Groups of each quartile whose gradients are to be taken apart in a step."""
+        return self.options.gradient_groups if self._due(self.options.gradients_every, step) else 0
+
+    @staticmethod
+    def _due(every: int, step: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def _information(self, groups: Sequence[Group], step: int) -> dict[str, float]:
+        # A budget in tokens and not in seconds: a run on a busy machine measures the same.
+        learned = sum(trajectory.n_tokens for trajectory in all_trajectories(groups) if not trajectory.failed)
+        budget = int(self.options.max_share * _LEARNING_PASSES * learned / 2)
+        figures: dict[str, float] = {}
+        most = self.options.prompts
+        tables: dict[str, CrossTable | None] = {
+            "first": first_turn_table(groups, self._tags, self._rng(step, 0), budget, most),
+            "all": any_turn_table(groups, self._tags, self._rng(step, 1), budget, most),
+        }
+        for name, table in tables.items():
+            if table is None:
+                continue
+            found = measure(table, self._learner.score)
+            figures |= found.sequence.sample_figures(f"information/{name}")
+            figures |= found.sequence.figures(f"information/{name}/sequence")
+            figures |= found.per_token.figures(f"information/{name}/per_token")
+            figures[f"information/{name}/empty"] = found.empty
+            figures[f"information/{name}/tokens"] = float(found.cost)
+            for definition, estimate in (("sequence", found.sequence), ("per_token", found.per_token)):
+                key = f"{name}/{definition}"
+                smoothed = self._deviations.setdefault(key, SmoothedDeviation()).update(estimate.marginal_deviation)
+                figures[f"information/{key}/z_score_smoothed"] = estimate.smoothed_z_score(smoothed)
+        return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+    def _rng(self, step: int, which: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, step, 7, which])
+
+    # Verdicts
+
+    def judge(self, step: int, metrics: Mapping[str, float]) -> list[Verdict]:
+        """Take in the metrics of a step; returns the verdicts that are called now."""
+        self._rows.append({"step": step, **metrics})
+        return self.watch.look(Series(self._rows))
+
+    def end_of(self, called: Sequence[Verdict]) -> Verdict | None:
+        """The first of these verdicts that the recipe ends the run on."""
+        ending = {*self.options.stop_on, *self.options.go_back_on}
+        return next((verdict for verdict in called if verdict.rule.name in ending), None)
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run has to know; the verdicts follow from the metrics."""
+        return {name: deviation.value for name, deviation in self._deviations.items()}
+
+    def load_state_dict(self, state: Mapping[str, float | None]) -> None:
+        self._deviations = {name: SmoothedDeviation(value=value) for name, value in state.items()}
+
+    def replay(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Judge the steps of a run that is resumed."""
+        self._rows = []
+        self.watch = Watch()
+        for row in rows:
+            self._rows.append(row)
+            self.watch.look(Series(self._rows))

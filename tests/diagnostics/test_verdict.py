@@ -1,0 +1,212 @@
+"""The rules, on runs made up for each of them, and their hysteresis."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rehearsal.diagnostics import RULE_NAMES, RULES, Rule, Series, Thresholds, Watch, judge
+
+HEALTHY: dict[str, Callable[[int], float]] = {
+    "signal/dead_groups": lambda i: 0.2 + 0.2 * i / 60,
+    "signal/dead_groups_solved": lambda i: 0.2 * i / 60,
+    "signal/dead_groups_failed": lambda i: 0.2 - 0.1 * i / 60,
+    "signal/reward_std_in_group": lambda i: 0.35 - 0.1 * i / 60,
+    "train/reward": lambda i: 0.2 + 0.6 * i / 60,
+    "train/success": lambda i: 0.2 + 0.6 * i / 60,
+    "policy/entropy": lambda i: 0.2 - 0.1 * i / 60,
+    "policy/grad_norm": lambda i: 0.3,
+    "policy/mismatch_first": lambda i: 1e-6,
+    "behaviour/thought_tokens": lambda i: 20.0,
+    "behaviour/invalid_turns": lambda i: 0.02,
+    "information/first/sequence/share": lambda i: 0.95,
+    "information/first/sequence/conditional_entropy": lambda i: 3.0,
+    "information/first/sequence/retrieval": lambda i: 0.95,
+    "gradient/policy/snr": lambda i: 0.4,
+    "gradient/policy/norm": lambda i: 0.1,
+}
+"""A run of sixty steps that gets better."""
+
+
+def run(steps: int = 60, **changes: Callable[[int], float]) -> list[dict[str, float]]:
+    """The healthy run with some figures changed; ``a__b`` stands for the name a/b."""
+    series = HEALTHY | {name.replace("__", "/"): values for name, values in changes.items()}
+    return [{"step": i + 1, **{name: values(i) for name, values in series.items()}} for i in range(steps)]
+
+
+def names(rows: list[dict[str, float]]) -> set[str]:
+    return {verdict.rule.name for verdict in judge(rows)}
+
+
+def late(before: float, after: float, begin: int = 30) -> Callable[[int], float]:
+    return lambda i: before if i < begin else after
+
+
+def test_a_healthy_run_has_no_verdict() -> None:
+    assert names(run()) == set()
+
+
+SICK: dict[str, dict[str, Callable[[int], float]]] = {
+    "too_easy": {"signal__dead_groups": late(0.3, 0.9), "signal__dead_groups_solved": late(0.2, 0.85)},
+    "too_hard": {"signal__dead_groups": late(0.3, 0.9), "signal__dead_groups_failed": late(0.2, 0.85)},
+    "no_signal": {
+        "signal__dead_groups": late(0.3, 0.9), "signal__dead_groups_solved": late(0.0, 0.2),
+        "signal__dead_groups_failed": late(0.0, 0.2),
+    },
+    "template_collapse": {
+        "information__first__sequence__share": late(0.9, 0.1),
+        "information__first__sequence__conditional_entropy": late(3.0, 2.5),
+    },
+    "entropy_collapse": {"policy__entropy": late(0.2, 0.01), "train__success": lambda i: 0.4},
+    "echo_trap": {"signal__reward_std_in_group": late(0.35, 0.05), "train__reward": late(0.5, 0.3)},
+    "noise": {"gradient__kl__norm": late(0.01, 0.5)},
+    "length_drift": {"behaviour__thought_tokens": late(20, 45)},
+    "format_lost": {"behaviour__invalid_turns": late(0.02, 0.4)},
+    "disagreement": {"policy__mismatch_first": late(1e-6, 0.1)},
+    "success_fell": {"train__success": late(0.6, 0.3)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RULE_NAMES)
+def test_each_rule_on_a_run_that_has_it(name: str) -> None:
+    verdicts = judge(run(**SICK[name]))
+    assert {verdict.rule.name for verdict in verdicts} == {name}
+    verdict = verdicts[0]
+    assert 31 <= verdict.began <= verdict.called <= 42, "averages look back a few steps"
+    assert verdict.ended is None
+    text = verdict.text()
+    assert text.startswith(verdict.rule.title)
+    assert text.endswith(".")
+    assert any(character.isdigit() for character in verdict.evidence)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # Thoughts that are short and sure are not a template: low I with low H(Z|X).
+        {
+            "information__first__sequence__share": late(0.9, 0.1),
+            "information__first__sequence__conditional_entropy": late(3.0, 0.5),
+        },
+        # A policy that is good may be sure.
+        {"policy__entropy": late(0.2, 0.01), "train__success": lambda i: 0.95},
+        # Spread falls because everything succeeds.
+        {"signal__reward_std_in_group": late(0.35, 0.05), "train__reward": late(0.5, 0.98)},
+        # One bad batch.
+        {"train__success": lambda i: 0.1 if i == 40 else 0.6, "behaviour__invalid_turns": lambda i: 0.5 * (i == 40)},
+    ],
+)
+def test_what_looks_alike_and_is_not(changes: dict[str, Callable[[int], float]]) -> None:
+    assert names(run(**changes)) == set()
+
+
+def test_a_noisy_gradient_needs_several_looks() -> None:
+    def rows(ratio: float, every: int) -> list[dict[str, float]]:
+        found = run()
+        for i, row in enumerate(found):
+            del row["gradient/policy/snr"], row["gradient/policy/norm"]
+            if i % every == 0:
+                row["gradient/policy/snr"] = ratio
+        return found
+
+    assert names(rows(0.0, 30)) == set()
+    assert names(rows(0.0, 5)) == {"noise"}
+    assert names(rows(0.3, 5)) == set()
+
+
+def flag(values: list[Any]) -> list[dict[str, float]]:
+    return [{"step": i + 1, **({} if value is None else {"x": value})} for i, value in enumerate(values)]
+
+
+FLAG = Rule("flag", "Flag", "It is up.", "Take it down.", "x", lambda s, _: "1" if s.last("x") > 0 else None, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 1, 1, 0, 1, 1, 0], []),
+        ([0, 1, 1, 1, 0, 1, 0, 0, 1], [(2, 4, 6)]),
+        ([1, 1, 1, 0, 0, 1, 1, 1, 1], [(1, 3, 3), (6, 8, None)]),
+        # A step in which nothing was measured counts neither way.
+        ([1, None, 1, None, None, 1, None, 0, None, 1], [(1, 6, None)]),
+        ([], []),
+    ],
+)
+def test_hysteresis(values: list[Any], expected: list[tuple[int, int, int | None]]) -> None:
+    found = judge(flag(values), rules=[FLAG])
+    assert [(verdict.began, verdict.called, verdict.ended) for verdict in found] == expected
+
+
+@given(st.lists(st.sampled_from([0, 1, None]), max_size=40))
+@settings(max_examples=200, deadline=None)
+def test_what_was_said_of_a_step_stays_said(values: list[Any]) -> None:
+    whole = judge(flag(values), rules=[FLAG])
+    for count in range(len(values)):
+        earlier = judge(flag(values[:count]), rules=[FLAG])
+        assert [v.called for v in earlier] == [v.called for v in whole if v.called <= count]
+
+
+def test_live_and_from_files_are_the_same() -> None:
+    rows = run(**SICK["format_lost"], **SICK["length_drift"])
+    watch, seen = Watch(), []
+    for count in range(1, len(rows) + 1):
+        seen += watch.look(Series(rows[:count]))
+    assert watch.verdicts == judge(rows)
+    assert [verdict.called for verdict in seen] == sorted(verdict.called for verdict in seen)
+
+
+def test_metrics_that_are_missing_or_odd() -> None:
+    assert judge([]) == []
+    assert judge([{"step": 1}]) == []
+    rows = run(40)
+    for row in rows[5:]:
+        row.clear()
+        row["step"] = 7
+    assert judge(rows) == []
+    odd: list[dict[str, Any]] = [
+        {"step": i + 1, "train/success": "high", "policy/entropy": None, "signal/dead_groups": math.nan, "x": True}
+        for i in range(20)
+    ]
+    assert judge(odd) == []
+
+
+def test_two_rules_never_fire_on_scrambled_health() -> None:
+    """The healthy run with noise of the size that a batch of 256 episodes has."""
+    rng = random.Random(0)
+    for _ in range(20):
+        rows = run()
+        for row in rows:
+            for name in row:
+                if name != "step":
+                    row[name] *= 1 + 0.1 * rng.gauss(0, 1)
+        assert names(rows) == set()
+
+
+def test_series() -> None:
+    series = Series([{"step": 1, "x": 1.0}, {"step": 2}, {"step": 5, "x": 3.0}, {"step": 6, "x": 5.0}])
+    assert (series.step, len(series)) == (6, 4)
+    assert series.measured("x").tolist() == [1, 3, 5]
+    assert series.recent("x", 2) == 4.0
+    assert series.start("x", 3) == 3.0
+    assert math.isnan(series.start("x", 4))
+    assert series.best("x", 2) == 4.0
+    assert math.isnan(series.best("x", 4))
+    assert not series.until(2).fresh("x")
+    assert series.until(3).last("x") == 3.0
+    assert series.until(3).step == 5
+    assert math.isnan(Series([]).last("x"))
+    assert math.isnan(series.recent("y"))
+
+
+def test_every_rule_is_written_out() -> None:
+    for rule in RULES:
+        assert rule.sentence.endswith(".")
+        assert rule.suggestion.endswith(".")
+        assert rule.name in SICK
+    assert Thresholds() == Thresholds()

@@ -1,0 +1,262 @@
+"""Diagnostics in a run: what they measure, what they cost, and what happens on a verdict."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rehearsal.diagnostics import RULES, Verdict, judge, thought_of_turn
+from rehearsal.errors import RecipeError
+from rehearsal.training import monitor as monitor_module
+from rehearsal.training.loop import SilentObserver, Trainer, train
+from rehearsal.training.recipe import Recipe
+from rehearsal.training.runs import RunFolder
+
+THINKING = {"model__path": "base", "agent__thinking": True, "agent__max_tokens_per_turn": 48, "agent__max_context": 600}
+"""The model that ships: it has thoughts."""
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_step_is_measured(small: Callable[..., Recipe]) -> None:
+    recipe = small(
+        evaluation__episodes=0, diagnostics__every=2, diagnostics__gradients_every=3, diagnostics__max_share=1.0,
+        algorithm__options__entropy_coefficient=0.01, **THINKING,
+    )  # fmt: skip
+    trainer = Trainer(recipe)
+    trainer.run()
+    for i, row in enumerate(trainer.history):
+        assert 0 <= row["signal/dead_groups"] <= 1
+        assert row["behaviour/thought_tokens"] > 0
+        assert row["policy/mismatch_first"] < 1e-5
+        assert row["policy/effective_sample_share"] == pytest.approx(1.0, abs=1e-5)
+        assert 0 < row["time/diagnostics_share"] < 1
+        assert ("information/first/sequence/share" in row) == (i % 2 == 0)
+        assert ("gradient/policy/norm" in row) == (i % 3 == 0)
+        assert all(math.isfinite(value) for value in row.values())
+    first = trainer.history[0]
+    assert first["information/first/prompts"] >= 2
+    assert first["information/first/sequence/entropy"] == pytest.approx(
+        first["information/first/sequence/conditional_entropy"] + first["information/first/sequence/mutual_information"]
+    )
+    assert first["gradient/entropy/norm"] > 0
+
+
+def test_looking_changes_nothing(small: Callable[..., Recipe]) -> None:
+    plain = Trainer(small(evaluation__episodes=0, diagnostics__every=0, diagnostics__gradients_every=0, **THINKING))
+    plain.run()
+    watched = Trainer(
+        small(
+            evaluation__episodes=0,
+            diagnostics__every=1,
+            diagnostics__gradients_every=1,
+            diagnostics__max_share=1.0,
+            **THINKING,
+        )
+    )
+    watched.run()
+    assert plain.policy is not None
+    assert watched.policy is not None
+    for (name, one), (_, other) in zip(
+        plain.policy.model.named_parameters(), watched.policy.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
+    assert "information/first/sequence/share" not in plain.history[0]
+
+
+def test_thoughts_are_scored_with_the_policy_that_had_them(small: Callable[..., Recipe]) -> None:
+    """Under its own prompt a thought is as likely as it was when it was sampled."""
+    trainer = Trainer(small(evaluation__episodes=0, **THINKING))
+    batch = trainer.play()
+    rng = np.random.default_rng(0)
+    table = monitor_module.first_turn_table(batch.groups, trainer.monitor._tags, rng, 10**9, 99, 99)
+    assert table is not None
+    scores_NM = table.scores(trainer.learner.score)
+    sampled: dict[bytes, list[float]] = {}
+    for group in batch.groups:
+        for trajectory in group:
+            segment = trajectory.segments[0]
+            thought = thought_of_turn(segment, 0, trainer.monitor._tags)
+            assert thought is not None
+            begin = len(thought.prompt)
+            total = float(segment.logprobs[begin : begin + len(thought.tokens)].sum())
+            sampled.setdefault(segment.token_ids[: begin + len(thought.tokens)].tobytes(), []).append(total)
+    for i, thought in enumerate(table.thoughts):
+        key = np.concatenate([thought.prompt, thought.tokens]).tobytes()
+        assert scores_NM[i, table.own[i]] == pytest.approx(sampled[key][0], abs=1e-3)
+
+
+def test_a_run_without_thoughts_has_no_information_to_measure(small: Callable[..., Recipe]) -> None:
+    trainer = Trainer(small(evaluation__episodes=0, training__steps=1, **THINKING | {"agent__thinking": False}))
+    trainer.run()
+    assert not any(name.startswith("information/") for name in trainer.history[0])
+    assert "behaviour/answer_tokens" in trainer.history[0]
+
+
+@pytest.mark.parametrize("size", [(1, 4), (3, 1), (1, 1)])
+def test_a_single_prompt_and_groups_of_one(size: tuple[int, int], small: Callable[..., Recipe]) -> None:
+    groups, each = size
+    trainer = Trainer(
+        small(
+            evaluation__episodes=0, training__groups=groups, training__group_size=each, training__steps=2,
+            diagnostics__every=1, diagnostics__gradients_every=1, diagnostics__max_share=1.0,
+        )
+    )  # fmt: skip
+    trainer.run()
+    for row in trainer.history:
+        assert all(math.isfinite(value) for value in row.values())
+        if each == 1:
+            assert row["signal/dead_groups"] == 1.0
+
+
+class Cry:
+    """A rule that holds from a step on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, begin: int) -> None:
+        def condition(series: Any, _: Any) -> str | None:
+            return f"It is step {series.step}." if series.step >= begin else None
+
+        rules = [
+            monitor_module.Watch()
+            .rules[0]
+            .__class__(rule.name, rule.title, rule.sentence, rule.suggestion, "train/reward", condition, 1, 3)
+            for rule in RULES
+            if rule.name == "too_hard"
+        ]
+        real = monitor_module.Watch
+        monkeypatch.setattr(monitor_module, "Watch", lambda: real(rules=rules))
+
+
+class Listener(SilentObserver):
+    def __init__(self) -> None:
+        self.heard: list[tuple[int, str]] = []
+
+    def verdict(self, step: int, verdict: Verdict) -> None:
+        self.heard.append((step, verdict.rule.name))
+
+
+def test_a_verdict_is_told_when_it_is_called(
+    small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    Cry(monkeypatch, 3)
+    listener = Listener()
+    result = train(small(), output=tmp_path / "run", observer=listener)
+    assert listener.heard == [(3, "too_hard")]
+    assert result.summary["verdicts"] == ["too_hard"]
+    assert result.summary["steps"] == 4
+    assert "ended_by" not in result.summary
+
+
+def test_a_run_may_end_on_a_verdict(
+    small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    Cry(monkeypatch, 2)
+    result = train(small(diagnostics__stop_on=["too_hard"]), output=tmp_path / "run")
+    assert result.summary["steps"] == 2
+    assert result.summary["ended_by"] == "too_hard"
+    assert "success_after" in result.summary
+    folder = RunFolder.open(tmp_path / "run")
+    assert folder.info.status == "finished"
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2]
+    # It can be taken further, from where it ended.
+    further = train(
+        output=tmp_path / "run", resume=True, overrides={"diagnostics.stop_on": []},
+    )  # fmt: skip
+    assert further.summary["steps"] == 4
+
+
+def test_a_run_may_go_back_on_a_verdict(
+    small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    Cry(monkeypatch, 3)
+    recipe = small(diagnostics__go_back_on=["too_hard"], checkpoint__every=1, checkpoint__keep=9)
+    back = train(recipe, output=tmp_path / "back")
+    assert back.summary["steps"] == 3
+    monkeypatch.undo()
+    two = train(small(training__steps=4), output=tmp_path / "two", observer=StopAfter(2))
+    for (name, one), (_, other) in zip(
+        back.policy.model.named_parameters(), two.policy.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
+    assert RunFolder.open(tmp_path / "back").info.warnings == [
+        "The policy is that of step 2, the last checkpoint before the verdict began."
+    ]
+
+
+def test_going_back_without_a_checkpoint_says_so(
+    small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    Cry(monkeypatch, 1)
+    result = train(small(diagnostics__go_back_on=["too_hard"]), output=tmp_path / "run")
+    assert result.summary["steps"] == 1
+    assert "no checkpoint from before step 1" in RunFolder.open(tmp_path / "run").info.warnings[0]
+
+
+class StopAfter(SilentObserver):
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def started(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def step(self, step: int, metrics: Any) -> None:
+        self.trainer.stop_requested = step >= self.steps
+
+
+def test_a_resumed_run_knows_its_verdicts(
+    small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    Cry(monkeypatch, 1)
+    train(small(), output=tmp_path / "run", observer=StopAfter(2))
+    listener = Listener()
+    result = train(output=tmp_path / "run", resume=True, observer=listener)
+    assert listener.heard == [], "it was told before"
+    assert result.summary["verdicts"] == ["too_hard"]
+
+
+def test_verdicts_can_be_had_from_the_files(small: Callable[..., Recipe], tmp_path: Path) -> None:
+    train(small(), output=tmp_path / "run")
+    rows = RunFolder.open(tmp_path / "run").metrics().rows
+    assert isinstance(judge(rows), list)
+
+
+@pytest.mark.parametrize("option", ["stop_on", "go_back_on"])
+def test_a_verdict_that_does_not_exist(option: str, small: Callable[..., Recipe]) -> None:
+    with pytest.raises(RecipeError, match="There is no verdict 'collapse'; there are too_easy, too_hard"):
+        Trainer(small(**{f"diagnostics__{option}": ["collapse"]}))
+
+
+def test_filters_in_a_run(small: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = small(filter__name="top_k", filter__options__k=2, filter__loss_scaling="sqrt", evaluation__episodes=0)
+    train(recipe, output=tmp_path / "run")
+    for row in rows_of(tmp_path / "run"):
+        assert row["signal/kept_groups"] <= 2
+        assert row["signal/kept_share"] == row["signal/kept_groups"] / 4
+        assert row["signal/kept_episodes"] == row["signal/kept_groups"] * 3
+        assert row["policy/updates"] == float(row["signal/kept_groups"] > 0)
+
+
+def test_refilling_goes_with_every_filter(small: Callable[..., Recipe]) -> None:
+    for name in ("top_p", "top_k", "min_p", "random", "extremes", "none"):
+        trainer = Trainer(
+            small(
+                algorithm__options__dynamic_sampling=True, algorithm__options__max_refill_tries=2, filter__name=name,
+                evaluation__episodes=0,
+            )
+        )  # fmt: skip
+        batch = trainer.play()
+        assert 1 <= batch.rounds <= 3
+        assert len(batch.groups) <= 12
+        assert int(batch.kept.keep_P.sum()) <= 4
+        assert len(batch.kept.reasons) == len(batch.groups)
+        again = Trainer(trainer.recipe).play()
+        assert np.array_equal(again.kept.keep_PG, batch.kept.keep_PG)
