@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rehearsal.reports.data import ReportData
-from rehearsal.reports.plots import Chart, Series, Unit
+from rehearsal.reports.plots import Chart, Series, Span, Unit
 from rehearsal.reports.verdict import number
 
 
@@ -67,29 +67,6 @@ PLANS: dict[str, list[Plan]] = {
             evaluated="format_errors",
         ),
     ],
-    "Is there something to learn from?": [
-        Plan(
-            "Dead groups",
-            "Share of groups whose episodes all got the same reward: they teach the policy nothing. Near 100%, the "
-            "tasks are too easy or too hard.",
-            {
-                "signal/dead_groups": "all",
-                "signal/dead_groups_solved": "all solved",
-                "signal/dead_groups_failed": "none solved",
-            },
-            "share",
-        ),
-        Plan(
-            "Groups",
-            "Groups that were played, and those that were kept for the policy to learn from.",
-            {"signal/played_groups": "played", "signal/kept_groups": "kept"},
-        ),
-        Plan(
-            "Spread of rewards",
-            "Standard deviation of the reward inside a group: what advantages are made of.",
-            {"signal/reward_std_in_group": "inside groups"},
-        ),
-    ],
     "The policy": [
         Plan("Entropy", "Nats a token. Towards zero, it tries nothing new any more.", {"policy/entropy": "policy"}),
         Plan(
@@ -132,7 +109,137 @@ PLANS: dict[str, list[Plan]] = {
     ],
 }
 
-_TIME_PARTS = {"time/generation": "generation", "time/learning": "learning", "time/other": "other"}
+SIGNAL_PLANS: dict[str, list[Plan]] = {
+    "Is there something to learn from?": [
+        Plan(
+            "Dead groups",
+            "Share of groups whose episodes all got the same reward: they teach the policy nothing. Near 100%, the "
+            "tasks are too easy or too hard.",
+            {
+                "signal/dead_groups": "all",
+                "signal/dead_groups_solved": "all solved",
+                "signal/dead_groups_failed": "none solved",
+            },
+            "share",
+        ),
+        Plan(
+            "Kept groups",
+            "Share of the played groups that the policy learned from, after the filter.",
+            {"signal/kept_share": "kept"},
+            "share",
+        ),
+        Plan(
+            "Spread of rewards",
+            "Standard deviation of the reward inside a group: what advantages are made of.",
+            {"signal/reward_std_in_group": "inside groups"},
+        ),
+        Plan(
+            "Updates",
+            "Optimiser updates of a step: fewer of them are not a better signal.",
+            {"policy/updates": "updates"},
+            smooth=False,
+        ),
+    ],
+    "Do thoughts depend on their prompts?": [
+        Plan(
+            "Information",
+            "I(X;Z) over its ceiling. At 100% every thought tells its prompt from all others of the sample.",
+            {
+                "information/first/sequence/share": "first turn",
+                "information/all/sequence/share": "all turns",
+            },
+            "share",
+        ),
+        Plan(
+            "Retrieval",
+            "How often a thought is likeliest under the prompt that it was an answer to, against guessing.",
+            {
+                "information/first/sequence/retrieval": "first turn",
+                "information/all/sequence/retrieval": "all turns",
+                "information/first/chance": "guessing",
+            },
+            "share",
+        ),
+        Plan(
+            "Information a token",
+            "The same by the published code's definition: of log-likelihoods divided by the thought's length.",
+            {
+                "information/first/per_token/mutual_information": "first turn",
+                "information/all/per_token/mutual_information": "all turns",
+            },
+        ),
+        Plan(
+            "Shared phrases",
+            "Runs of four tokens that stand in more than half of the first thoughts: the template.",
+            {"behaviour/shared_ngrams": "shared", "behaviour/distinct_ngrams": "distinct"},
+            "share",
+        ),
+    ],
+    "Signal and noise": [
+        Plan(
+            "Gradient",
+            "Mean norm of the gradient of a single group, by objective. Above the policy's, a term other than the "
+            "reward moves the weights.",
+            {
+                "gradient/policy/norm": "policy",
+                "gradient/kl/norm": "KL",
+                "gradient/entropy/norm": "entropy",
+            },
+        ),
+        Plan(
+            "Agreement of groups",
+            "What groups' gradients have in common over what they differ by. A step of P groups has the square root "
+            "of P times as much.",
+            {"gradient/policy/snr": "policy"},
+        ),
+        Plan(
+            "Effective samples",
+            "Share of the tokens that the step is worth after importance weights.",
+            {"policy/effective_sample_share": "share"},
+            "share",
+            zero=False,
+        ),
+        Plan(
+            "Engine against learner",
+            "Difference of log-probs before the first update, nats a token. More than rounding is a defect.",
+            {"policy/mismatch_first": "difference"},
+        ),
+    ],
+    "What it does": [
+        Plan(
+            "Entropy by kind",
+            "Nats a token, of thoughts and of answers.",
+            {"behaviour/entropy_thought": "thoughts", "behaviour/entropy_action": "answers"},
+        ),
+        Plan(
+            "Length by kind",
+            "Tokens a turn, tags included.",
+            {"behaviour/thought_tokens": "thoughts", "behaviour/answer_tokens": "answers"},
+            "tokens",
+        ),
+        Plan(
+            "Going in circles",
+            "Share of turns that begin where the episode has been before, and of valid ones that change nothing.",
+            {"behaviour/repeated_states": "been before", "behaviour/unchanged_states": "changed nothing"},
+            "share",
+        ),
+        Plan(
+            "Answers that are no use",
+            "Share of turns with a broken or illegal answer, and of those that were cut off.",
+            {"behaviour/invalid_turns": "broken or illegal", "behaviour/cut_off": "cut off"},
+            "share",
+        ),
+    ],
+}
+"""The plots of the page of signal."""
+
+_SIGNAL = ("signal/", "information/", "gradient/", "behaviour/", "time/diagnostics")
+_TIME_PARTS = {
+    "time/generation": "generation",
+    "time/learning": "learning",
+    "time/diagnostics": "diagnostics",
+    "time/other": "other",
+}
 _SHOWN_ELSEWHERE = {"train/success", "train/episodes"}
 _STOPS = "train/stop/"
 _LOSSES = "policy/loss/"
@@ -159,7 +266,39 @@ def success_chart(data: ReportData) -> Chart:
     note = "Share of episodes solved."
     if any(value is not None for one in series for value in one.low):
         note += " The band is the 95% interval of the held-out evaluation."
-    return Chart("Success", note, series, "share", whole=True)
+    return Chart("Success", note, series, "share", whole=True, spans=finding_spans(data))
+
+
+def finding_spans(data: ReportData, needs: Sequence[str] = ()) -> list[Span]:
+    """Where the diagnostics found something wrong; with ``needs``, only what was read off these metrics."""
+    last = data.steps[-1] if data.steps else 0
+    return [
+        Span(one.began, last if one.ended is None else one.ended, one.rule.title)
+        for one in data.findings
+        if not needs or one.rule.needs in needs
+    ]
+
+
+def spread_chart(data: ReportData) -> Chart:
+    """In-group variances over the steps: the middle one, and bands of the middle half and of the middle four fifths."""
+    quantiles = {name: data.series(f"signal/variance_q{name}") for name in (10, 25, 50, 75, 90)}
+    series = [
+        Series("middle group, half of all", data.steps, quantiles[50], quantiles[25], quantiles[75], colour=0),
+        Series("four fifths of all", data.steps, quantiles[50], quantiles[10], quantiles[90], colour=0),
+    ]
+    return Chart(
+        "Variance inside groups",
+        "Variance of the rewards of a group: the middle group, and the bands that hold half and four fifths of them. "
+        "At zero there is nothing to learn from.",
+        series, spans=finding_spans(data, ("signal/dead_groups", "signal/reward_std_in_group")),
+    )  # fmt: skip
+
+
+def signal_groups(data: ReportData) -> list[ChartGroup]:
+    """The plots of the page of signal that have values."""
+    groups = [ChartGroup(title, [_chart(data, plan) for plan in plans]) for title, plans in SIGNAL_PLANS.items()]
+    filled = [ChartGroup(group.title, [chart for chart in group.charts if not chart.empty]) for group in groups]
+    return [group for group in filled if group.charts]
 
 
 def chart_groups(data: ReportData) -> list[ChartGroup]:
@@ -174,7 +313,9 @@ def chart_groups(data: ReportData) -> list[ChartGroup]:
         if title == "How fast it runs":
             charts.insert(1, _time_shares(data))
         groups.append(ChartGroup(title, [chart for chart in charts if not chart.empty]))
-    rest = [name for name in data.metric_names if name not in used and not name.startswith((_STOPS, _LOSSES))]
+    used |= {name for plans in SIGNAL_PLANS.values() for plan in plans for name in plan.metrics}
+    elsewhere = (_STOPS, _LOSSES, *_SIGNAL)
+    rest = [name for name in data.metric_names if name not in used and not name.startswith(elsewhere)]
     other = [Chart(name, "", [_line(data, name, name, 0)], zero=False) for name in rest]
     return [group for group in (*groups, ChartGroup("Other metrics", other)) if group.charts]
 
@@ -218,7 +359,9 @@ def _chart(data: ReportData, plan: Plan) -> Chart:
         Series(one.name, one.x, one.y, one.low, one.high, _colour(one, place), one.markers, one.smooth)
         for place, one in enumerate(series)
     ]
-    return Chart(plan.title, plan.note, coloured, plan.unit, plan.zero)
+    return Chart(
+        plan.title, plan.note, coloured, plan.unit, plan.zero, spans=finding_spans(data, list(plan.metrics))
+    )  # fmt: skip
 
 
 def _colour(series: Series, place: int) -> int:

@@ -9,8 +9,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rehearsal.diagnostics import Verdict as Finding
+from rehearsal.diagnostics import judge as diagnose
 from rehearsal.errors import CheckpointError
 from rehearsal.reports.episodes import EpisodeChoice, choose_episodes
+from rehearsal.reports.group_archive import GroupArchive, pack_groups
 from rehearsal.reports.verdict import Verdict, judge, number
 from rehearsal.training.json_lines import read_json_lines
 from rehearsal.training.runs import RunFolder, RunInfo
@@ -32,7 +35,9 @@ class ReportData:
         metrics: one row a training step, sorted by step, the last one where a step was recorded twice.
         evaluations: the same by split.
         verdict: whether held-out play got better.
+        findings: what the diagnostics said was wrong, in the order in which they said it.
         episodes: the episodes that the report shows whole.
+        archive: all groups of the training steps.
         problems: sentences about what is missing or damaged.
     """
 
@@ -44,7 +49,9 @@ class ReportData:
     metrics: Sequence[Mapping[str, Any]]
     evaluations: Mapping[str, Sequence[Mapping[str, Any]]]
     verdict: Verdict
+    findings: Sequence[Finding]
     episodes: EpisodeChoice
+    archive: GroupArchive
     problems: Sequence[str]
 
     @property
@@ -112,10 +119,12 @@ def gather(run_path: str | Path) -> ReportData:
     recipe_text = run.recipe_text
     recipe = _parse(recipe_text, problems)
     episodes = choose_episodes(run, problems)
+    archive = pack_groups(run, problems)
     problems.extend(run.info.warnings)
     return ReportData(
-        path, run.info, status, recipe_text, recipe, _by_step(metrics), by_split, judge(by_split), episodes, problems
-    )
+        path, run.info, status, recipe_text, recipe, _by_step(metrics), by_split, judge(by_split),
+        diagnose(_by_step(metrics)), episodes, archive, list(dict.fromkeys(problems)),
+    )  # fmt: skip
 
 
 def _status(run: RunFolder, problems: list[str]) -> str:

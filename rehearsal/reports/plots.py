@@ -53,6 +53,20 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Span:
+    """A stretch of steps that is marked behind the lines.
+
+    Attributes:
+        begin, end: steps.
+        label: said in the plot's description and shown on the mark.
+    """
+
+    begin: float
+    end: float
+    label: str
+
+
+@dataclass(frozen=True)
 class Chart:
     """A plot with its title and a sentence about how to read it.
 
@@ -64,6 +78,7 @@ class Chart:
         zero: whether the axis begins at zero; a "share" goes from 0 to 1 where ``whole`` says so.
         whole: whether the axis of a share ends at 100%.
         stacked: whether the series are areas that add up to a whole.
+        spans: what is marked behind the lines.
     """
 
     title: str
@@ -73,6 +88,7 @@ class Chart:
     zero: bool = True
     whole: bool = False
     stacked: bool = False
+    spans: Sequence[Span] = ()
 
     @property
     def empty(self) -> bool:
@@ -113,12 +129,14 @@ def draw(chart: Chart, width: int = 400, height: int = 190) -> Markup:
     if chart.stacked:
         series = _stack(series)
     frame = _Frame(width, height, _x_range(series), (0.0, 1.0) if chart.stacked else _y_range(chart, series))
+    _mark_spans(frame, chart.spans)
     _axes(frame, chart.unit)
     hover: list[dict[str, object]] = []
     # The first series is the one that matters: it is drawn last, on top of the others.
     for one in reversed(series):
         hover.insert(0, _draw_area(frame, one) if chart.stacked else _draw_line(frame, one, chart.unit))
     label = f"{chart.title}: " + "; ".join(_in_words(one, chart.unit, chart.stacked) for one in series)
+    label += "".join(f"; {span.label} from step {span.begin:g}" for span in chart.spans)
     head = (
         f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" tabindex="0" aria-label="{escape(label)}" '
         f'data-hover="{escape(json.dumps(hover, ensure_ascii=False, separators=(",", ":")))}" '
@@ -252,6 +270,22 @@ def _axes(frame: _Frame, unit: Unit) -> None:
             frame.parts.append(
                 f'<text class="tick" x="{x}" y="{frame.height - 6}" text-anchor="middle">{value:,.0f}</text>'
             )
+
+
+def _mark_spans(frame: _Frame, spans: Sequence[Span]) -> None:
+    low, high = frame.x_range
+    for span in spans:
+        if span.end < low or span.begin > high:
+            continue
+        left, right = frame.x(max(span.begin, low)), frame.x(min(span.end, high))
+        width = max(3.0, right - left)
+        left = min(left, frame.width - frame.right - width)
+        height = frame.height - frame.top - frame.bottom
+        frame.parts.append(
+            f'<rect class="span" x="{left:g}" y="{frame.top}" width="{width:g}" height="{height}">'
+            f"<title>{escape(span.label)}</title></rect>"
+            f'<line class="span-edge" x1="{left:g}" x2="{left:g}" y1="{frame.top}" y2="{frame.top + height}"/>'
+        )
 
 
 def _spell_ticks(marks: Sequence[float], unit: Unit) -> list[str]:

@@ -155,3 +155,134 @@ for (const browser of document.querySelectorAll("[data-browser]")) {
   walk(list, visible, "ArrowDown", "ArrowUp");
   filter();
 }
+
+// Groups of a step lie in the page as deflated JSON and are unpacked when they are asked for.
+async function unpack(step) {
+  const packed = document.querySelector('template[data-step="' + step + '"]').content.textContent;
+  const bytes = Uint8Array.from(atob(packed.trim()), (sign) => sign.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return JSON.parse(await new Response(stream).text());
+}
+
+function make(tag, name, text) {
+  const element = document.createElement(tag);
+  if (name) element.className = name;
+  if (text !== undefined) element.textContent = text;
+  return element;
+}
+
+function amount(value) {
+  if (value === null) return "none";
+  return (value > 0 ? "+" : value < 0 ? "\u2212" : "") + Math.abs(value);
+}
+
+function block(kind, content) {
+  const outer = make("div", "block " + kind);
+  const body = make("div", "body");
+  body.append(...content);
+  outer.append(body);
+  return outer;
+}
+
+function mini(episode, number) {
+  const words = { solved: "Solved", unsolved: "Not solved", failed: "Broke off", open: "Played" };
+  const card = make("article", "card mini" + (episode.kept ? "" : " out"));
+  const head = make("header");
+  head.append(make("b", "result " + episode.result, number + 1 + ". " + words[episode.result]));
+  head.append(make("span", "reward " + (episode.reward > 0 ? "up" : episode.reward < 0 ? "down" : "flat"), amount(episode.reward)));
+  card.append(head);
+  for (const turn of episode.turns) {
+    const one = make("div", "turn");
+    one.append(block("observation", [make("pre", "", turn.o)]));
+    if (turn.n) one.append(block("notice", [make("p", "", turn.n)]));
+    if (turn.t) one.append(block("thought", [make("p", "", turn.t)]));
+    const acts = turn.a.map((action, k) => make("span", "act" + (k < turn.x ? "" : " skipped"), action));
+    if (!acts.length) acts.push(make("span", "act none", "no action could be read"));
+    if (!turn.v) acts.push(make("span", "flag", "not valid"));
+    if (turn.r) acts.push(make("span", "reward " + (turn.r > 0 ? "up" : "down"), amount(turn.r)));
+    one.append(block("action", acts));
+    card.append(one);
+  }
+  const end = make("p", "why", episode.stop.replaceAll("_", " ") + (episode.kept ? "" : "; the policy did not learn from it") + (episode.error ? ". " + episode.error : ""));
+  if (episode.end) card.append(block("end", [make("pre", "", episode.end)]));
+  card.append(end);
+  return card;
+}
+
+function strip(episodes, low, high) {
+  const drawing = document.createElementNS(SVG, "svg");
+  drawing.setAttribute("class", "strip");
+  drawing.setAttribute("viewBox", "0 0 160 16");
+  for (const episode of episodes) {
+    if (episode.reward === null) continue;
+    const mark = document.createElementNS(SVG, "circle");
+    mark.setAttribute("cx", 6 + (high > low ? (148 * (episode.reward - low)) / (high - low) : 74));
+    mark.setAttribute("cy", 8);
+    mark.setAttribute("r", 4);
+    if (!episode.kept) mark.setAttribute("class", "out");
+    drawing.append(mark);
+  }
+  return drawing;
+}
+
+for (const browser of document.querySelectorAll("[data-groups]")) {
+  const steps = browser.querySelector(".step");
+  const which = browser.querySelector(".which");
+  const list = browser.querySelector(".group-list");
+  const side = browser.querySelector(".side");
+  const none = browser.querySelector(".nothing");
+  const count = browser.querySelector(".count");
+  const unpacked = new Map();
+  let asked = "";
+
+  function choose(button, group) {
+    for (const other of list.querySelectorAll("button")) other.removeAttribute("aria-current");
+    button.setAttribute("aria-current", "true");
+    none.hidden = true;
+    browser.querySelector(".group-why")?.remove();
+    const why = make("p", "group-why", "Group " + (group.n + 1) + (group.why ? ", " + group.why : "") + ". Variance of its rewards: " + (group.var ?? "unknown") + ".");
+    side.before(why);
+    side.replaceChildren(...group.episodes.map(mini));
+  }
+
+  async function load() {
+    const step = (asked = steps.value);
+    if (!unpacked.has(step)) unpacked.set(step, await unpack(step));
+    if (step !== asked) return;
+    const groups = unpacked.get(step);
+    const rewards = groups.flatMap((group) => group.episodes.map((one) => one.reward)).filter((reward) => reward !== null);
+    const [low, high] = [Math.min(...rewards), Math.max(...rewards)];
+    list.replaceChildren();
+    let first = null;
+    let shown = 0;
+    for (const group of groups) {
+      const kept = group.episodes.some((one) => one.kept);
+      if (which.value && (which.value === "kept") !== kept) continue;
+      shown += 1;
+      const item = make("div");
+      const button = make("button");
+      button.type = "button";
+      const middle = make("span");
+      middle.append(strip(group.episodes, low, high), make("small", "", group.why || "kept"));
+      const solved = group.episodes.filter((one) => one.result === "solved").length;
+      button.append(make("span", kept ? "" : "off", String(group.n + 1)), middle, make("span", "num", solved + "/" + group.episodes.length));
+      button.addEventListener("click", () => choose(button, group));
+      item.append(button);
+      list.append(item);
+      first ??= [button, group];
+    }
+    count.textContent = shown + " of " + groups.length + " groups";
+    if (first) choose(...first);
+    else {
+      none.hidden = false;
+      browser.querySelector(".group-why")?.remove();
+      side.replaceChildren();
+    }
+  }
+
+  browser.hidden = false;
+  steps.addEventListener("change", load);
+  which.addEventListener("change", load);
+  walk(list, () => [...list.querySelectorAll("button")], "ArrowDown", "ArrowUp");
+  load();
+}

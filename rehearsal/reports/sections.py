@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import jinja2
 from markupsafe import Markup
 
-from rehearsal.reports.charts import chart_groups, stop_shares, success_chart
+from rehearsal.diagnostics import RULES
+from rehearsal.reports.charts import chart_groups, signal_groups, spread_chart, stop_shares, success_chart
 from rehearsal.reports.data import ReportData, moment
 from rehearsal.reports.episodes import CHANGES
+from rehearsal.reports.plane import draw_plane, plane_of
 from rehearsal.reports.plots import spell_seconds
 from rehearsal.reports.recipe import highlighted
 from rehearsal.reports.tables import evaluation_rows, metric_rows, stop_rows
@@ -80,6 +82,27 @@ def overview(data: ReportData, templates: jinja2.Environment) -> Markup:
         facts=facts,
         chart=success_chart(data),
         train=(train[0], train[-1]) if train else None,
+    )
+
+
+@section("signal", "Signal", order=10)
+def signal(data: ReportData, templates: jinja2.Environment) -> Markup | None:
+    """Whether the learning signal is real: what was found wrong, the plane, the figures behind it, and the groups."""
+    groups = signal_groups(data)
+    if not groups and not data.archive.blocks:
+        return None
+    measured = set(data.metric_names)
+    plane = plane_of(data)
+    return _fill(
+        templates,
+        "signal.html.jinja",
+        findings=data.findings,
+        steps=len(data.steps),
+        unjudged=[rule.title.lower() for rule in RULES if rule.needs not in measured],
+        plane=None if plane is None else draw_plane(plane),
+        spread=spread_chart(data),
+        groups=groups,
+        archive=data.archive,
     )
 
 
