@@ -1,4 +1,4 @@
-"""The command line: ``rehearsal train``, ``eval``, ``play``, ``report``, ``envs``, ``check``, ``recipes``, ``base``."""
+"""The command line: ``rehearsal train``, ``eval``, ``play``, ``report``, ``diagnose`` and the rest."""
 
 from __future__ import annotations
 
@@ -105,6 +105,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, set[str]]]:
 
     report = command("report", "Write the HTML report of a run.", _report)
     report.add_argument("run_folder", metavar="RUN", type=Path)
+
+    diagnose = command("diagnose", "Say what is wrong with a run, and what to try.", _diagnose)
+    diagnose.add_argument("run_folder", metavar="RUN", type=Path)
+    diagnose.add_argument("--json", action="store_true", help="print JSON")
 
     command("envs", "List the environments.", _envs)
     command("recipes", "List the recipes that come along.", _recipes)
@@ -272,6 +276,33 @@ def _report(options: argparse.Namespace) -> int:
     from rehearsal.reports import write_report
 
     Console().print(str(write_report(options.run_folder)), highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    from rehearsal.reports.diagnosis import FIGURES, diagnose
+
+    found = diagnose(options.run_folder)
+    if options.json:
+        print(json.dumps(found.as_json(), indent=2))
+        return 0
+    console = Console()
+    if found.damaged:
+        console.print(f"[yellow]note[/] {found.damaged} lines of metrics.jsonl could not be read and were left out.")
+    for one in found.verdicts:
+        when = f"since step {one.began}" if one.ended is None else f"steps {one.began} to {one.ended}"
+        console.print(f"[bold yellow]{escape(one.rule.title)}[/] ({when}, called at step {one.called})")
+        console.print(f"  {escape(one.evidence)} {escape(one.rule.sentence)}", highlight=False)
+        console.print(f"  [dim]Try:[/] {escape(one.rule.suggestion)}", highlight=False)
+    if not found.verdicts:
+        console.print(f"Nothing was found wrong in {found.steps} steps.", highlight=False)
+    if found.unjudged:
+        console.print(f"[dim]Not judged, for want of figures: {', '.join(found.unjudged)}.[/]", highlight=False)
+    table = Table("", "start", "end", box=None, padding=(0, 2, 0, 0))
+    for name, (start, end) in found.figures.items():
+        table.add_row(FIGURES[name], f"{start:.3g}", f"{end:.3g}")
+    if found.figures:
+        console.print(table)
     return 0
 
 

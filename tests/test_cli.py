@@ -143,6 +143,13 @@ def test_a_run_from_beginning_to_end(run: Run, tmp_path: Path) -> None:
     assert out.strip() == str(folder / "report.html")
     assert (folder / "report.html").exists()
 
+    code, out, _ = run("diagnose", folder)
+    assert code == 0
+    assert "success in training" in out
+    code, out, _ = run("diagnose", folder, "--json")
+    assert code == 0
+    assert json.loads(out)["steps"] == 3
+
     # The next run of that name has a folder of its own.
     assert run("train", "small.toml", "--training.steps=1", "--evaluation.episodes=0")[0] == 0
     assert (tmp_path / "runs" / "small-2").is_dir()
@@ -218,7 +225,7 @@ def test_overwriting(run: Run, tmp_path: Path) -> None:
 def test_help_of_every_command(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     overview = capsys.readouterr().out
-    for command in ("train", "eval", "play", "report", "envs", "recipes", "check", "base"):
+    for command in ("train", "eval", "play", "report", "diagnose", "envs", "recipes", "check", "base"):
         assert command in overview
         with pytest.raises(SystemExit) as caught:
             main([command, "--help"])
@@ -290,6 +297,10 @@ def test_checking_environments(run: Run) -> None:
         ),
         (("report", "nowhere"), "nowhere holds no run"),
         (("report", "nowhere", "--training.steps", "3"), "--training.steps is not an option of `rehearsal report`"),
+        (("diagnose", "nowhere"), "nowhere holds no metrics.jsonl"),
+        (("train", "small.toml", "--filter.name", "best"), "There is no filter 'best'"),
+        (("train", "small.toml", "--filter.options.q", "1"), "has no option 'q'"),
+        (("train", "small.toml", "--diagnostics.stop_on", '["sadness"]'), "There is no verdict 'sadness'"),
         (("envs", "--all"), "--all is not an option of `rehearsal envs`"),
         (("eval", "./nowhere", "--recipe", "small.toml"), "is not a Hugging Face model folder"),
         (("eval", "base", "--recipe", "small.toml", "--episodes", "0"), "episodes must be 1 or more"),

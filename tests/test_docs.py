@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The results are written by a script and name the options of other scripts.
 PAGES = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")} - {ROOT / "docs" / "results.md"})
 KNOWN_OPTIONS = option_names()
-DICTIONARIES = ("environment.params", "model.template_options", "algorithm.options")
+DICTIONARIES = ("environment.params", "model.template_options", "algorithm.options", "filter.options")
 
 # Names that a reader is to replace: they need not exist.
 PLACES = ("path/to/your/model", "./my-base", "my_recipe.toml", "MODEL")
@@ -228,7 +228,7 @@ def check_command(block: Block, given: list[str]) -> None:
         rest = [*dotted, *rest]
     except SystemExit:
         pytest.fail(f"{block}: the command line does not take: rehearsal {shlex.join(given)}")
-    assert given[0] in ("train", "eval", "play", "report", "envs", "recipes", "check", "base")
+    assert given[0] in ("train", "eval", "play", "report", "diagnose", "envs", "recipes", "check", "base")
     if rest:
         assert options.takes_dotted, f"{block}: rehearsal {given[0]} does not take {rest[0]}"
     dotted = cli._dotted(rest)

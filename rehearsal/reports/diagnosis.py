@@ -1,0 +1,91 @@
+"""What the diagnostics say of a run folder, for the terminal and for other programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rehearsal.diagnostics import RULES, Verdict, judge
+from rehearsal.errors import CheckpointError
+from rehearsal.reports.verdict import number
+from rehearsal.training.json_lines import read_json_lines
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The verdicts on a run.
+
+    Attributes:
+        steps: how many steps they rest on.
+        verdicts: in the order in which they were called.
+        unjudged: names of the rules whose figures were never measured.
+        figures: the figures that say most, as they were at the start and at the end, by name.
+        damaged: lines of the metrics that could not be read.
+    """
+
+    steps: int
+    verdicts: Sequence[Verdict]
+    unjudged: Sequence[str]
+    figures: Mapping[str, tuple[float, float]]
+    damaged: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, in types that JSON knows."""
+        return {
+            "steps": self.steps,
+            "verdicts": [
+                {
+                    "name": one.rule.name, "began": one.began, "called": one.called, "ended": one.ended,
+                    "evidence": one.evidence, "sentence": one.rule.sentence, "suggestion": one.rule.suggestion,
+                }
+                for one in self.verdicts
+            ],
+            "unjudged": list(self.unjudged),
+            "figures": {name: {"start": start, "end": end} for name, (start, end) in self.figures.items()},
+            "damaged_lines": self.damaged,
+        }  # fmt: skip
+
+
+FIGURES = {
+    "train/success": "success in training",
+    "train/reward": "reward",
+    "signal/dead_groups": "groups without reward variance",
+    "signal/reward_std_in_group": "spread of rewards inside groups",
+    "information/first/sequence/share": "what thoughts say of their prompt, over what they could",
+    "information/first/sequence/conditional_entropy": "how varied thoughts are, nats",
+    "policy/entropy": "entropy, nats a token",
+    "behaviour/thought_tokens": "tokens of a thought",
+    "behaviour/invalid_turns": "broken or illegal answers",
+    "policy/effective_sample_share": "effective samples",
+    "policy/mismatch_first": "engine against learner, nats a token",
+}
+"""The figures of :class:`Diagnosis`, with words for people."""
+
+_ENDS = 3
+
+
+def diagnose(run_path: str | Path) -> Diagnosis:
+    """Judge a run from its metrics, finished or not.
+
+    Raises:
+        CheckpointError: if the folder holds no metrics.
+    """
+    file = Path(run_path) / "metrics.jsonl"
+    if not file.is_file():
+        raise CheckpointError(f"{run_path} holds no metrics.jsonl, so there is nothing to judge; name a run folder.")
+    lines = read_json_lines(file)
+    rows = {row["step"]: row for row in lines.rows if isinstance(row.get("step"), int)}
+    ordered = [rows[step] for step in sorted(rows)]
+    measured = {name for row in ordered for name in row}
+    figures = {}
+    for name in FIGURES:
+        values = [value for row in ordered if (value := number(row.get(name))) is not None]
+        if values:
+            first, last = values[:_ENDS], values[-_ENDS:]
+            figures[name] = (sum(first) / len(first), sum(last) / len(last))
+    return Diagnosis(
+        len(ordered), judge(ordered), [rule.name for rule in RULES if rule.needs not in measured], figures,
+        lines.damaged + len(lines.rows) - sum(isinstance(row.get("step"), int) for row in lines.rows),
+    )  # fmt: skip
