@@ -180,6 +180,9 @@ def judge(
 # --- the rules --------------------------------------------------------------------------------------------------------
 
 
+_SPREAD = "signal/reward_std_in_group"
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.0f}%"
 
@@ -239,7 +242,7 @@ def _entropy_collapse(series: Series, limits: Thresholds) -> str | None:
 
 
 def _echo_trap(series: Series, limits: Thresholds) -> str | None:
-    spread, best_spread = series.recent("signal/reward_std_in_group"), series.best("signal/reward_std_in_group")
+    spread, best_spread = series.recent(_SPREAD), series.best(_SPREAD)
     reward, best_reward = series.recent("train/reward"), series.best("train/reward")
     if not spread < limits.spread_fall * best_spread:
         return None
@@ -255,8 +258,7 @@ def _echo_trap(series: Series, limits: Thresholds) -> str | None:
 
 
 def _noise(series: Series, limits: Thresholds) -> str | None:
-    # A look at a few groups cannot tell a small ratio from none: only several of them in a row say something.
-    ratio = series.recent("gradient/policy/snr", 4)
+    ratio = series.recent("gradient/policy/snr", 6)
     task = series.recent("gradient/policy/norm", 3)
     others = {
         "KL term": series.recent("gradient/kl/norm", 3),
@@ -266,8 +268,14 @@ def _noise(series: Series, limits: Thresholds) -> str | None:
     if louder:
         name = max(louder, key=lambda key: louder[key])
         return f"The gradient of the {name} is {louder[name] / max(task, 1e-12):.1f} times that of the rewards."
-    if len(series.measured("gradient/policy/snr")) >= 4 and ratio < limits.noise:
-        return f"The part of the gradient that groups agree on is {_percent(ratio)} of what they differ by."
+    # A look at a few groups cannot tell a small ratio from none, and a small one is enough where many groups are
+    # averaged. So several looks have to find nothing, and the run has to have got nowhere.
+    got_nowhere = series.recent("train/reward") <= series.start("train/reward") + series.start(_SPREAD) / 4
+    if len(series.measured("gradient/policy/snr")) >= 6 and ratio < limits.noise and got_nowhere:
+        return (
+            f"What groups' gradients agree on is {_percent(ratio)} of what they differ by, and the reward is where it "
+            "was."
+        )
     return None
 
 

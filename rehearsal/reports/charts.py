@@ -335,13 +335,18 @@ def _line(data: ReportData, name: str, label: str, colour: int) -> Series:
     return Series(label, data.steps, data.series(name), colour=colour, smooth=True)
 
 
+def _measured(data: ReportData, name: str, label: str, smooth: bool) -> Series:
+    """A metric as a line. One that is measured now and then has no gaps, only fewer points."""
+    values = data.series(name)
+    known = [(step, value) for step, value in zip(data.steps, values, strict=True) if value is not None]
+    if not known or len(known) > len(values) / 2:
+        return Series(label, data.steps, values, smooth=smooth)
+    return Series(label, [step for step, _ in known], [value for _, value in known])
+
+
 def _chart(data: ReportData, plan: Plan) -> Chart:
     present = set(data.metric_names)
-    series = [
-        Series(label, data.steps, data.series(name), smooth=plan.smooth)
-        for name, label in plan.metrics.items()
-        if name in present
-    ]
+    series = [_measured(data, name, label, plan.smooth) for name, label in plan.metrics.items() if name in present]
     if plan.evaluated and data.verdict.split:
         rows = data.evaluations[data.verdict.split]
         low, high = f"{plan.evaluated}_low", f"{plan.evaluated}_high"

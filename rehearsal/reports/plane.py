@@ -11,7 +11,9 @@ from rehearsal.reports.data import ReportData
 from rehearsal.reports.plots import spell, ticks
 
 _PREFIX = "information/first/sequence/"
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 14, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 8, 40
+_HIGHEST = 1.16
+"""Upper end of the scale: room above 100% for the names of the regimes."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,10 @@ def draw_plane(plane: Plane, width: int = 460, height: int = 330) -> Markup:
         return round(_LEFT + max(0.0, value) / most * (width - _LEFT - _RIGHT), 1)
 
     def y(value: float) -> float:
-        return round(height - _BOTTOM - (value - low) / (1.02 - low) * (height - _TOP - _BOTTOM), 1)
+        return round(height - _BOTTOM - (value - low) / (_HIGHEST - low) * (height - _TOP - _BOTTOM), 1)
 
     parts = []
-    left, right, top, bottom = x(0), x(most), y(1.02), y(low)
+    left, right, top, bottom = x(0), x(most), y(_HIGHEST), y(low)
     across, down = x(plane.varied_limit), y(plane.bound_limit)
     parts.append(
         f'<rect class="regime bad" x="{across}" y="{down}" width="{right - across:g}" height="{bottom - down:g}"/>'
@@ -88,8 +90,8 @@ def draw_plane(plane: Plane, width: int = 460, height: int = 330) -> Markup:
     parts.append(f'<line class="limit" x1="{across}" x2="{across}" y1="{top}" y2="{bottom}"/>')
     parts.append(f'<line class="limit" x1="{left}" x2="{right}" y1="{down}" y2="{down}"/>')
     for text, px, py, anchor in (
-        ("varied, about the prompt", right - 6, top + 14, "end"),
-        ("compressed", left + 6, top + 14, "start"),
+        ("varied, about the prompt", right - 6, top + 12, "end"),
+        ("compressed", left + 6, top + 12, "start"),
         ("template", right - 6, bottom - 7, "end"),
         ("collapsed", left + 6, bottom - 7, "start"),
     ):
@@ -109,7 +111,7 @@ def draw_plane(plane: Plane, width: int = 460, height: int = 330) -> Markup:
         px, py = points[place]
         side = "end" if px > right - 60 else "start"
         shift = -10 if side == "end" else 10
-        above = -8 if place == 0 else 16
+        above = 18 if place == 0 else 32 if abs(px - points[0][0]) < 60 else 18
         if len(points) > 1 or place == 0:
             parts.append(f'<text class="mark" x="{px + shift}" y="{py + above}" text-anchor="{side}">{word}</text>')
     middle = (left + right) / 2

@@ -295,6 +295,9 @@ def _spell_ticks(marks: Sequence[float], unit: Unit) -> list[str]:
         if step >= 0.0005 and largest < 1_000:
             decimals = next(count for count in range(6) if abs(step * 10**count - round(step * 10**count)) < 1e-6)
             return [f"{mark:.{decimals}f}" for mark in marks]
+    if unit == "share" and len(marks) > 1 and 100 * (marks[1] - marks[0]) < 0.999:
+        decimals = min(4, math.ceil(-math.log10(100 * (marks[1] - marks[0])) - 1e-9))
+        return [f"{100 * mark:.{decimals}f}%" for mark in marks]
     return [spell(mark, unit) for mark in marks]
 
 

@@ -213,12 +213,17 @@ function strip(episodes, low, high) {
   const drawing = document.createElementNS(SVG, "svg");
   drawing.setAttribute("class", "strip");
   drawing.setAttribute("viewBox", "0 0 160 16");
+  const equal = new Map();
   for (const episode of episodes) {
     if (episode.reward === null) continue;
+    // Equal rewards stand beside each other, towards the middle, so that they can be counted.
+    const before = equal.get(episode.reward) || 0;
+    equal.set(episode.reward, before + 1);
+    const x = 5 + (high > low ? (150 * (episode.reward - low)) / (high - low) : 75);
     const mark = document.createElementNS(SVG, "circle");
-    mark.setAttribute("cx", 6 + (high > low ? (148 * (episode.reward - low)) / (high - low) : 74));
-    mark.setAttribute("cy", 8);
-    mark.setAttribute("r", 4);
+    mark.setAttribute("cx", x + (x > 80 ? -1 : 1) * Math.floor(before / 2) * 7);
+    mark.setAttribute("cy", before % 2 ? 11.5 : 4.5);
+    mark.setAttribute("r", 3);
     if (!episode.kept) mark.setAttribute("class", "out");
     drawing.append(mark);
   }

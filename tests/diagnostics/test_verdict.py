@@ -107,8 +107,8 @@ def test_what_looks_alike_and_is_not(changes: dict[str, Callable[[int], float]])
 
 
 def test_a_noisy_gradient_needs_several_looks() -> None:
-    def rows(ratio: float, every: int) -> list[dict[str, float]]:
-        found = run()
+    def rows(ratio: float, every: int, better: float = 0.0) -> list[dict[str, float]]:
+        found = run(train__reward=late(0.3, 0.3 + better, begin=5), train__success=lambda i: 0.3)
         for i, row in enumerate(found):
             del row["gradient/policy/snr"], row["gradient/policy/norm"]
             if i % every == 0:
@@ -117,6 +117,7 @@ def test_a_noisy_gradient_needs_several_looks() -> None:
 
     assert names(rows(0.0, 30)) == set()
     assert names(rows(0.0, 5)) == {"noise"}
+    assert names(rows(0.0, 5, better=0.3)) == set(), "a run that learns has a signal"
     assert names(rows(0.3, 5)) == set()
 
 
