@@ -222,6 +222,31 @@ def token_advantages(
     return advantages_N.astype(np.float32), None if returns_N is None else returns_N.astype(np.float32)
 
 
+def one_scale(
+    advantages_N: NDArray[np.float32], family_N: NDArray[np.integer], included_N: NDArray[np.bool_]
+) -> NDArray[np.float32]:
+    """Advantages divided by their root mean square within each family of tokens.
+
+    Rewards of different environments have different scales; without this the one with the largest numbers would be the
+    only one that is learned. Zeros stay zeros, signs stay signs, and nothing is shifted: whether an episode was better
+    than its baseline is not for other episodes to say.
+
+    Args:
+        advantages_N: of every token.
+        family_N: the family of every token.
+        included_N: bool, the tokens that the mean is over. A family of which all are zero or none is included is left
+            as it is.
+    """
+    scaled_N = advantages_N.copy()
+    for family in np.unique(family_N):
+        mine_N = family_N == family
+        counted = advantages_N[mine_N & included_N].astype(np.float64)
+        size = float(np.sqrt(np.mean(counted**2))) if len(counted) else 0.0
+        if size > 0:
+            scaled_N[mine_N] = advantages_N[mine_N] / np.float32(size)
+    return scaled_N
+
+
 def _sequential(
     how: AdvantageSettings, line: _Timeline, values_N: NDArray[np.floating] | None
 ) -> tuple[Floats, Floats | None]:

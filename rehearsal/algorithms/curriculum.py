@@ -336,7 +336,8 @@ class Mixture:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if len(state["parts"]) != len(self.samplers):
             raise RecipeError(
-                f"This run mixes {len(state['parts'])} environments and not {len(self.samplers)}; leave mixture as it was."
+                f"This run mixes {len(state['parts'])} environments and not {len(self.samplers)}; leave the mixture "
+                "as it was."
             )
         for sampler, part in zip(self.samplers, state["parts"], strict=True):
             sampler.load_state_dict(part)

@@ -23,7 +23,8 @@ class Evaluation:
     Attributes:
         groups: one episode for each task.
         figures: "success" and "reward", each with its 95% interval ("success_low", "success_high"), "episodes",
-            "turns", "response_tokens", "format_errors", "failed_episodes" and the shares of stop reasons.
+            "turns", "response_tokens", "format_errors", "failed_episodes" and the shares of stop reasons; where several
+            environments were played, "success/NAME" of each.
     """
 
     groups: list[Group]
@@ -58,6 +59,10 @@ def evaluation_figures(groups: Sequence[Group]) -> dict[str, float]:
         solved = sum(bool(trajectory.success) for trajectory in scored)
         plain["success"] = solved / len(scored)
         plain["success_low"], plain["success_high"] = wilson_interval(solved, len(scored))
+        played_in = sorted({trajectory.environment for trajectory in scored})
+        for name in played_in if len(played_in) > 1 else []:
+            there = [bool(trajectory.success) for trajectory in scored if trajectory.environment == name]
+            plain[f"success/{name}"] = sum(there) / len(there)
     if scored:
         rewards = [trajectory.reward for trajectory in scored]
         plain["reward"], plain["reward_low"], plain["reward_high"] = mean_interval(rewards)

@@ -28,7 +28,8 @@ class ChatRollout(Rollout):
     """
 
     def __init__(
-        self, make_env: Callable[[], TextEnv], engine: RemoteEngine, protocol: Protocol, limits: Limits,
+        self, make_env: Callable[[], TextEnv] | Sequence[Callable[[], TextEnv]], engine: RemoteEngine,
+        protocol: Protocol, limits: Limits | Sequence[Limits],
         **others: Any,
     ) -> None:  # fmt: skip
         super().__init__(make_env, engine, None, protocol, limits, **others)
@@ -41,8 +42,8 @@ class ChatRollout(Rollout):
             sessions.append(engine.chat(self._key(task, episode.trajectory.sample, step)) if begun else None)
         return sessions
 
-    def _new_agent(self) -> Agent:
-        return TextAgent(self.protocol, self.limits)
+    def _new_agent(self, limits: Limits) -> Agent:
+        return TextAgent(self.protocol, limits)
 
     async def _answer(self, agent: Agent, session: Any, sampling: SamplingParams) -> Turn:
         assert isinstance(agent, TextAgent)

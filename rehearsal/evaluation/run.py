@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from rehearsal.errors import ModelError, RecipeError
-from rehearsal.evaluation.held_out import evaluate, held_out_tasks
+from rehearsal.evaluation.held_out import evaluate
 from rehearsal.evaluation.remote import ChatRollout
 from rehearsal.generation.remote import RemoteEngine
 from rehearsal.models.load import load_policy
 from rehearsal.rollout import check_failures
 from rehearsal.training.checkpoint import checkpoints, load_checkpoint, restore_weights
-from rehearsal.training.playing import answer_protocol, environment_maker, episode_limits, make_rollout
+from rehearsal.training.playing import answer_protocol, episode_limits, make_rollout
 from rehearsal.training.recipe import Recipe, resolve_recipe
 from rehearsal.training.runs import RunFolder
+from rehearsal.training.tasks import TaskSource, variants_of
 
 
 def evaluate_policy(
@@ -66,7 +67,7 @@ def evaluate_policy(
         restore_weights(loaded.model, load_checkpoint(unfinished[-1])[0], unfinished[-1])
     rollout = make_rollout(recipe, loaded)
     try:
-        tasks = held_out_tasks(recipe.evaluation.seed, split, episodes)
+        tasks = TaskSource(recipe).held_out(recipe.evaluation.seed, split, episodes)
         result = evaluate(rollout, tasks, temperature=temperature)
         check_failures(result.groups, recipe.training.abort_failed_share)
         return result.figures
@@ -79,11 +80,11 @@ def _evaluate_remote(
 ) -> dict[str, float]:
     engine = RemoteEngine(url, name, api_key_env=api_key_env, concurrency=min(32, recipe.engine.max_sessions))
     rollout = ChatRollout(
-        environment_maker(recipe), engine, answer_protocol(recipe), episode_limits(recipe), seed=recipe.seed,
-        workers=recipe.environment.workers, step_timeout=recipe.environment.step_timeout,
+        [variant.maker for variant in variants_of(recipe)], engine, answer_protocol(recipe), episode_limits(recipe),
+        seed=recipe.seed, workers=recipe.environment.workers, step_timeout=recipe.environment.step_timeout,
     )  # fmt: skip
     try:
-        tasks = held_out_tasks(recipe.evaluation.seed, split, episodes)
+        tasks = TaskSource(recipe).held_out(recipe.evaluation.seed, split, episodes)
         result = evaluate(rollout, tasks, temperature=temperature)
         check_failures(result.groups, recipe.training.abort_failed_share)
     finally:

@@ -36,10 +36,12 @@ class Task:
     Attributes:
         seed: the environment is reset with it.
         split: "train", "validation" or "test".
+        environment: which of the rollout's environments.
     """
 
     seed: int
     split: str = "train"
+    environment: int = 0
 
 
 def tasks_of_step(seed: int, step: int, count: int, split: str = "train", first: int = 0) -> list[Task]:
@@ -64,9 +66,11 @@ class Rollout:
     """Plays an agent in an environment.
 
     Args:
-        make_env: makes one environment; called once for each episode that is played at the same time.
+        make_env: makes one environment; called once for each episode that is played at the same time. Several where
+            tasks name different environments.
         engine: where answers are sampled.
-        renderer, protocol, limits: what the agent sees and may do (no renderer where the server renders).
+        renderer, protocol, limits: what the agent sees and may do (no renderer where the server renders); limits for
+            each environment, or one for all.
         sampling: the distribution of the answers; its ``max_tokens`` and stop tokens are set here.
         seed: part of the sampling noise.
         workers: how many environments that are not fast may be stepped at the same time.
@@ -74,21 +78,26 @@ class Rollout:
     """
 
     def __init__(
-        self, make_env: Callable[[], TextEnv], engine: Engine, renderer: ChatRenderer | None, protocol: AnswerProtocol,
-        limits: Limits, *, sampling: SamplingParams | None = None, seed: int = 0, workers: int = 64,
-        step_timeout: float = 60.0,
+        self, make_env: Callable[[], TextEnv] | Sequence[Callable[[], TextEnv]], engine: Engine,
+        renderer: ChatRenderer | None, protocol: AnswerProtocol, limits: Limits | Sequence[Limits], *,
+        sampling: SamplingParams | None = None, seed: int = 0, workers: int = 64, step_timeout: float = 60.0,
     ) -> None:  # fmt: skip
-        self.make_env = make_env
+        self.makers = [make_env] if callable(make_env) else list(make_env)
         self.engine = engine
         self.renderer = renderer
         self.protocol = protocol
-        self.limits = limits
+        self.all_limits = [limits] * len(self.makers) if isinstance(limits, Limits) else list(limits)
         self.sampling = sampling or SamplingParams()
         self.seed = seed
         self.workers = workers
         self.step_timeout = step_timeout
-        self._places: list[Place] = []
+        self._places: list[list[Place]] = [[] for _ in self.makers]
         self._stop_ids = tuple(renderer.stop_token_ids) if renderer is not None else ()
+
+    @property
+    def limits(self) -> Limits:
+        """Those of the first environment."""
+        return self.all_limits[0]
 
     def play(
         self, tasks: Sequence[Task], group_size: int, *, step: int = 0, sampling: SamplingParams | None = None,
@@ -132,20 +141,23 @@ class Rollout:
         Raises:
             RecipeError: if they do not.
         """
-        roomy = replace(self.limits, max_context=1 << 30)
-        episode = run_coroutine(self._open(Task(0), 0, 0, asyncio.Semaphore(1), roomy))
-        episode.place.close()
-        needed = 0 if episode.prompt is None else len(episode.prompt)
-        if needed >= self.limits.max_context:
-            raise RecipeError(
-                f"The rules and the first observation of {episode.trajectory.environment} take {needed} tokens, which "
-                f"leaves no room for an answer in agent.max_context ({self.limits.max_context} tokens); raise it to "
-                f"{needed + self.limits.max_tokens_per_turn} or more."
-            )
+        for number, limits in enumerate(self.all_limits):
+            roomy = replace(limits, max_context=1 << 30)
+            task = Task(0, environment=number)
+            episode = run_coroutine(self._open(task, 0, 0, asyncio.Semaphore(1), roomy))
+            episode.place.close()
+            needed = 0 if episode.prompt is None else len(episode.prompt)
+            if needed >= limits.max_context:
+                raise RecipeError(
+                    f"The rules and the first observation of {episode.trajectory.environment} take {needed} tokens, "
+                    f"which leaves no room for an answer in agent.max_context ({limits.max_context} tokens); raise it "
+                    f"to {needed + limits.max_tokens_per_turn} or more."
+                )
 
     def close(self) -> None:
         """Close the environments; one that takes longer than a few seconds is left behind."""
-        places, self._places = self._places, []
+        places = [place for kind in self._places for place in kind]
+        self._places = [[] for _ in self.makers]
         for place in places:
             place.close()
         patience = time.monotonic() + _CLOSING_SECONDS
@@ -188,9 +200,9 @@ class Rollout:
     def _key(self, task: Task, sample: int, step: int) -> int:
         return stream_key(self.seed, "episode", task.split, task.seed, sample, step)
 
-    def _new_agent(self) -> Agent:
+    def _new_agent(self, limits: Limits) -> Agent:
         assert self.renderer is not None
-        return Agent(self.renderer, self.protocol, self.limits)
+        return Agent(self.renderer, self.protocol, limits)
 
     async def _answer(self, agent: Agent, session: Any, sampling: SamplingParams) -> Turn:
         """Sample the agent's next answer, and have it read."""
@@ -206,12 +218,12 @@ class Rollout:
     async def _open(
         self, task: Task, sample: int, step: int, stepping: asyncio.Semaphore, limits: Limits | None = None
     ) -> Episode:  # fmt: skip
-        place = self._places.pop() if self._places else Place(self.make_env())
+        idle = self._places[task.environment]
+        place = idle.pop() if idle else Place(self.makers[task.environment]())
         env = place.env
         trajectory = Trajectory(env.name, task.seed, task.split, sample=sample, policy_step=step)
-        agent = self._new_agent()
-        agent.limits = limits or agent.limits
-        episode = Episode(trajectory, agent, place)
+        agent = self._new_agent(limits or self.all_limits[task.environment])
+        episode = Episode(trajectory, agent, place, kind=task.environment)
 
         def reset() -> tuple[dict[str, Any], Rendered | None]:
             # The members of a group share their task and not their luck: with the same slips and payouts for all, a
@@ -266,7 +278,7 @@ class Rollout:
             # Nobody knows what state it is in: the next episode gets a new one.
             place.close()
         else:
-            self._places.append(place)
+            self._places[episode.kind].append(place)
         if on_episode is not None:
             on_episode(trajectory)
         return trajectory
@@ -302,9 +314,11 @@ class Episode:
         agent: who plays it.
         place: where its environment lives.
         prompt: the tokens before the next answer; None once it is over, or if it never began.
+        kind: which of the rollout's environments it is played in.
     """
 
     trajectory: Trajectory
     agent: Agent
     place: Place
     prompt: Rendered | None = None
+    kind: int = 0

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rehearsal.algorithms.aggregation import StepTotals, token_weights
 from rehearsal.algorithms.batch import Objective, PolicyOutput, TokenBatch
-from rehearsal.algorithms.credit import SequenceRewards, token_advantages
+from rehearsal.algorithms.credit import SequenceRewards, one_scale, token_advantages
 from rehearsal.algorithms.filters import group_variance
 from rehearsal.algorithms.objectives import CISPOLoss, PolicyLoss
 from rehearsal.algorithms.presets import Algorithm
@@ -138,7 +138,7 @@ class Learner:
 
     def step(
         self, groups: Sequence[Group], step: int, keep: np.ndarray | None = None, scale: float = 1.0,
-        probe: int = 0,
+        probe: int = 0, families: Sequence[int] | None = None,
     ) -> dict[str, float]:  # fmt: skip
         """Learn from one batch.
 
@@ -149,6 +149,8 @@ class Learner:
             scale: what the advantages are multiplied by, see :func:`rehearsal.algorithms.filters.loss_scale`.
             probe: groups of each quartile of reward variance whose gradients are taken apart before the update, see
                 :mod:`rehearsal.training.gradient_probe`; 0 for none.
+            families: for each group the environment that it was played in: advantages are brought to one scale in each
+                of them before they meet. One for all if None.
 
         Returns:
             figures of the step by name.
@@ -161,7 +163,7 @@ class Learner:
         metrics: dict[str, float] = {"policy/learning_rate": self._learning_rate(step), "policy/updates": 0.0}
         if len(sequences) == 0 or sum(len(targets) for targets in sequences.targets) == 0:
             return metrics
-        batch = self._batch(groups, sequences, keep, step, scale)
+        batch = self._batch(groups, sequences, keep, step, scale, families)
         batch.check()
         if probe:
             metrics |= self._probe(groups, sequences, batch, probe, np.random.default_rng([self._seed, step, 1]))
@@ -407,8 +409,9 @@ class Learner:
         )  # fmt: skip
 
     def _batch(
-        self, groups: Sequence[Group], sequences: _Sequences, keep: np.ndarray | None, step: int, scale: float
-    ) -> TokenBatch:
+        self, groups: Sequence[Group], sequences: _Sequences, keep: np.ndarray | None, step: int, scale: float,
+        families: Sequence[int] | None = None,
+    ) -> TokenBatch:  # fmt: skip
         segments, targets = sequences.segments, sequences.targets
         lengths = [len(wanted) for wanted in targets]
         sequence_N = np.repeat(np.arange(len(sequences)), lengths)
@@ -440,6 +443,9 @@ class Learner:
                 policy_S=keep_S,
             ),
         )
+        if families is not None:
+            family_N = np.asarray(families)[sequences.group][sequence_N]
+            advantages_N = one_scale(advantages_N, family_N, keep_S[sequence_N])
         old_N = rollout_N
         if self.options.old_logprobs == "recompute":
             old_N = np.concatenate(self._each(sequences))

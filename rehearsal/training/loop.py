@@ -22,9 +22,9 @@ from rehearsal.algorithms.filters import DropConstant, KeepAll, Kept, at_most, l
 from rehearsal.algorithms.presets import Algorithm, preset
 from rehearsal.diagnostics import Verdict
 from rehearsal.errors import CheckpointError, RehearsalError
-from rehearsal.evaluation.held_out import Evaluation, evaluate, held_out_tasks
+from rehearsal.evaluation.held_out import Evaluation, evaluate
 from rehearsal.models.load import Policy, save_policy
-from rehearsal.rollout import Player, check_failures, rollout_metrics, tasks_of_step
+from rehearsal.rollout import Player, check_failures, rollout_metrics
 from rehearsal.training.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -41,6 +41,7 @@ from rehearsal.training.playing import make_processes, make_rollout, policy_of, 
 from rehearsal.training.recipe import Recipe, resolve_recipe
 from rehearsal.training.runs import RunFolder
 from rehearsal.training.storage import storage_errors
+from rehearsal.training.tasks import TaskSource
 from rehearsal.training.trackers import Tracker, make_trackers
 from rehearsal.training.trajectory_store import write_trajectories
 from rehearsal.trajectory import Group, Trajectory, all_trajectories, rewards_matrix
@@ -130,6 +131,7 @@ class Trainer:
             self.filter = DropConstant()
         if self.policy is None:
             self.policy = policy_of(recipe)
+        self.tasks = TaskSource(recipe)
         self.rollout = make_rollout(recipe, self.policy)
         self.processes = processes_for(recipe, self.policy)
         self._player: Player | None = None
@@ -163,6 +165,7 @@ class Trainer:
             figures |= self.learner.step(
                 batch.groups, self.steps_done, batch.kept.keep_PG,
                 loss_scale(batch.kept, self.recipe.filter.loss_scaling), self.monitor.probe_groups(self.steps_done),
+                self.tasks.families,
             )  # fmt: skip
             self.steps_done += 1
             self.record(batch, figures, started, played)
@@ -187,7 +190,7 @@ class Trainer:
         while True:
             rounds += 1
             self.observer.playing(f"step {step + 1}" + (f", refill {rounds - 1}" if rounds > 1 else ""), missing * size)
-            tasks = tasks_of_step(recipe.seed, step, missing, first=len(groups))
+            tasks = self.tasks.of_step(step, missing, first=len(groups))
             fresh = self.player.play(tasks, size, step=step, on_episode=self.observer.episode)
             check_failures(fresh, recipe.training.abort_failed_share)
             groups += fresh
@@ -195,6 +198,7 @@ class Trainer:
             kept = self.filter(rewards_matrix(groups), np.random.default_rng([recipe.seed, step]))
             missing = wanted - int(kept.keep_P.sum())
             if missing <= 0 or not self.algorithm.dynamic_sampling or rounds > self.algorithm.max_refill_tries:
+                self.tasks.observe(groups)
                 return Batch(groups, at_most(kept, wanted), rounds)
 
     def evaluate(self, split: str, episodes: int) -> Evaluation | None:
@@ -203,7 +207,7 @@ class Trainer:
             return None
         options = self.recipe.evaluation
         self.observer.playing(f"evaluation after {self.steps_done} steps", episodes)
-        tasks = held_out_tasks(options.seed, split, episodes)
+        tasks = self.tasks.held_out(options.seed, split, episodes)
         result = evaluate(
             self.player, tasks, temperature=options.temperature, step=self.steps_done, on_episode=self.observer.episode
         )
@@ -256,6 +260,7 @@ class Trainer:
         looking = figures.get("time/diagnostics", 0.0) + figures.pop("time/probe", 0.0)
         figures = {
             **rollout_metrics(batch.groups),
+            **self.tasks.sampler.figures(),
             **figures,
             "signal/kept_groups": float(batch.kept.keep_P.sum()),
             "signal/kept_share": batch.kept.share,
@@ -290,7 +295,7 @@ class Trainer:
             assert self.policy is not None
             state = {
                 "learner": self.learner.state_dict(), "monitor": self.monitor.state_dict(),
-                "seconds": self.folder.seconds,
+                "tasks": self.tasks.sampler.state_dict(), "seconds": self.folder.seconds,
             }  # fmt: skip
             save_checkpoint(
                 self.folder.path / "checkpoints", self.steps_done, trainable_weights(self.policy.model), state,
@@ -307,7 +312,8 @@ class Trainer:
             weights, state = load_checkpoint(found[-1])
             restore_weights(self.policy.model, weights, found[-1])
             self.learner.load_state_dict(state["learner"])
-            self.monitor.load_state_dict(state.get("monitor", {}))
+            self.monitor.load_state_dict(state["monitor"])
+            self.tasks.sampler.load_state_dict(state["tasks"])
             self.steps_done = int(state["step"])
         # Without a checkpoint even the evaluation of step 0 is played again.
         self.folder.truncate_after(self.steps_done if found else -1)

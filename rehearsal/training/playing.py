@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,14 +11,14 @@ import torch
 
 from rehearsal.agents.agent import Limits
 from rehearsal.agents.protocol import Protocol as AnswerProtocol
-from rehearsal.environments.base import TextEnv
-from rehearsal.environments.registry import import_path, make
+from rehearsal.environments.registry import import_path
 from rehearsal.errors import RecipeError
 from rehearsal.generation.local import LocalEngine, free_memory
 from rehearsal.generation.sampling import SamplingParams
 from rehearsal.models.load import Policy, load_policy, save_policy
 from rehearsal.rollout import ProcessRollout, Rollout, may_share
 from rehearsal.training.recipe import Recipe
+from rehearsal.training.tasks import variants_of
 
 _MANY_EPISODES = 4000
 """A process takes seconds to begin, which fewer episodes than these do not pay for."""
@@ -34,30 +34,26 @@ def policy_of(recipe: Recipe) -> Policy:
     )  # fmt: skip
 
 
-def environment_maker(recipe: Recipe) -> Callable[[], TextEnv]:
-    """Makes the environment of a recipe."""
-    return partial(make, recipe.environment.name, **recipe.environment.params)
-
-
 def answer_protocol(recipe: Recipe) -> AnswerProtocol:
     """The answer format of a recipe."""
     return AnswerProtocol(thinking=recipe.agent.thinking, format_penalty=recipe.agent.format_penalty)
 
 
-def episode_limits(recipe: Recipe) -> Limits:
-    """What an episode may use: what the recipe says, else what the environment says."""
-    env = environment_maker(recipe)()
-    try:
-        return Limits.for_env(
-            env,
-            max_turns=recipe.agent.max_turns,
-            max_actions_per_turn=recipe.agent.max_actions_per_turn,
-            max_actions=recipe.agent.max_actions,
-            max_tokens_per_turn=recipe.agent.max_tokens_per_turn,
-            max_context=recipe.agent.max_context,
-        )
-    finally:
-        env.close()
+def episode_limits(recipe: Recipe) -> list[Limits]:
+    """What an episode may use, in each environment of a recipe: what the recipe says, else what the environment
+    says."""
+    agent = recipe.agent
+    found = []
+    for variant in variants_of(recipe):
+        with contextlib.closing(variant.make()) as env:
+            found.append(
+                Limits.for_env(
+                    env, max_turns=agent.max_turns, max_actions_per_turn=agent.max_actions_per_turn,
+                    max_actions=agent.max_actions, max_tokens_per_turn=agent.max_tokens_per_turn,
+                    max_context=agent.max_context,
+                )
+            )  # fmt: skip
+    return found
 
 
 def make_rollout(recipe: Recipe, policy: Policy) -> Rollout:
@@ -69,7 +65,7 @@ def make_rollout(recipe: Recipe, policy: Policy) -> Rollout:
         memory_bytes=None if memory is None else int(memory * 2**30), prefill_tokens=recipe.engine.prefill_tokens,
     )  # fmt: skip
     rollout = Rollout(
-        environment_maker(recipe), engine, policy.renderer, answer_protocol(recipe), limits,
+        [variant.maker for variant in variants_of(recipe)], engine, policy.renderer, answer_protocol(recipe), limits,
         sampling=SamplingParams(recipe.sampling.temperature, recipe.sampling.top_k, recipe.sampling.top_p),
         seed=recipe.seed, workers=recipe.environment.workers, step_timeout=recipe.environment.step_timeout,
     )  # fmt: skip
@@ -84,7 +80,8 @@ def processes_for(recipe: Recipe, policy: Policy) -> int:
         RecipeError: if several are asked for and the model or the environment cannot be taken to other processes.
     """
     wanted, training = recipe.engine.processes, recipe.training
-    possible = may_share(policy.model) and import_path(recipe.environment.name) is not None
+    known = all(import_path(variant.name) is not None for variant in variants_of(recipe))
+    possible = may_share(policy.model) and known
     if wanted is None:
         long_enough = training.steps * training.groups * training.group_size >= _MANY_EPISODES
         return min(torch.get_num_threads(), _MOST_PROCESSES) if possible and long_enough else 1
@@ -105,10 +102,17 @@ def make_processes(recipe: Recipe, policy: Policy, processes: int) -> ProcessRol
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
         save_policy(policy.model, policy.tokenizer, folder)
         model = recipe.model.model_copy(update={"path": folder, "device": "cpu", "dtype": "float32"})
-        path = import_path(recipe.environment.name)
-        environment = recipe.environment.model_copy(update={"name": path})
-        shared = recipe.model_copy(update={"engine": engine, "model": model, "environment": environment})
+        environment = recipe.environment.model_copy(update={"name": _path(recipe.environment.name)})
+        mixture = [part.model_copy(update={"name": _path(part.name)}) for part in recipe.mixture]
+        shared = recipe.model_copy(
+            update={"engine": engine, "model": model, "environment": environment, "mixture": mixture}
+        )
         return ProcessRollout(partial(_rollout_of, shared), policy.model, processes)
+
+
+def _path(name: str) -> str:
+    """Where another process finds an environment; the name itself where nobody asks for it."""
+    return import_path(name) or name
 
 
 def _rollout_of(recipe: Recipe) -> tuple[Rollout, Any]:

@@ -62,6 +62,33 @@ class EnvironmentOptions(_Options):
     step_timeout: float = Field(default=60.0, gt=0, description="seconds that a reset or a step may take")
 
 
+class MixtureOptions(_Options):
+    """One of several environments that are trained in side by side."""
+
+    name: str = Field(description="a built-in name, or package.module:Class of your own")
+    params: FreeOptions = Field(default_factory=dict, description="arguments of the environment")
+    weight: float = Field(default=1.0, gt=0, description="share of the tasks, relative to the others")
+
+
+class CurriculumOptions(_Options):
+    """Which tasks are played."""
+
+    name: Literal["fresh", "uniform", "difficulty", "variance", "progress", "staged"] = Field(
+        default="fresh", description="fresh draws tasks that nobody has met; the others are explained in the docs"
+    )
+    tasks: int = Field(default=512, ge=1, description="size of the pool that tasks are drawn from, again and again")
+    low: float = Field(default=0.2, ge=0, le=1, description="difficulty: lower end of the band of success")
+    high: float = Field(default=0.8, ge=0, le=1, description="difficulty: upper end of the band of success")
+    retry: float = Field(default=0.1, ge=0, le=1, description="difficulty: share of tasks from outside the band")
+    explore: float = Field(default=0.1, ge=0, le=1, description="variance, progress: share that is spread evenly")
+    stages: list[dict[str, Any]] = Field(
+        default_factory=list, description="staged: parameters of the environment, stage by stage"
+    )
+    threshold: float = Field(default=0.8, ge=0, le=1, description="staged: success that ends a stage")
+    window: int = Field(default=64, ge=1, description="staged: groups that this success is measured over")
+    review: float = Field(default=0.1, ge=0, le=1, description="staged: share of tasks from earlier stages")
+
+
 class AgentOptions(_Options):
     """What the agent may do in an episode."""
 
@@ -198,6 +225,10 @@ class Recipe(_Options):
     seed: int = Field(default=0, ge=0, description="fixes tasks, sampling and updates")
     model: ModelOptions = ModelOptions()
     environment: EnvironmentOptions = EnvironmentOptions()
+    mixture: list[MixtureOptions] = Field(
+        default_factory=list, description="environments to train in side by side, in place of the one above"
+    )
+    curriculum: CurriculumOptions = CurriculumOptions()
     agent: AgentOptions = AgentOptions()
     sampling: SamplingOptions = SamplingOptions()
     algorithm: AlgorithmOptions = AlgorithmOptions()
@@ -230,6 +261,13 @@ class Recipe(_Options):
                 "with top_p or top_k the log-probs of sampling are over a part of the vocabulary, and ratios to them "
                 "are biased; set training.old_logprobs to recompute, or sample without truncation"
             )
+        if (self.curriculum.name == "staged") != bool(self.curriculum.stages):
+            raise ValueError(
+                "a staged curriculum needs curriculum.stages, a list of tables with the parameters of each stage, and "
+                "no other curriculum has them"
+            )
+        if self.mixture and self.curriculum.name == "staged":
+            raise ValueError("a mixture has no stages: leave out either mixture or curriculum.stages")
         if self.sampling.temperature == 0:
             raise ValueError("training needs sampling.temperature above 0: episodes of a group must differ")
         if self.agent.max_tokens_per_turn >= self.agent.max_context:

@@ -64,9 +64,7 @@ def test_the_same_policy_scores_the_same_at_any_step(rollout: Rollout) -> None:
 def test_likeliest_tokens_need_no_luck(rollout: Rollout, taught_policy: Any) -> None:
     tasks = held_out_tasks(0, "test", 4)
     greedy = ids_of(evaluate(rollout, tasks, temperature=0.0).groups)
-    other = Rollout(
-        rollout.make_env, rollout.engine, taught_policy.renderer, rollout.protocol, rollout.limits, seed=999
-    )
+    other = Rollout(rollout.makers, rollout.engine, taught_policy.renderer, rollout.protocol, rollout.limits, seed=999)
     assert ids_of(evaluate(other, tasks, temperature=0.0).groups) == greedy
     assert ids_of(evaluate(other, tasks).groups) != greedy
 

@@ -306,7 +306,7 @@ def test_a_scaled_loss_has_a_scaled_gradient(model: Any, make_groups: MakeGroups
     original = learner._batch
 
     def half(*arguments: Any) -> Any:
-        return original(*arguments[:-1], 0.5)
+        return original(*arguments[:4], 0.5, *arguments[5:])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learner, "_batch", half)

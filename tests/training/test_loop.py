@@ -28,6 +28,7 @@ import rehearsal.training.loop as loop_module
 from rehearsal.environments.base import TextEnv
 from rehearsal.environments.registry import register
 from rehearsal.errors import CheckpointError, EnvironmentFault, RecipeError, TrainingDiverged
+from rehearsal.rollout import tasks_of_step
 from rehearsal.training.loop import SilentObserver, Trainer, free_folder, train
 from rehearsal.training.recipe import Recipe, resolve_recipe
 from rehearsal.training.runs import RunFolder
@@ -179,7 +180,8 @@ _SCRIPT = """
     import sys
     import torch
     from pathlib import Path
-    from rehearsal.training.loop import train
+    from rehearsal.rollout import tasks_of_step
+from rehearsal.training.loop import train
     torch.set_num_threads(1)
     run = Path(sys.argv[1])
     if (run / "run.json").exists():
@@ -602,7 +604,7 @@ def test_dead_groups_are_replaced_by_fresh_tasks(small: Callable[..., Recipe]) -
     assert batch.rounds == 4
     seeds = [group.trajectories[0].seed for group in batch.groups]
     assert len(set(seeds)) == 8
-    assert seeds[:4] == [task.seed for task in loop_module.tasks_of_step(0, 0, 4)]
+    assert seeds[:4] == [task.seed for task in tasks_of_step(0, 0, 4)]
 
 
 def test_refills_are_bounded(small: Callable[..., Recipe]) -> None:

@@ -1,0 +1,147 @@
+"""Which tasks a run plays, in which of its environments, and those that it is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rehearsal.algorithms.curriculum import ByDifficulty, Draw, Fresh, Mixture, Prioritised, Sampler, Staged, Uniform
+from rehearsal.environments.base import TextEnv
+from rehearsal.environments.registry import make
+from rehearsal.errors import EnvironmentFault
+from rehearsal.evaluation.held_out import held_out_tasks
+from rehearsal.generation.sampling import stream_key
+from rehearsal.rollout import Task, tasks_of_step
+from rehearsal.training.recipe import CurriculumOptions, Recipe
+from rehearsal.trajectory import Group
+
+
+class Variant(NamedTuple):
+    """One of a run's environments.
+
+    Attributes:
+        name: as :func:`rehearsal.environments.make` takes it.
+        params: its parameters.
+    """
+
+    name: str
+    params: Mapping[str, Any]
+
+    def make(self) -> TextEnv:
+        return make(self.name, **self.params)
+
+    @property
+    def maker(self) -> partial[TextEnv]:
+        """Makes the environment; can be sent to other processes."""
+        return partial(make, self.name, **self.params)
+
+
+def variants_of(recipe: Recipe) -> list[Variant]:
+    """The environments of a recipe: the one, those of its mixture, or one a stage."""
+    if recipe.mixture:
+        return [Variant(part.name, part.params) for part in recipe.mixture]
+    own = recipe.environment
+    stages = recipe.curriculum.stages or [{}]
+    return [Variant(own.name, {**own.params, **stage}) for stage in stages]
+
+
+def make_sampler(recipe: Recipe) -> Sampler:
+    """The sampler that a recipe asks for.
+
+    Raises:
+        RecipeError: for values that do not go together.
+    """
+    options = recipe.curriculum
+    if options.name == "staged":
+        return Staged(len(options.stages), options.threshold, options.window, options.review)
+    if recipe.mixture:
+        parts = [_single(options, number) for number in range(len(recipe.mixture))]
+        return Mixture(parts, [part.weight for part in recipe.mixture])
+    return _single(options, 0)
+
+
+def _single(options: CurriculumOptions, environment: int) -> Sampler:
+    if options.name == "uniform":
+        return Uniform(options.tasks, environment)
+    if options.name == "difficulty":
+        return ByDifficulty(options.tasks, environment, low=options.low, high=options.high, retry=options.retry)
+    if options.name in ("variance", "progress"):
+        by: Any = options.name
+        return Prioritised(options.tasks, environment, by=by, explore=options.explore)
+    return Fresh(environment)
+
+
+class TaskSource:
+    """Deals the tasks of a run.
+
+    Args:
+        recipe: of the run.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._seed = recipe.seed
+        self.variants = variants_of(recipe)
+        self._mixed = bool(recipe.mixture)
+        self._learns = recipe.curriculum.name not in ("fresh", "uniform")
+        self.sampler = make_sampler(recipe)
+        self._drawn: list[Draw] = []
+
+    def of_step(self, step: int, count: int, first: int = 0) -> list[Task]:
+        """The tasks of a training step: a function of seed, step and what the sampler has learned.
+
+        Args:
+            step: number of the step, from 0.
+            count: how many.
+            first: how many the step has had before; 0 begins a step.
+        """
+        if first == 0:
+            self._drawn = []
+        draws = self.sampler.draw(count, np.random.default_rng([self._seed, step, first, 11]))
+        self._drawn += draws
+        fresh = tasks_of_step(self._seed, step, count, first=first)
+        return [self._task(draw, new) for draw, new in zip(draws, fresh, strict=True)]
+
+    def _task(self, draw: Draw, fresh: Task) -> Task:
+        seed = fresh.seed
+        if draw.number is not None:
+            seed = stream_key(self._seed, "pool", draw.environment, draw.number) % 2**31
+        return Task(seed, fresh.split, draw.environment)
+
+    def observe(self, groups: Sequence[Group]) -> None:
+        """Tell the sampler how the tasks of the step went, in the order in which they were drawn.
+
+        Raises:
+            EnvironmentFault: if the curriculum goes by success and the environment tells none.
+        """
+        success = [success_share(group) for group in groups]
+        played = any(not trajectory.failed for group in groups for trajectory in group)
+        if self._learns and played and all(np.isnan(share) for share in success):
+            raise EnvironmentFault(
+                "This curriculum goes by success, and the environment tells none: report it as info['success'], or set "
+                "curriculum.name to fresh."
+            )
+        self.sampler.observe(self._drawn, success)
+
+    @property
+    def families(self) -> list[int] | None:
+        """The environment of each task of the step where several are mixed, else None."""
+        return [draw.environment for draw in self._drawn] if self._mixed else None
+
+    def held_out(self, seed: int, split: str, count: int) -> list[Task]:
+        """Tasks to be judged by: of a mixture all environments in turn, of stages the last one."""
+        tasks = held_out_tasks(seed, split, count)
+        n = len(self.variants)
+        if self._mixed:
+            return [Task(task.seed, task.split, i % n) for i, task in enumerate(tasks)]
+        return [Task(task.seed, task.split, n - 1) for task in tasks]
+
+
+def success_share(group: Group) -> float:
+    """Share of a group's episodes that succeeded; NaN where none has a result."""
+    played = [trajectory.success for trajectory in group if not trajectory.failed]
+    if all(outcome is None for outcome in played):
+        return float("nan")
+    return sum(bool(outcome) for outcome in played) / len(played)
