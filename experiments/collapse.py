@@ -1,0 +1,197 @@
+"""Do the verdicts see a collapse coming? Runs pushed into collapse and healthy ones, judged as by a detector.
+
+    python experiments/collapse.py [--seeds 4] [--workers 2] [--threads 1] [--quick]
+
+Four ways to ruin a run, and as many kinds of healthy ones, each with several seeds:
+
+- ``regularised``: a strong entropy bonus on tasks that have little reward variance left;
+- ``noisy``: FrozenLake where four moves of five slip, at a high learning rate;
+- ``deaf``: the reward is a coin, thrown at the first action, that does not know what the agent did;
+- ``too_fast``: ten times the learning rate.
+
+A run has collapsed when its success in training (a mean over five steps) has fallen by a fifth from its best; a pushed
+run that has not is counted apart. A collapse is called when any rule but ``success_fell`` gives a verdict before that,
+or no later than at that step; the lead is in steps. A false alarm is any verdict on a healthy run. Thresholds are
+chosen on the runs with even seeds and judged on those with odd ones; the shipped thresholds are judged on the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import report
+from experiments.cells import RESULTS, run_cells
+from experiments.policies import base_fingerprint, train_cell
+from rehearsal.diagnostics import RULES, Series, Thresholds, judge
+from rehearsal.environments.frozenlake import FrozenLake
+
+STEPS = 50
+COMMON: dict[str, Any] = {
+    "training.steps": STEPS, "training.groups": 16, "evaluation.every": 0, "evaluation.episodes": 128,
+    "engine.processes": 1, "diagnostics.every": 2, "diagnostics.gradients_every": 5, "training.schedule": "constant",
+}  # fmt: skip
+PUSHED: dict[str, dict[str, Any]] = {
+    "regularised": {
+        "algorithm.options.entropy_coefficient": 0.1, "environment.params.size": 3, "environment.params.frozen": 0.95,
+    },
+    "noisy": {"environment.params.slip": 0.8, "training.learning_rate": 1e-3},
+    "deaf": {"environment.name": "experiments.collapse:CoinLake", "training.learning_rate": 1e-3},
+    "too_fast": {"training.learning_rate": 3e-3},
+}  # fmt: skip
+HEALTHY: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "slip": {"environment.params.slip": 0.2},
+    "slow": {"training.learning_rate": 1e-4},
+    "filtered": {"filter.name": "top_p"},
+}
+KEPT = tuple(
+    {
+        *(rule.needs for rule in RULES), "train/success", "train/reward", "signal/dead_groups_solved",
+        "signal/dead_groups_failed", "policy/grad_norm", "information/first/sequence/conditional_entropy",
+        "information/first/sequence/retrieval", "gradient/policy/norm", "gradient/kl/norm", "gradient/entropy/norm",
+    }
+)  # fmt: skip
+"""The metrics that the rules read: what a cell stores, so that thresholds can be judged again."""
+CANDIDATES: dict[str, Sequence[float]] = {
+    "dead": (0.75, 0.85, 0.95),
+    "information_fall": (0.5, 0.7, 0.85),
+    "information_low": (0.25, 0.5, 0.75),
+    "entropy_fall": (0.1, 0.15, 0.3),
+    "spread_fall": (0.35, 0.5, 0.65),
+    "reward_fall": (0.2, 0.4),
+    "longer": (1.3, 1.75),
+    "invalid": (0.05, 0.1, 0.15),
+}
+"""What may be chosen; one after the other, several times round."""
+FALL = 0.2
+
+
+class CoinLake(FrozenLake):
+    """FrozenLake whose reward is a coin thrown at the first action. Success is told as it is."""
+
+    def _draw(self, split: str) -> str:
+        self._thrown = False
+        return super()._draw(split)
+
+    def _act(self, action: str) -> tuple[float, bool, bool, bool]:
+        _, over, success, moved = super()._act(action)
+        reward = 0.0 if self._thrown else float(self.np_random.random() < 0.5)
+        self._thrown = True
+        return reward, over, success, moved
+
+
+def play(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """One training run, with the metrics that rules read."""
+    trainer, figures = train_cell(settings)
+    figures["metrics"] = [
+        {"step": i + 1, **{name: round(row[name], 6) for name in KEPT if name in row}}
+        for i, row in enumerate(trainer.history)
+    ]
+    return figures
+
+
+def fall_of(rows: Sequence[Mapping[str, Any]]) -> int | None:
+    """The first step at which success has fallen by a fifth from its best; None if it never has."""
+    whole = Series(rows)
+    for count in range(5, len(rows) + 1):
+        series = whole.until(count)
+        if series.recent("train/success") < (1 - FALL) * series.best("train/success"):
+            return series.step
+    return None
+
+
+def called_at(rows: Sequence[Mapping[str, Any]], thresholds: Thresholds) -> tuple[int, str] | None:
+    """Step and name of the first verdict that is not the fall itself."""
+    found = [v for v in judge(rows, thresholds) if v.rule.name != "success_fell"]
+    return min(((v.called, v.rule.name) for v in found), default=None)
+
+
+def judged(
+    pushed: Sequence[Sequence[Mapping[str, Any]]], healthy: Sequence[Sequence[Mapping[str, Any]]], limits: Thresholds
+) -> dict[str, float]:
+    """The detector's figures on some runs."""
+    falls = [(rows, fall) for rows in pushed if (fall := fall_of(rows)) is not None]
+    calls = [(called_at(rows, limits), fall) for rows, fall in falls]
+    leads = [fall - call[0] for call, fall in calls if call is not None and call[0] <= fall]
+    alarms = [called_at(rows, limits) for rows in healthy]
+    return {
+        "collapses": float(len(falls)),
+        "called": len(leads) / len(falls) if falls else math.nan,
+        "median_lead": statistics.median(leads) if leads else math.nan,
+        "false_alarms": sum(alarm is not None for alarm in alarms) / len(alarms) if alarms else math.nan,
+    }
+
+
+def choose(pushed: Sequence[Any], healthy: Sequence[Any]) -> Thresholds:
+    """Thresholds by coordinate search: few false alarms first, then calls, then lead."""
+
+    def worth(limits: Thresholds) -> tuple[float, float, float]:
+        found = judged(pushed, healthy, limits)
+        lead = found["median_lead"]
+        return -max(0.0, found["false_alarms"] - 0.05), found["called"], 0.0 if math.isnan(lead) else lead
+
+    best = Thresholds()
+    for name, values in itertools.chain(*([CANDIDATES.items()] * 3)):
+        # Of equally good values the one that is held already.
+        held = getattr(best, name)
+        best = max((replace(best, **{name: value}) for value in (held, *values)), key=worth)
+    return best
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=2, help="runs at the same time")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run")
+    parser.add_argument("--quick", action="store_true", help="eight short runs, stored nowhere")
+    options = parser.parse_args()
+    seeds = 2 if options.quick else options.seeds
+    quick = {"training.steps": 6, "training.groups": 4, "evaluation.episodes": 0} if options.quick else {}
+    arms = {"plain": HEALTHY["plain"], "too_fast": PUSHED["too_fast"]} if options.quick else {**HEALTHY, **PUSHED}
+    cells = {
+        f"{arm}-{seed}": {
+            "recipe": "frozenlake", "seed": seed, "threads": options.threads, "base": base_fingerprint(),
+            "overrides": {**COMMON, **changes, **quick},
+        }
+        for seed in range(seeds)
+        for arm, changes in arms.items()
+    }  # fmt: skip
+    played = run_cells("collapse", cells, play, None if options.quick else RESULTS, options.workers)
+    rows = {name: figures["metrics"] for name, figures in played.items()}
+
+    def some(kinds: Mapping[str, Any], parity: int) -> list[Any]:
+        return [rows[f"{arm}-{seed}"] for arm in kinds if arm in arms for seed in range(parity, seeds, 2)]
+
+    chosen = choose(some(PUSHED, 0), some(HEALTHY, 0))
+    figures: dict[str, Any] = {}
+    for name, limits in (("chosen", chosen), ("shipped", Thresholds())):
+        found = judged(some(PUSHED, 1), some(HEALTHY, 1), limits)
+        figures |= {f"{name}_{key}": value for key, value in found.items()}
+    figures |= {f"threshold_{name}": getattr(chosen, name) for name in CANDIDATES}
+    for arm in arms:
+        runs = [rows[f"{arm}-{seed}"] for seed in range(seeds)]
+        figures[f"{arm}_fell"] = sum(fall_of(run) is not None for run in runs)
+        calls = [called_at(run, chosen) for run in runs]
+        figures[f"{arm}_called"] = sum(call is not None for call in calls)
+        for rule in RULES:
+            first = sum(call is not None and call[1] == rule.name for call in calls)
+            if first:
+                figures[f"{arm}_first_{rule.name}"] = first
+        figures[f"{arm}_success_at_the_end"] = statistics.mean(Series(run).recent("train/success") for run in runs)
+    goals = {"chosen_called": ">= 0.9", "chosen_median_lead": ">= 10.0", "chosen_false_alarms": "<= 0.05"}
+    result = report("collapse", figures, {} if options.quick else goals, list(range(seeds)), options.quick)
+    return 0 if result["holds"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""What cells of several experiments have in common: training runs from the base that ships."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+
+def base_fingerprint() -> str:
+    """Digest of the shipped base's weights. Part of a cell's settings, so that another base makes other cells."""
+    weights = resources.files("rehearsal") / "models" / "base" / "model.safetensors"
+    return hashlib.blake2b(weights.read_bytes(), digest_size=6).hexdigest()
+
+
+def train_cell(settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """One training run.
+
+    Args:
+        settings: ``recipe``, ``seed``, ``threads`` and ``overrides``.
+
+    Returns:
+        the trainer, and figures: held-out success before and after with its interval, seconds, updates, episodes played
+        and those that the policy learned from.
+    """
+    import torch
+
+    from rehearsal.training.loop import Trainer
+    from rehearsal.training.recipe import resolve_recipe
+
+    torch.set_num_threads(int(settings["threads"]))
+    recipe = resolve_recipe(settings["recipe"], {"seed": settings["seed"], **settings["overrides"]})
+    trainer = Trainer(recipe)
+    began = time.monotonic()
+    trainer.run()
+    held_out = [figures for _, split, figures in trainer.evaluations if split == "test"]
+    figures: dict[str, Any] = {
+        "seconds": time.monotonic() - began,
+        "learning_seconds": sum(row.get("time/learning", 0.0) for row in trainer.history),
+        "updates": sum(row["policy/updates"] for row in trainer.history),
+        "episodes": sum(row["train/episodes"] for row in trainer.history),
+        "kept_episodes": sum(row["signal/kept_episodes"] for row in trainer.history),
+        "kept_share": sum(row["signal/kept_share"] for row in trainer.history) / len(trainer.history),
+        "train_success": [round(row["train/success"], 4) for row in trainer.history],
+    }
+    if held_out:
+        figures |= {
+            "before": held_out[0]["success"], "after": held_out[-1]["success"],
+            "after_low": held_out[-1]["success_low"], "after_high": held_out[-1]["success_high"],
+        }  # fmt: skip
+    return trainer, figures
