@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Play held-out tasks with a model behind a server.")
     parser.add_argument("model", help="the model's name on the server")
     parser.add_argument("--url", required=True, help="address of the server, such as http://localhost:8000/v1")
-    parser.add_argument("--api-key-env", default="OPENAI_API_KEY", help="environment variable with the server's key")
+    parser.add_argument("--api-key-env", help="environment variable with the server's key, if it wants one")
     parser.add_argument("--environment", default="countdown", help="a built-in name or package.module:Class")
     parser.add_argument("--episodes", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=512, help="sampled tokens of one answer")

@@ -61,7 +61,8 @@ def main() -> int:
     quick = {"training.steps": 2, "training.groups": 8, "evaluation.episodes": 16} if options.quick else {}
     cells = {
         f"{name}-{arm}-{seed}": {
-            "recipe": ENVIRONMENTS[name]["recipe"], "seed": seed, "threads": options.threads, "base": base_fingerprint(),
+            "recipe": ENVIRONMENTS[name]["recipe"], "seed": seed, "threads": options.threads,
+            "base": base_fingerprint(),
             "overrides": {**COMMON, **ENVIRONMENTS[name]["overrides"], **ARMS[arm], **quick},
         }
         for seed in range(seeds)

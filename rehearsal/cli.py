@@ -95,7 +95,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, set[str]]]:
     evaluate.add_argument("--episodes", type=int, default=256)
     evaluate.add_argument("--temperature", type=float, default=1.0)
     evaluate.add_argument("--url", help="of a server that speaks the OpenAI API; POLICY is the model's name there")
-    evaluate.add_argument("--api-key-env", default="OPENAI_API_KEY", help="environment variable with the server's key")
+    evaluate.add_argument(
+        "--api-key-env", help="environment variable with the server's key; OPENAI_API_KEY if there is one"
+    )
     evaluate.add_argument("--json", type=Path, help="write the figures here")
 
     play = command("play", "Play an environment yourself.", _play, dotted=True)

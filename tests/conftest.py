@@ -6,10 +6,19 @@ holds one that was shown a few hundred answers of FrozenLake: it keeps the forma
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
@@ -148,3 +157,45 @@ def build_family() -> Callable[[str], Any]:
         return getattr(hf, model)(getattr(hf, config)(**common | settings)).eval()
 
     return build
+
+
+@contextlib.contextmanager
+def _serve(folder: Path) -> Iterator[str]:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "NO_PROXY": "127.0.0.1"}
+    with tempfile.NamedTemporaryFile("w+b", suffix=".log") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", str(folder),
+             "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
+            stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **quiet},
+        )  # fmt: skip
+
+        def said() -> str:
+            return Path(log.name).read_text(errors="replace")[-3000:]
+
+        try:
+            deadline = time.monotonic() + 120
+            while True:
+                assert process.poll() is None, f"the server ended:\n{said()}"
+                assert time.monotonic() < deadline, f"the server did not start:\n{said()}"
+                try:
+                    if httpx.get(f"http://127.0.0.1:{port}/health", timeout=2, trust_env=False).is_success:
+                        break
+                except httpx.HTTPError:
+                    time.sleep(0.2)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture(scope="session")
+def serve_model() -> Callable[[Path], AbstractContextManager[str]]:
+    """``with serve_model(folder) as url``: the server of transformers with the model of a folder, on loopback."""
+    return _serve

@@ -56,7 +56,10 @@ class ChatRollout(Rollout):
             return agent.read_text("", SampleStop.CONTEXT)
         text = answer.text
         if answer.reasoning and self.protocol.thinking and THINK_OPEN not in text:
+            # The rules ask for thoughts in the answer. A server that takes them out is shown them again, as the model
+            # wrote them: without them it would play another game than the same model does here.
             text = f"{THINK_OPEN}{answer.reasoning}{THINK_CLOSE}{text}"
+            session.restate(text)
         agent.counters["server_tokens"] += answer.tokens
         return agent.read_text(text, answer.stop)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ def evaluate_policy(
         episodes: how many tasks.
         temperature: of the answers; 0 takes the likeliest token.
         url: of a server that speaks the OpenAI chat API; ``policy`` is the model's name there.
-        api_key_env: environment variable with the server's key.
+        api_key_env: environment variable with the server's key. If None, that of OPENAI_API_KEY if it is set, else
+            none: a server on one's own machine wants no key.
 
     Returns:
         the figures of :class:`rehearsal.evaluation.held_out.Evaluation`.
@@ -78,6 +80,8 @@ def evaluate_policy(
 def _evaluate_remote(
     name: str, recipe: Recipe, split: str, episodes: int, temperature: float, url: str, api_key_env: str | None
 ) -> dict[str, float]:
+    if api_key_env is None and os.environ.get("OPENAI_API_KEY", "").strip():
+        api_key_env = "OPENAI_API_KEY"
     engine = RemoteEngine(url, name, api_key_env=api_key_env, concurrency=min(32, recipe.engine.max_sessions))
     rollout = ChatRollout(
         [variant.maker for variant in variants_of(recipe)], engine, answer_protocol(recipe), episode_limits(recipe),

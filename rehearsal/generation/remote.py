@@ -180,8 +180,8 @@ class RemoteSession(_Exchange):
 class ChatSession(_Exchange):
     """A conversation with a server that takes messages; see :class:`TextSession`.
 
-    The conversation keeps an answer without its ``reasoning``: chat formats drop earlier thoughts, and some servers
-    refuse to be shown them. ``params.stop_token_ids`` are not sent: the server's chat format ends an answer.
+    The conversation keeps an answer without its ``reasoning``, as most chat formats do; :meth:`restate` puts something
+    else in its place. ``params.stop_token_ids`` are not sent: the server's chat format ends an answer.
     """
 
     def __init__(self, engine: RemoteEngine, key: int) -> None:
@@ -210,6 +210,13 @@ class ChatSession(_Exchange):
         self._engine.stats.tokens_sampled += tokens
         values = None if logprobs is None else np.array(logprobs, dtype=np.float32)
         return ChatAnswer(raw.text, values, raw.stop, raw.reasoning, tokens)
+
+    def restate(self, text: str) -> None:
+        """Let the conversation remember the last answer as ``text``."""
+        self._idle("changed")
+        if not self._messages or self._messages[-1]["role"] != "assistant":
+            raise GenerationError("There is no answer to restate.")
+        self._messages[-1]["content"] = text
 
     def fork(self, key: int) -> ChatSession:
         self._idle("forked")

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 import torch
@@ -84,7 +79,9 @@ def letters_only(model: Any, tokenizer: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(
+    tmp_path_factory: pytest.TempPathFactory, serve_model: Callable[[Path], AbstractContextManager[str]]
+) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
@@ -100,35 +97,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     model.generation_config = GenerationConfig(do_sample=True, eos_token_id=tokenizer.eos_token_id, top_k=0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    log = Path(folder) / "log.txt"
-    quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "NO_PROXY": "127.0.0.1"}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", str(folder),
-             "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
-            stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **quiet},
-        )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            assert process.poll() is None, f"the server ended:\n{log.read_text()[-3000:]}"
-            assert time.monotonic() < deadline, f"the server did not start:\n{log.read_text()[-3000:]}"
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=2, trust_env=False).is_success:
-                    break
-            except httpx.HTTPError:
-                time.sleep(0.2)
-        yield Served(f"http://127.0.0.1:{port}/v1", str(folder), model, tokenizer)
-    finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    with serve_model(folder) as url:
+        yield Served(url, str(folder), model, tokenizer)
 
 
 @pytest.fixture(autouse=True)
