@@ -13,6 +13,8 @@ import statistics
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import parser, report, say
 from rehearsal.training.loop import SilentObserver, Trainer
@@ -29,6 +31,8 @@ def main() -> int:
     arguments.add_argument("--steps", type=int, default=40)
     arguments.add_argument("--recipe", default="frozenlake")
     options = arguments.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     changes = {"training.steps": 4, "training.groups": 8} if options.quick else {"training.steps": options.steps}
     trainer = Trainer(
         resolve_recipe(

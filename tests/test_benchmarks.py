@@ -172,6 +172,13 @@ def test_a_quick_run_ends_with_a_result(script: str, arguments: list[str], wante
 
 
 @pytest.mark.slow
+def test_the_cost_of_diagnostics_is_measured() -> None:
+    result = run_script("diagnostics", "--quick")
+    assert 0 < result["figures"]["share"] < 1
+    assert result["figures"]["steps_with_gradients"] == 1
+
+
+@pytest.mark.slow
 def test_the_gpu_script_walks_its_path_on_a_processor() -> None:
     result = run_script("on_gpu", "--device", "cpu", "--tiny", "--trl-engines", "generate")
     check_result(result)

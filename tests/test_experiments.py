@@ -1,0 +1,111 @@
+"""The parts of experiments that decide what is found: how a fall is dated, a detector judged, thresholds chosen."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from experiments import collapse, filtering  # noqa: E402
+from experiments.cells import run_cells  # noqa: E402
+from rehearsal.algorithms.filters import make_filter  # noqa: E402
+from rehearsal.diagnostics import Thresholds  # noqa: E402
+from rehearsal.environments import make  # noqa: E402
+from rehearsal.environments.check import check_env  # noqa: E402
+from rehearsal.training.recipe import resolve_recipe  # noqa: E402
+
+
+def run(fall: int | None, sign: int | None, steps: int = 50) -> list[dict[str, float]]:
+    """A run whose success falls at a step and whose answers break at another."""
+    return [
+        {
+            "step": step,
+            "train/success": 0.2 if fall is not None and step >= fall else 0.6,
+            "behaviour/invalid_turns": 0.5 if sign is not None and step >= sign else 0.0,
+        }
+        for step in range(1, steps + 1)
+    ]
+
+
+def test_a_fall_is_dated_by_the_mean_of_five_steps() -> None:
+    assert collapse.fall_of(run(None, None)) is None
+    # Two of five steps at 0.2 bring the mean from 0.6 to 0.44, below four fifths of it.
+    assert collapse.fall_of(run(30, None)) == 31
+
+
+def test_the_fall_itself_is_no_call() -> None:
+    assert collapse.called_at(run(30, None), Thresholds()) is None
+    called = collapse.called_at(run(30, 15), Thresholds())
+    assert called is not None
+    step, name = called
+    assert name == "format_lost"
+    assert 17 <= step <= 20
+
+
+def test_the_detector_is_judged() -> None:
+    pushed = [run(30, 10), run(30, 15), run(20, 40), run(None, 10)]
+    healthy = [run(None, None), run(None, None), run(None, 10), run(None, None)]
+    found = collapse.judged(pushed, healthy, Thresholds())
+    assert found["collapses"] == 3, "one of the pushed runs never fell"
+    assert found["called"] == pytest.approx(2 / 3), "a call after the fall is none"
+    assert 13 <= found["median_lead"] <= 17
+    assert found["false_alarms"] == 0.25
+    nothing = collapse.judged([], [], Thresholds())
+    assert math.isnan(nothing["called"])
+
+
+def test_thresholds_are_chosen_by_what_they_find() -> None:
+    weak = [[{**row, "behaviour/invalid_turns": row["behaviour/invalid_turns"] * 0.16} for row in run(30, 10)]]
+    assert collapse.judged(weak, [run(None, None)], Thresholds())["called"] == 0
+    chosen = collapse.choose(weak, [run(None, None)])
+    assert chosen.invalid == 0.05
+    assert collapse.judged(weak, [run(None, None)], chosen)["called"] == 1
+    # What nothing tells about stays as it was.
+    assert chosen.longer == Thresholds().longer
+
+
+def test_the_coin_knows_nothing_of_the_lake() -> None:
+    assert check_env(make("experiments.collapse:CoinLake")).ok
+    env = make("experiments.collapse:CoinLake")
+    rewards = []
+    for seed in range(200):
+        env.reset(seed=seed, options={"split": "train"})
+        total, over = 0.0, False
+        while not over:
+            _, reward, terminated, truncated, _ = env.step("Up" if seed % 2 else "Down")
+            total += reward
+            over = terminated or truncated
+        rewards.append(total)
+    assert set(rewards) == {0.0, 1.0}
+    assert 0.4 < sum(rewards) / 200 < 0.6
+
+
+def test_every_cell_is_a_recipe() -> None:
+    for environment in filtering.ENVIRONMENTS.values():
+        for arm in filtering.ARMS.values():
+            recipe = resolve_recipe(environment["recipe"], {**filtering.COMMON, **environment["overrides"], **arm})
+            make_filter(recipe.filter.name, **recipe.filter.options)
+    for changes in (*collapse.PUSHED.values(), *collapse.HEALTHY.values()):
+        recipe = resolve_recipe("frozenlake", {**collapse.COMMON, **changes})
+        make(recipe.environment.name, **recipe.environment.params)
+
+
+def test_cells_of_another_base_are_not_taken(tmp_path: Path) -> None:
+    played: list[str] = []
+
+    def play(settings: Mapping[str, Any]) -> dict[str, Any]:
+        played.append(settings["base"])
+        return {"after": 1.0}
+
+    for base in ("old", "old", "new"):
+        run_cells("x", {"cell": {"base": base}}, play, tmp_path)
+    assert played == ["old", "new"]
+    assert json.loads((tmp_path / "x" / "cell.json").read_text())["settings"] == {"base": "new"}
