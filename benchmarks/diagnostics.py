@@ -17,7 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import parser, report, say
-from rehearsal.training.loop import SilentObserver, Trainer
+from rehearsal.training.loop import Trainer
+from rehearsal.training.observer import SilentObserver
 from rehearsal.training.recipe import resolve_recipe
 
 

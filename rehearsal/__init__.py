@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from rehearsal.evaluation.run import evaluate_policy as evaluate  # noqa: F401
     from rehearsal.models.load import load_policy as load_policy
     from rehearsal.reports import write_report as write_report
-    from rehearsal.training.loop import train as train
     from rehearsal.training.recipe import Recipe as Recipe
     from rehearsal.training.recipe import resolve_recipe as resolve_recipe
+    from rehearsal.training.run import train as train
     from rehearsal.trajectory import Group as Group
     from rehearsal.trajectory import Kind as Kind
     from rehearsal.trajectory import Trajectory as Trajectory
@@ -39,7 +39,7 @@ _WHERE = {
     "make": "rehearsal.environments.registry:make",
     "register": "rehearsal.environments.registry:register",
     "resolve_recipe": "rehearsal.training.recipe:resolve_recipe",
-    "train": "rehearsal.training.loop:train",
+    "train": "rehearsal.training.run:train",
     "write_report": "rehearsal.reports:write_report",
 }
 

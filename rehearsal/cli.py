@@ -175,8 +175,8 @@ def _dotted(rest: Sequence[str]) -> dict[str, Any]:
 def _train(options: argparse.Namespace) -> int:
     from rehearsal.display import TerminalObserver, closing_line
     from rehearsal.reports import write_report
-    from rehearsal.training.loop import train
     from rehearsal.training.recipe import resolve_recipe
+    from rehearsal.training.run import train
     from rehearsal.training.runs import RunFolder
 
     console = Console()

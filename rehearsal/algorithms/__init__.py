@@ -9,7 +9,7 @@ the policy learns from; the learner calls, in this order, :func:`token_advantage
 from rehearsal.algorithms.aggregation import AGGREGATIONS, Aggregation, StepTotals, token_weights
 from rehearsal.algorithms.batch import Objective, PolicyOutput, TokenBatch, TokenLoss
 from rehearsal.algorithms.credit import SequenceRewards, token_advantages
-from rehearsal.algorithms.filters import FILTERS, Filter, Kept, has_variance, make_filter
+from rehearsal.algorithms.filters import FILTERS, Filter, Kept, make_filter
 from rehearsal.algorithms.objectives import CISPOLoss, EntropyBonus, KLLoss, PolicyLoss, ValueLoss
 from rehearsal.algorithms.presets import (
     ESTIMATORS,
@@ -22,6 +22,7 @@ from rehearsal.algorithms.presets import (
 )
 from rehearsal.algorithms.ratios import CORRECTIONS, ImportanceCorrection
 from rehearsal.algorithms.shaping import OverlongPenalty, was_cut_off
+from rehearsal.algorithms.variance import has_variance
 
 __all__ = [
     "AGGREGATIONS",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rehearsal.algorithms.filters import group_variance, has_variance
+from rehearsal.algorithms.variance import group_variance, has_variance
 from rehearsal.trajectory import Group, rewards_matrix
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rehearsal.algorithms.filters import group_variance
+from rehearsal.algorithms.variance import group_variance
 from rehearsal.errors import CheckpointError
 from rehearsal.training.runs import RunFolder
 from rehearsal.training.trajectory_store import read_table, read_trajectories

@@ -22,10 +22,9 @@ from torch import Tensor
 from rehearsal.algorithms.aggregation import StepTotals, token_weights
 from rehearsal.algorithms.batch import Objective, PolicyOutput, TokenBatch
 from rehearsal.algorithms.credit import SequenceRewards, one_scale, token_advantages
-from rehearsal.algorithms.filters import group_variance
 from rehearsal.algorithms.objectives import CISPOLoss, PolicyLoss
 from rehearsal.algorithms.presets import Algorithm
-from rehearsal.algorithms.shaping import was_cut_off
+from rehearsal.algorithms.variance import group_variance
 from rehearsal.errors import TrainingDiverged
 from rehearsal.models.head import token_logprobs
 from rehearsal.models.packed import causal_lm, packed_hidden
@@ -36,48 +35,11 @@ from rehearsal.training.critic import Critic
 from rehearsal.training.gradient_probe import draw_by_quantile, gradient_figures
 from rehearsal.training.optimiser import Update, clipped_updates, forget_gradients, make_optimiser, scheduled_share
 from rehearsal.training.recipe import TrainingOptions
-from rehearsal.trajectory import SAMPLED_KINDS, Group, Segment, rewards_matrix
+from rehearsal.training.sequences import Sequences, collect
+from rehearsal.trajectory import SAMPLED_KINDS, Group, rewards_matrix
 
 _WEIGHT, _WEIGHT_SQUARED = "policy/weight", "policy/weight_squared"
 _AFTER_DIVERGENCE = "Lower training.learning_rate, or resume from the last checkpoint."
-
-
-@dataclass
-class _Sequences:
-    """The sequences of a step with their target tokens, in order of group and sample."""
-
-    segments: list[Segment] = field(default_factory=list)
-    targets: list[np.ndarray] = field(default_factory=list)
-    group: list[int] = field(default_factory=list)
-    sample: list[int] = field(default_factory=list)
-    turn_rewards: list[np.ndarray] = field(default_factory=list)
-    cut_off: list[bool] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.segments)
-
-    def items(self) -> list[PackItem]:
-        return [
-            PackItem(segment.token_ids, targets, group)
-            for segment, targets, group in zip(self.segments, self.targets, self.group, strict=True)
-        ]
-
-
-def _collect(groups: Sequence[Group]) -> _Sequences:
-    collected = _Sequences()
-    for p, group in enumerate(groups):
-        for g, trajectory in enumerate(group):
-            if trajectory.failed:
-                continue
-            for segment in trajectory.segments:
-                targets = np.nonzero(segment.sampled_mask)[0]
-                collected.segments.append(segment)
-                collected.targets.append(targets[targets > 0])
-                collected.group.append(p)
-                collected.sample.append(g)
-                collected.turn_rewards.append(trajectory.turn_rewards)
-                collected.cut_off.append(was_cut_off(trajectory))
-    return collected
 
 
 @dataclass
@@ -159,7 +121,7 @@ class Learner:
             TrainingDiverged: if a loss or a gradient is not finite.
         """
         started = time.perf_counter()
-        sequences = _collect(groups)
+        sequences = collect(groups)
         metrics: dict[str, float] = {"policy/learning_rate": self._learning_rate(step), "policy/updates": 0.0}
         if len(sequences) == 0 or sum(len(targets) for targets in sequences.targets) == 0:
             return metrics
@@ -208,7 +170,7 @@ class Learner:
                 yield np.sort(part)
 
     def _update(
-        self, sequences: _Sequences, batch: TokenBatch, part: np.ndarray, step: int, sums: dict[str, float],
+        self, sequences: Sequences, batch: TokenBatch, part: np.ndarray, step: int, sums: dict[str, float],
         counts: dict[str, float],
     ) -> tuple[float, int, int]:  # fmt: skip
         mini = batch if len(part) == batch.n_sequences else batch.select_sequences(torch.from_numpy(part))
@@ -260,7 +222,7 @@ class Learner:
         return norm, sum(pack.n_tokens for pack in packs), sum(pack.saved_tokens for pack in packs)
 
     def _probe(
-        self, groups: Sequence[Group], sequences: _Sequences, batch: TokenBatch, each: int, rng: np.random.Generator
+        self, groups: Sequence[Group], sequences: Sequences, batch: TokenBatch, each: int, rng: np.random.Generator
     ) -> dict[str, float]:
         """Gradients of single groups, as they are at the beginning of the step, for each objective of the policy."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -384,7 +346,7 @@ class Learner:
         Returns:
             float32 arrays, one for each segment of each episode that did not fail, in order.
         """
-        return self._each(_collect(groups), model)
+        return self._each(collect(groups), model)
 
     def score(self, items: Sequence[PackItem]) -> list[np.ndarray]:
         """Log-probs of the target tokens of any sequences, under the present policy."""
@@ -394,7 +356,7 @@ class Learner:
             share_prefixes=options.share_prefixes, precision=self._precision,
         )  # fmt: skip
 
-    def _each(self, sequences: _Sequences, model: Any | None = None, values: bool = False) -> list[np.ndarray]:
+    def _each(self, sequences: Sequences, model: Any | None = None, values: bool = False) -> list[np.ndarray]:
         options = self.options
         if values:
             return each_target(
@@ -409,7 +371,7 @@ class Learner:
         )  # fmt: skip
 
     def _batch(
-        self, groups: Sequence[Group], sequences: _Sequences, keep: np.ndarray | None, step: int, scale: float,
+        self, groups: Sequence[Group], sequences: Sequences, keep: np.ndarray | None, step: int, scale: float,
         families: Sequence[int] | None = None,
     ) -> TokenBatch:  # fmt: skip
         segments, targets = sequences.segments, sequences.targets

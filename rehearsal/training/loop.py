@@ -5,23 +5,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 
 from rehearsal.algorithms.filters import DropConstant, KeepAll, Kept, at_most, loss_scale, make_filter
 from rehearsal.algorithms.presets import Algorithm, preset
 from rehearsal.diagnostics import Verdict
-from rehearsal.errors import CheckpointError, RehearsalError
 from rehearsal.evaluation.held_out import Evaluation, evaluate
 from rehearsal.models.load import Policy, save_policy
 from rehearsal.rollout import Player, check_failures, rollout_metrics
@@ -37,55 +30,15 @@ from rehearsal.training.checkpoint import (
 )
 from rehearsal.training.learner import Learner
 from rehearsal.training.monitor import Monitor
+from rehearsal.training.observer import Observer, SilentObserver
 from rehearsal.training.playing import make_processes, make_rollout, policy_of, processes_for
-from rehearsal.training.recipe import Recipe, resolve_recipe
+from rehearsal.training.recipe import Recipe
 from rehearsal.training.runs import RunFolder
 from rehearsal.training.storage import storage_errors
 from rehearsal.training.tasks import TaskSource
 from rehearsal.training.trackers import Tracker, make_trackers
 from rehearsal.training.trajectory_store import write_trajectories
-from rehearsal.trajectory import Group, Trajectory, all_trajectories, rewards_matrix
-
-
-class Observer(Protocol):
-    """Whoever watches a run: the terminal, a notebook, a test."""
-
-    def started(self, trainer: Trainer) -> None: ...
-
-    def playing(self, what: str, total: int) -> None:
-        """``total`` episodes are about to be played; ``what`` says what for."""
-
-    def episode(self, trajectory: Trajectory) -> None: ...
-
-    def learning(self) -> None: ...
-
-    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def verdict(self, step: int, verdict: Verdict) -> None: ...
-
-    def evaluation(self, step: int, split: str, figures: Mapping[str, float]) -> None: ...
-
-    def finished(self, summary: Mapping[str, Any]) -> None: ...
-
-
-class SilentObserver:
-    """Shows nothing."""
-
-    def started(self, trainer: Trainer) -> None: ...
-
-    def playing(self, what: str, total: int) -> None: ...
-
-    def episode(self, trajectory: Trajectory) -> None: ...
-
-    def learning(self) -> None: ...
-
-    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def verdict(self, step: int, verdict: Verdict) -> None: ...
-
-    def evaluation(self, step: int, split: str, figures: Mapping[str, float]) -> None: ...
-
-    def finished(self, summary: Mapping[str, Any]) -> None: ...
+from rehearsal.trajectory import Group, all_trajectories, rewards_matrix
 
 
 @dataclass
@@ -389,106 +342,3 @@ class Trainer:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-@contextlib.contextmanager
-def stop_on_signals(trainer: Trainer) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM ends the run after the present step, with a checkpoint; the second at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        if trainer.stop_requested:
-            raise KeyboardInterrupt
-        trainer.stop_requested = True
-        print("\nStopping after this step; press Ctrl-C again to stop at once.", file=sys.stderr)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def free_folder(parent: Path, name: str) -> Path:
-    """The first of NAME, NAME-2, NAME-3, ... that does not exist."""
-    path, number = parent / name, 1
-    while path.exists():
-        number += 1
-        path = parent / f"{name}-{number}"
-    return path
-
-
-@dataclass
-class TrainResult:
-    """What a run left.
-
-    Attributes:
-        path: the run folder.
-        summary: success before and after on held-out tasks, seconds, and so on.
-        report: the HTML report, if one was written.
-        policy: the trained policy.
-    """
-
-    path: Path
-    summary: dict[str, Any]
-    policy: Policy
-    report: Path | None = None
-
-
-def train(
-    recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, output: str | Path | None = None,
-    resume: bool = False, observer: Observer | None = None, policy: Policy | None = None,
-    overrides: Mapping[str, Any] | Sequence[str] = (), command: str | Sequence[str] = "rehearsal.train(...)",
-) -> TrainResult:  # fmt: skip
-    """Train a policy in an environment and write a run folder.
-
-    Args:
-        recipe: the name of a built-in recipe, a TOML file, a dictionary, or a ``Recipe``.
-        output: the run folder; the first free one of runs/NAME, runs/NAME-2, ... if None.
-        resume: go on with the run in ``output``, with the recipe that is stored there unless another is given.
-        observer: who watches; nobody if None.
-        policy: a policy that is loaded already, instead of ``model.path``.
-        overrides: options by dotted name.
-        command: how the run was started, for its records.
-
-    Raises:
-        RehearsalError: with one sentence, for whatever the user can mend.
-    """
-    if resume and output is None:
-        raise CheckpointError("To resume, say which run: output must name its folder.")
-    if resume and output is not None:
-        RunFolder.open(output)  # before anything else: a wrong folder is the likeliest mistake
-        recipe = Path(output) / "recipe.toml" if recipe is None else recipe
-    recipe = resolve_recipe(recipe, overrides)
-    path = Path(output) if output is not None else free_folder(Path("runs"), recipe.name)
-    # Everything that can be wrong with model, environment and algorithm shows before a folder is made.
-    trainer = Trainer(recipe, observer=observer or SilentObserver(), policy=policy)
-    assert trainer.policy is not None
-    device = describe_device(trainer.policy.device)
-    if resume:
-        folder = RunFolder.resume(path, command, recipe_text=recipe.to_toml(), device=device)
-    else:
-        folder = RunFolder.create(path, recipe.to_toml(), command, device=device)
-    with folder, stop_on_signals(trainer), contextlib.closing(trainer):
-        trainer.folder = folder
-        if resume:
-            trainer.restore()
-        summary = trainer.run()
-    return TrainResult(path, summary, trainer.policy)
-
-
-def describe_device(device: torch.device) -> str:
-    """The processor or GPU in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
-    return f"{device.type}, {torch.get_num_threads()} threads"
-
-
-__all__ = ["Observer", "RehearsalError", "SilentObserver", "TrainResult", "Trainer", "train"]

@@ -23,12 +23,10 @@ from rehearsal.algorithms.filters import (
     TopK,
     TopP,
     at_most,
-    group_variance,
-    has_variance,
     loss_scale,
     make_filter,
-    variance_mass,
 )
+from rehearsal.algorithms.variance import group_variance, has_variance, variance_mass
 from rehearsal.errors import RecipeError
 
 NAN = math.nan

@@ -23,7 +23,7 @@ from rehearsal.evaluation.statistics import mean_interval, wilson_interval
 from rehearsal.generation.local import LocalEngine
 from rehearsal.rollout import Rollout, tasks_of_step
 from rehearsal.training.checkpoint import load_checkpoint, save_checkpoint
-from rehearsal.training.loop import train
+from rehearsal.training.run import train
 from rehearsal.training.runs import RunFolder
 from rehearsal.trajectory import Group, Segment, StopReason, Trajectory, Turn
 

@@ -29,8 +29,10 @@ from rehearsal.environments.base import TextEnv
 from rehearsal.environments.registry import register
 from rehearsal.errors import CheckpointError, EnvironmentFault, RecipeError, TrainingDiverged
 from rehearsal.rollout import tasks_of_step
-from rehearsal.training.loop import SilentObserver, Trainer, free_folder, train
+from rehearsal.training.loop import Trainer
+from rehearsal.training.observer import SilentObserver
 from rehearsal.training.recipe import Recipe, resolve_recipe
+from rehearsal.training.run import free_folder, train
 from rehearsal.training.runs import RunFolder
 from rehearsal.training.trajectory_store import read_trajectories
 from rehearsal.trajectory import Trajectory, all_trajectories
@@ -181,7 +183,7 @@ _SCRIPT = """
     import torch
     from pathlib import Path
     from rehearsal.rollout import tasks_of_step
-from rehearsal.training.loop import train
+from rehearsal.training.run import train
     torch.set_num_threads(1)
     run = Path(sys.argv[1])
     if (run / "run.json").exists():

@@ -15,8 +15,10 @@ import torch
 from rehearsal.diagnostics import RULES, Verdict, judge, thought_of_turn
 from rehearsal.errors import RecipeError
 from rehearsal.training import monitor as monitor_module
-from rehearsal.training.loop import SilentObserver, Trainer, train
+from rehearsal.training.loop import Trainer
+from rehearsal.training.observer import SilentObserver
 from rehearsal.training.recipe import Recipe
+from rehearsal.training.run import train
 from rehearsal.training.runs import RunFolder
 
 THINKING = {"model__path": "base", "agent__thinking": True, "agent__max_tokens_per_turn": 48, "agent__max_context": 600}

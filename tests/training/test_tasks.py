@@ -12,8 +12,10 @@ import pytest
 from rehearsal.algorithms.credit import one_scale
 from rehearsal.errors import EnvironmentFault, RecipeError
 from rehearsal.rollout import tasks_of_step
-from rehearsal.training.loop import SilentObserver, Trainer, train
+from rehearsal.training.loop import Trainer
+from rehearsal.training.observer import SilentObserver
 from rehearsal.training.recipe import Recipe
+from rehearsal.training.run import train
 from rehearsal.training.tasks import TaskSource
 from rehearsal.training.trajectory_store import read_trajectories
 from rehearsal.trajectory import all_trajectories

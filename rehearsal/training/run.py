@@ -1,0 +1,121 @@
+"""A run from its recipe to its folder: what ``rehearsal.train`` and the command line call."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rehearsal.errors import CheckpointError
+from rehearsal.models.load import Policy
+from rehearsal.training.loop import Trainer
+from rehearsal.training.observer import Observer, SilentObserver
+from rehearsal.training.recipe import Recipe, resolve_recipe
+from rehearsal.training.runs import RunFolder
+
+
+@contextlib.contextmanager
+def stop_on_signals(trainer: Trainer) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM ends the run after the present step, with a checkpoint; the second at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if trainer.stop_requested:
+            raise KeyboardInterrupt
+        trainer.stop_requested = True
+        print("\nStopping after this step; press Ctrl-C again to stop at once.", file=sys.stderr)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def free_folder(parent: Path, name: str) -> Path:
+    """The first of NAME, NAME-2, NAME-3, ... that does not exist."""
+    path, number = parent / name, 1
+    while path.exists():
+        number += 1
+        path = parent / f"{name}-{number}"
+    return path
+
+
+@dataclass
+class TrainResult:
+    """What a run left.
+
+    Attributes:
+        path: the run folder.
+        summary: success before and after on held-out tasks, seconds, and so on.
+        report: the HTML report, if one was written.
+        policy: the trained policy.
+    """
+
+    path: Path
+    summary: dict[str, Any]
+    policy: Policy
+    report: Path | None = None
+
+
+def train(
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, output: str | Path | None = None,
+    resume: bool = False, observer: Observer | None = None, policy: Policy | None = None,
+    overrides: Mapping[str, Any] | Sequence[str] = (), command: str | Sequence[str] = "rehearsal.train(...)",
+) -> TrainResult:  # fmt: skip
+    """Train a policy in an environment and write a run folder.
+
+    Args:
+        recipe: the name of a built-in recipe, a TOML file, a dictionary, or a ``Recipe``.
+        output: the run folder; the first free one of runs/NAME, runs/NAME-2, ... if None.
+        resume: go on with the run in ``output``, with the recipe that is stored there unless another is given.
+        observer: who watches; nobody if None.
+        policy: a policy that is loaded already, instead of ``model.path``.
+        overrides: options by dotted name.
+        command: how the run was started, for its records.
+
+    Raises:
+        RehearsalError: with one sentence, for whatever the user can mend.
+    """
+    if resume and output is None:
+        raise CheckpointError("To resume, say which run: output must name its folder.")
+    if resume and output is not None:
+        RunFolder.open(output)  # before anything else: a wrong folder is the likeliest mistake
+        recipe = Path(output) / "recipe.toml" if recipe is None else recipe
+    recipe = resolve_recipe(recipe, overrides)
+    path = Path(output) if output is not None else free_folder(Path("runs"), recipe.name)
+    # Everything that can be wrong with model, environment and algorithm shows before a folder is made.
+    trainer = Trainer(recipe, observer=observer or SilentObserver(), policy=policy)
+    assert trainer.policy is not None
+    device = describe_device(trainer.policy.device)
+    if resume:
+        folder = RunFolder.resume(path, command, recipe_text=recipe.to_toml(), device=device)
+    else:
+        folder = RunFolder.create(path, recipe.to_toml(), command, device=device)
+    with folder, stop_on_signals(trainer), contextlib.closing(trainer):
+        trainer.folder = folder
+        if resume:
+            trainer.restore()
+        summary = trainer.run()
+    return TrainResult(path, summary, trainer.policy)
+
+
+def describe_device(device: torch.device) -> str:
+    """The processor or GPU in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
+    return f"{device.type}, {torch.get_num_threads()} threads"
