@@ -26,6 +26,8 @@ class Plane:
         bound: I(X;Z) over its ceiling: how much they depend on the prompt.
         varied_limit: below this thoughts count as few.
         bound_limit: below this they count as not depending on the prompt.
+        saturated: in how many of the measurements the estimate reached its ceiling.
+        prompts: how many prompts the last measurement compared.
     """
 
     steps: list[int]
@@ -33,6 +35,19 @@ class Plane:
     bound: list[float]
     varied_limit: float
     bound_limit: float
+    saturated: int = 0
+    prompts: int = 0
+
+    @property
+    def warning(self) -> str:
+        """A sentence for people who take the ceiling for a good mark; "" where the estimate is below it."""
+        if self.saturated < len(self.steps) / 2:
+            return ""
+        return (
+            f"In {self.saturated} of {len(self.steps)} measurements the estimate is at its ceiling: with "
+            f"{self.prompts} prompts it says that thoughts tell them apart, and no more. More prompts "
+            "(diagnostics.prompts, or a larger diagnostics.max_share) raise the ceiling."
+        )
 
     def regime(self, place: int) -> str:
         """Which of the four regimes a point lies in, in words."""
@@ -60,7 +75,11 @@ def plane_of(data: ReportData, thresholds: Thresholds | None = None) -> Plane | 
         return None
     steps, varied, bound = (list(column) for column in zip(*known, strict=True))
     start = sum(varied[:3]) / len(varied[:3])
-    return Plane(steps, varied, bound, limits.varied * start, limits.information_low)
+    prompts = [value for value in data.series("information/first/prompts") if value is not None]
+    return Plane(
+        steps, varied, bound, limits.varied * start, limits.information_low,
+        sum(value == 1.0 for value in data.series(f"{_PREFIX}saturated")), int(prompts[-1]) if prompts else 0,
+    )  # fmt: skip
 
 
 def draw_plane(plane: Plane, width: int = 460, height: int = 330) -> Markup:

@@ -100,6 +100,7 @@ def signal(data: ReportData, templates: jinja2.Environment) -> Markup | None:
         steps=len(data.steps),
         unjudged=[rule.title.lower() for rule in RULES if rule.needs not in measured],
         plane=None if plane is None else draw_plane(plane),
+        warning="" if plane is None else plane.warning,
         spread=spread_chart(data),
         groups=groups,
         archive=data.archive,

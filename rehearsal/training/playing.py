@@ -42,9 +42,9 @@ def answer_protocol(recipe: Recipe) -> AnswerProtocol:
 def episode_limits(recipe: Recipe) -> list[Limits]:
     """What an episode may use, in each environment of a recipe: what the recipe says, else what the environment
     says."""
-    agent = recipe.agent
     found = []
     for variant in variants_of(recipe):
+        agent = variant.agent
         with contextlib.closing(variant.make()) as env:
             found.append(
                 Limits.for_env(

@@ -82,7 +82,7 @@ class CurriculumOptions(_Options):
     retry: float = Field(default=0.1, ge=0, le=1, description="difficulty: share of tasks from outside the band")
     explore: float = Field(default=0.1, ge=0, le=1, description="variance, progress: share that is spread evenly")
     stages: list[dict[str, Any]] = Field(
-        default_factory=list, description="staged: parameters of the environment, stage by stage"
+        default_factory=list, description="staged: parameters of the environment, and limits below agent"
     )
     threshold: float = Field(default=0.8, ge=0, le=1, description="staged: success that ends a stage")
     window: int = Field(default=64, ge=1, description="staged: groups that this success is measured over")

@@ -7,15 +7,16 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import ValidationError
 
 from rehearsal.algorithms.curriculum import ByDifficulty, Draw, Fresh, Mixture, Prioritised, Sampler, Staged, Uniform
 from rehearsal.environments.base import TextEnv
-from rehearsal.environments.registry import make
-from rehearsal.errors import EnvironmentFault
+from rehearsal.environments.registry import check_names, make
+from rehearsal.errors import EnvironmentFault, RecipeError
 from rehearsal.evaluation.held_out import held_out_tasks
 from rehearsal.generation.sampling import stream_key
 from rehearsal.rollout import Task, tasks_of_step
-from rehearsal.training.recipe import CurriculumOptions, Recipe
+from rehearsal.training.recipe import AgentOptions, CurriculumOptions, Recipe
 from rehearsal.trajectory import Group
 
 
@@ -25,10 +26,12 @@ class Variant(NamedTuple):
     Attributes:
         name: as :func:`rehearsal.environments.make` takes it.
         params: its parameters.
+        agent: options of the agent that differ from the recipe's.
     """
 
     name: str
     params: Mapping[str, Any]
+    agent: AgentOptions
 
     def make(self) -> TextEnv:
         return make(self.name, **self.params)
@@ -39,13 +42,37 @@ class Variant(NamedTuple):
         return partial(make, self.name, **self.params)
 
 
+_STAGED_OPTIONS = ("max_turns", "max_actions_per_turn", "max_actions", "max_tokens_per_turn")
+"""What a stage may change about the agent: its limits. The format stays, and so does the engine's context."""
+
+
 def variants_of(recipe: Recipe) -> list[Variant]:
-    """The environments of a recipe: the one, those of its mixture, or one a stage."""
+    """The environments of a recipe: the one, those of its mixture, or one a stage.
+
+    Raises:
+        RecipeError: for a stage that changes what it cannot.
+    """
     if recipe.mixture:
-        return [Variant(part.name, part.params) for part in recipe.mixture]
+        return [Variant(part.name, part.params, recipe.agent) for part in recipe.mixture]
     own = recipe.environment
-    stages = recipe.curriculum.stages or [{}]
-    return [Variant(own.name, {**own.params, **stage}) for stage in stages]
+    if not recipe.curriculum.stages:
+        return [Variant(own.name, own.params, recipe.agent)]
+    variants = []
+    for number, stage in enumerate(recipe.curriculum.stages, start=1):
+        params = {name: value for name, value in stage.items() if name != "agent"}
+        changes = stage.get("agent", {})
+        if not isinstance(changes, Mapping):
+            raise RecipeError(f"agent in stage {number} must be a table of options, not {changes!r}.")
+        check_names(f"option of the agent (in stage {number}) called", changes, _STAGED_OPTIONS)
+        try:
+            agent = AgentOptions.model_validate({**recipe.agent.model_dump(), **changes})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise RecipeError(
+                f"agent.{first['loc'][0]} in stage {number} cannot be {first['input']!r}: {first['msg']}."
+            ) from error
+        variants.append(Variant(own.name, {**own.params, **params}, agent))
+    return variants
 
 
 def make_sampler(recipe: Recipe) -> Sampler:

@@ -141,6 +141,17 @@ def test_the_plane(tmp_path: Path) -> None:
     assert "start" in drawing
 
 
+def test_the_ceiling_is_no_good_mark(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", information__first__sequence__saturated=1.0, information__first__prompts=12.0)
+    plane = plane_of(gather(run.path))
+    assert plane is not None
+    assert plane.saturated == 20
+    assert "with 12 prompts it says that thoughts tell them apart" in write_report(run.path).read_text()
+    below = plane_of(gather(make_run(tmp_path / "below").path))
+    assert below is not None
+    assert below.warning == ""
+
+
 @pytest.mark.parametrize("values", [[(0.0, 0.0)], [(1.0, 5.0)], [(-0.2, 0.0), (0.1, 0.1)]])
 def test_planes_at_the_edge(values: list[tuple[float, float]], tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run", "", "x", device="cpu") as run:

@@ -84,6 +84,18 @@ def test_stages_grow_and_are_judged_by_the_last(small: Callable[..., Recipe]) ->
     trainer.close()
 
 
+def test_stages_may_change_the_limits_of_the_agent(small: Callable[..., Recipe]) -> None:
+    recipe = small(
+        curriculum__name="staged", agent__max_context=400,
+        curriculum__stages=[{"size": 3}, {"size": 4, "agent": {"max_turns": 7, "max_actions_per_turn": 1}}],
+    )  # fmt: skip
+    trainer = Trainer(recipe)
+    first, second = trainer.rollout.all_limits
+    assert first.max_turns == 3
+    assert (second.max_turns, second.max_actions_per_turn) == (7, 1)
+    trainer.close()
+
+
 def test_a_mixture_of_environments(small: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = small(mixture=MIXED, training__steps=2, evaluation__episodes=4)
     result = train(recipe, output=tmp_path / "run")
@@ -146,6 +158,9 @@ def test_a_curriculum_needs_success(small: Callable[..., Recipe]) -> None:
         ({"mixture": [{"nam": "frozenlake"}]}, "nam"),
         ({"mixture": [{"name": "frozenlak"}]}, "frozenlak"),
         ({"curriculum__name": "staged", "curriculum__stages": [{"sise": 3}]}, "sise"),
+        ({"curriculum__name": "staged", "curriculum__stages": [{"agent": 3}]}, "agent in stage 1 must be a table"),
+        ({"curriculum__name": "staged", "curriculum__stages": [{"agent": {"thinking": True}}]}, "in stage 1"),
+        ({"curriculum__name": "staged", "curriculum__stages": [{"agent": {"max_turns": 0}}]}, "max_turns in stage 1"),
     ],
 )
 def test_wrong_options(changes: dict[str, Any], message: str, small: Callable[..., Recipe]) -> None:
