@@ -109,7 +109,9 @@ class Trainer:
         self._start_trackers()
         if self.steps_done == 0:
             self.evaluate("test", self.recipe.evaluation.episodes)
-        while self.steps_done < self.recipe.training.steps and not self.stop_requested:
+        if self.ended_by is not None:
+            self.end_on(self.ended_by)
+        while self.steps_done < self.recipe.training.steps and not self.stop_requested and self.ended_by is None:
             started = time.perf_counter()
             batch = self.play()
             played = time.perf_counter()
@@ -182,12 +184,16 @@ class Trainer:
         self.ended_by = self.monitor.end_of(called)
         if self.ended_by is None:
             return False
-        if self.ended_by.rule.name in self.recipe.diagnostics.go_back_on:
-            self.go_back(self.ended_by.began)
-        else:
-            self.save()
-        self.evaluate("test", self.recipe.evaluation.episodes)
+        self.save()
+        self.end_on(self.ended_by)
         return True
+
+    def end_on(self, verdict: Verdict) -> None:
+        """Leave the policy that the recipe wants after a verdict, and see how good it is."""
+        if verdict.rule.name in self.recipe.diagnostics.go_back_on:
+            self.go_back(verdict.began)
+        if (self.steps_done, "test") not in [(step, split) for step, split, _ in self.evaluations]:
+            self.evaluate("test", self.recipe.evaluation.episodes)
 
     def go_back(self, step: int) -> None:
         """Take up the weights of the last checkpoint before a step, if there is one."""
@@ -271,6 +277,7 @@ class Trainer:
         # Without a checkpoint even the evaluation of step 0 is played again.
         self.folder.truncate_after(self.steps_done if found else -1)
         self.monitor.replay(self.folder.metrics().rows)
+        self.ended_by = self.monitor.end_of(self.monitor.watch.verdicts)
         for row in self.folder.evaluations().rows:
             figures = {name: value for name, value in row.items() if name not in ("step", "time", "split")}
             self.evaluations.append((row["step"], row["split"], figures))

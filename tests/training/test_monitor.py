@@ -169,6 +169,11 @@ def test_a_run_may_end_on_a_verdict(
     folder = RunFolder.open(tmp_path / "run")
     assert folder.info.status == "finished"
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2]
+    # Resumed with the same recipe it has nothing left to do.
+    again = train(output=tmp_path / "run", resume=True)
+    assert again.summary["ended_by"] == "too_hard"
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2]
+    assert len(RunFolder.open(tmp_path / "run").evaluations().rows) == 2
     # It can be taken further, from where it ended.
     further = train(
         output=tmp_path / "run", resume=True, overrides={"diagnostics.stop_on": []},
