@@ -12,7 +12,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from rehearsal.diagnostics import Verdict
-from rehearsal.training.loop import Trainer
+from rehearsal.training.observer import Watched
+from rehearsal.training.recipe import Recipe
 from rehearsal.trajectory import Trajectory
 
 
@@ -30,6 +31,19 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
 
 
+def _named(name: str, values: Mapping[str, Any]) -> str:
+    """A name with its parameters: "frozenlake (size=4)"."""
+    told = ", ".join(f"{key}={value}" for key, value in values.items())
+    return f"{name} ({told})" if told else name
+
+
+def _environments(recipe: Recipe) -> str:
+    if not recipe.mixture:
+        return _named(recipe.environment.name, recipe.environment.params)
+    total = sum(part.weight for part in recipe.mixture)
+    return "; ".join(f"{percent(part.weight / total)} {_named(part.name, part.params)}" for part in recipe.mixture)
+
+
 class TerminalObserver:
     """One line a step, a bar for the episodes at play, and the held-out figures as they come."""
 
@@ -44,10 +58,10 @@ class TerminalObserver:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._lines = 0
-        self._trainer: Trainer | None = None
+        self._trainer: Watched | None = None
         self._first: tuple[int, float] | None = None
 
-    def started(self, trainer: Trainer) -> None:
+    def started(self, trainer: Watched) -> None:
         self._trainer = trainer
         assert trainer.policy is not None
         recipe = trainer.recipe
@@ -55,9 +69,13 @@ class TerminalObserver:
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         table.add_column(style="dim")
         table.add_column(overflow="fold")
-        params = ", ".join(f"{key}={value}" for key, value in recipe.environment.params.items())
         table.add_row("agent", f"{escape(trainer.policy.source)}, {trainer.policy.n_parameters / 1e6:.2f}M parameters")
-        table.add_row("environment", escape(recipe.environment.name + (f" ({params})" if params else "")))
+        table.add_row("environment", escape(_environments(recipe)))
+        if recipe.curriculum.name != "fresh":
+            stages = f", {len(recipe.curriculum.stages)} stages" if recipe.curriculum.stages else ""
+            table.add_row("curriculum", escape(recipe.curriculum.name + stages))
+        if recipe.filter.name != "none":
+            table.add_row("filter", escape(_named(recipe.filter.name, recipe.filter.options)))
         table.add_row(
             "episode",
             f"at most {limits.max_turns} turns of {limits.max_actions_per_turn} actions, {limits.max_context} tokens",
