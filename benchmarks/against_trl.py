@@ -60,7 +60,7 @@ class Ours:
         started = time.perf_counter()
         batch = trainer.play()
         played = time.perf_counter()
-        figures = trainer.learner.step(batch.groups, trainer.steps_done, batch.keep_P)
+        figures = trainer.learner.step(batch.groups, trainer.steps_done, batch.kept.keep_PG)
         trainer.steps_done += 1
         trainer.record(batch, figures, started, played)
         seconds = time.perf_counter() - started

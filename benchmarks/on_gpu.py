@@ -211,7 +211,9 @@ class Ours:
             random_rewards(batch.groups, number)
             played.append(time.perf_counter() - started)
             self.groups = batch.groups
-            learning = timed(lambda: trainer.learner.step(batch.groups, trainer.steps_done, batch.keep_P), self.device)
+            learning = timed(
+                lambda: trainer.learner.step(batch.groups, trainer.steps_done, batch.kept.keep_PG), self.device
+            )
             trainer.steps_done += 1
 
         played: list[float] = []

@@ -182,8 +182,7 @@ _SCRIPT = """
     import sys
     import torch
     from pathlib import Path
-    from rehearsal.rollout import tasks_of_step
-from rehearsal.training.run import train
+    from rehearsal.training.run import train
     torch.set_num_threads(1)
     run = Path(sys.argv[1])
     if (run / "run.json").exists():
