@@ -22,6 +22,8 @@ class Thresholds:
 
     Attributes:
         dead: of groups without reward variance, from which on there is no signal to speak of.
+        solved: of groups in which every episode succeeds, from which on the tasks are too easy. A run that has learned
+            its tasks comes near it without anything being wrong.
         information_low: I(X;Z) over its ceiling, below which thoughts hardly depend on prompts.
         information_fall: the same over what it was at the start.
         varied: H(Z|X) over what it was at the start, above which thoughts count as varied.
@@ -38,6 +40,7 @@ class Thresholds:
     """
 
     dead: float = 0.75
+    solved: float = 0.85
     information_low: float = 0.25
     information_fall: float = 0.5
     varied: float = 0.5
@@ -196,10 +199,10 @@ def _dead(series: Series, limits: Thresholds) -> tuple[float, float, float] | No
 
 
 def _too_easy(series: Series, limits: Thresholds) -> str | None:
-    shares = _dead(series, limits)
-    if shares is None or not shares[1] > shares[0] / 2:
+    solved = series.recent("signal/dead_groups_solved")
+    if not solved >= limits.solved:
         return None
-    return f"In {_percent(shares[1])} of the groups every episode succeeds."
+    return f"In {_percent(solved)} of the groups every episode succeeds."
 
 
 def _too_hard(series: Series, limits: Thresholds) -> str | None:
@@ -311,7 +314,7 @@ def _success_fell(series: Series, limits: Thresholds) -> str | None:
 
 RULES: tuple[Rule, ...] = (
     Rule(
-        "too_easy", "Too easy", "Where everything succeeds there is nothing to compare.",
+        "too_easy", "Too easy", "Where everything succeeds there is nothing to compare, and little is left to learn.",
         "Make the tasks harder, or draw them by difficulty (curriculum.name = difficulty).",
         "signal/dead_groups", _too_easy,
     ),
