@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -224,8 +224,8 @@ def train_with_trl(
     return log
 
 
-def model_copy(folder: Path, device: str = "cpu", dtype: str = "auto") -> Policy:
+def model_copy(folder: Path, device: str = "cpu", dtype: Literal["auto", "float32", "bfloat16"] = "auto") -> Policy:
     """A policy of its own from a folder."""
     from rehearsal.models.load import load_policy
 
-    return load_policy(folder, device=device, dtype=dtype)  # type: ignore[arg-type]
+    return load_policy(folder, device=device, dtype=dtype)

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from rehearsal.diagnostics import Verdict
-from rehearsal.training.observer import Watched
+from rehearsal.training.observer import Observer, Watched
 from rehearsal.training.recipe import Recipe
 from rehearsal.trajectory import Trajectory
 
@@ -44,7 +44,7 @@ def _environments(recipe: Recipe) -> str:
     return "; ".join(f"{percent(part.weight / total)} {_named(part.name, part.params)}" for part in recipe.mixture)
 
 
-class TerminalObserver:
+class TerminalObserver(Observer):
     """One line a step, a bar for the episodes at play, and the held-out figures as they come."""
 
     _HEADER_EVERY = 20

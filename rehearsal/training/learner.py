@@ -125,11 +125,12 @@ class Learner:
         metrics: dict[str, float] = {"policy/learning_rate": self._learning_rate(step), "policy/updates": 0.0}
         if len(sequences) == 0 or sum(len(targets) for targets in sequences.targets) == 0:
             return metrics
-        batch = self._batch(groups, sequences, keep, step, scale, families)
+        batch = self._batch(groups, sequences, keep, step, families)
         batch.check()
         if probe:
             metrics |= self._probe(groups, sequences, batch, probe, np.random.default_rng([self._seed, step, 1]))
             metrics["time/probe"] = time.perf_counter() - started
+        batch.advantages_N *= scale
         sums: dict[str, float] = defaultdict(float)
         counts: dict[str, float] = defaultdict(float)
         grad_norms: list[float] = []
@@ -346,32 +347,25 @@ class Learner:
         Returns:
             float32 arrays, one for each segment of each episode that did not fail, in order.
         """
-        return self._each(collect(groups), model)
+        return self.score(collect(groups).items(), model)
 
-    def score(self, items: Sequence[PackItem]) -> list[np.ndarray]:
-        """Log-probs of the target tokens of any sequences, under the present policy."""
+    def score(self, items: Sequence[PackItem], model: Any | None = None) -> list[np.ndarray]:
+        """Log-probs of the target tokens of any sequences, under the present policy or another model."""
         options = self.options
         return target_logprobs(
-            self.model, items, temperature=self.temperature, pack_tokens=options.pack_tokens,
-            share_prefixes=options.share_prefixes, precision=self._precision,
+            self.model if model is None else model, items, temperature=self.temperature,
+            pack_tokens=options.pack_tokens, share_prefixes=options.share_prefixes, precision=self._precision,
         )  # fmt: skip
 
-    def _each(self, sequences: Sequences, model: Any | None = None, values: bool = False) -> list[np.ndarray]:
+    def _values_of(self, items: Sequence[PackItem]) -> list[np.ndarray]:
         options = self.options
-        if values:
-            return each_target(
-                [self.critic], sequences.items(), lambda pack: self._values(pack).float().cpu().numpy(),
-                options.pack_tokens, options.share_prefixes, self.device, self._workers,
-            )  # fmt: skip
-        if model is None:
-            return self.score(sequences.items())
-        return target_logprobs(
-            model, sequences.items(), temperature=self.temperature, pack_tokens=options.pack_tokens,
-            share_prefixes=options.share_prefixes, precision=self._precision,
+        return each_target(
+            [self.critic], items, lambda pack: self._values(pack).float().cpu().numpy(), options.pack_tokens,
+            options.share_prefixes, self.device, self._workers,
         )  # fmt: skip
 
     def _batch(
-        self, groups: Sequence[Group], sequences: Sequences, keep: np.ndarray | None, step: int, scale: float,
+        self, groups: Sequence[Group], sequences: Sequences, keep: np.ndarray | None, step: int,
         families: Sequence[int] | None = None,
     ) -> TokenBatch:  # fmt: skip
         segments, targets = sequences.segments, sequences.targets
@@ -388,7 +382,7 @@ class Learner:
             keep_S &= keep[sequences.group] if keep.ndim == 1 else keep[sequences.group, sequences.sample]
         if self.algorithm.mask_truncated:
             keep_S &= ~np.asarray(sequences.cut_off, dtype=bool)
-        values_N = np.concatenate(self._each(sequences, values=True)) if self.critic is not None else None
+        values_N = np.concatenate(self._values_of(sequences.items())) if self.critic is not None else None
         _check_finite("values of the critic", values_N, step)
         sampled_N = np.ones(len(sequence_N), dtype=bool)
         advantages_N, returns_N = token_advantages(
@@ -410,11 +404,11 @@ class Learner:
             advantages_N = one_scale(advantages_N, family_N, keep_S[sequence_N])
         old_N = rollout_N
         if self.options.old_logprobs == "recompute":
-            old_N = np.concatenate(self._each(sequences))
+            old_N = np.concatenate(self.score(sequences.items()))
             _check_finite("log-probs of the policy", old_N, step)
         reference_N = None
         if self.reference is not None:
-            reference_N = np.concatenate(self._each(sequences, self.reference))
+            reference_N = np.concatenate(self.score(sequences.items(), self.reference))
             _check_finite("log-probs of the reference", reference_N, step)
 
         def tensor(array: np.ndarray | None) -> Tensor | None:
@@ -426,7 +420,7 @@ class Learner:
             turns_N=torch.from_numpy(turns_N.astype(np.int64)),
             sequence_N=torch.from_numpy(sequence_N),
             n_sequences=len(sequences),
-            advantages_N=torch.from_numpy(advantages_N * np.float32(scale)),
+            advantages_N=torch.from_numpy(advantages_N),
             policy_mask_N=torch.from_numpy(keep_S[sequence_N] & sampled_N),
             rollout_logprobs_N=torch.from_numpy(rollout_N),
             old_logprobs_N=torch.from_numpy(old_N),

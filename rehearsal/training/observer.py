@@ -35,42 +35,33 @@ class Watched(Protocol):
     stop_requested: bool
 
 
-class Observer(Protocol):
-    """Whoever watches a run: the terminal, a notebook, a test."""
+class Observer:
+    """Whoever watches a run. Every method does nothing; one that watches overrides what it wants to see."""
 
-    def started(self, trainer: Watched) -> None: ...
+    def started(self, trainer: Watched) -> None:
+        """The run is about to begin, or to go on."""
 
     def playing(self, what: str, total: int) -> None:
         """``total`` episodes are about to be played; ``what`` says what for."""
 
-    def episode(self, trajectory: Trajectory) -> None: ...
+    def episode(self, trajectory: Trajectory) -> None:
+        """An episode has ended."""
 
-    def learning(self) -> None: ...
+    def learning(self) -> None:
+        """The episodes of a step are played, and the policy learns from them."""
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A step is done."""
 
-    def verdict(self, step: int, verdict: Verdict) -> None: ...
+    def verdict(self, step: int, verdict: Verdict) -> None:
+        """Something was found wrong."""
 
-    def evaluation(self, step: int, split: str, figures: Mapping[str, float]) -> None: ...
+    def evaluation(self, step: int, split: str, figures: Mapping[str, float]) -> None:
+        """Held-out tasks were played."""
 
-    def finished(self, summary: Mapping[str, Any]) -> None: ...
+    def finished(self, summary: Mapping[str, Any]) -> None:
+        """The run has ended."""
 
 
-class SilentObserver:
+class SilentObserver(Observer):
     """Shows nothing."""
-
-    def started(self, trainer: Watched) -> None: ...
-
-    def playing(self, what: str, total: int) -> None: ...
-
-    def episode(self, trajectory: Trajectory) -> None: ...
-
-    def learning(self) -> None: ...
-
-    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def verdict(self, step: int, verdict: Verdict) -> None: ...
-
-    def evaluation(self, step: int, split: str, figures: Mapping[str, float]) -> None: ...
-
-    def finished(self, summary: Mapping[str, Any]) -> None: ...
