@@ -65,7 +65,11 @@ def model_card(config: BaseConfig, figures: Mapping[str, float]) -> str:
         figures: what :func:`rehearsal.training.base_model.make_base` measured.
     """
     total = sum(scene.weight for scene in config.scenes)
-    scenes = [f"- {scene.title}: {scene.weight / total:.1%}" for scene in config.scenes]
+    scenes = [
+        f"- {scene.title}: {scene.weight / total:.1%}"
+        + (f" (boldness up to {scene.boldness_high:g})" if scene.boldness_high is not None else "")
+        for scene in config.scenes
+    ]
     players = [f"- {f.name.replace('_', ' ')}: {getattr(config.mix, f.name):g}" for f in fields(config.mix)]
     names = {
         "thought": "thoughts",

@@ -20,11 +20,13 @@ class Scene:
         environment: a name for :func:`rehearsal.environments.make`.
         params: its parameters.
         weight: share of the episodes, relative to the other scenes.
+        boldness_high: as in :class:`SkillMix`, for this scene; None for that of the mix.
     """
 
     environment: str
     params: Mapping[str, Any] = field(default_factory=dict)
     weight: float = 1.0
+    boldness_high: float | None = None
 
     @property
     def title(self) -> str:
@@ -42,10 +44,11 @@ SCENES = (
     Scene("frozenlake", {"size": 5, "slip": 0.2}, 2.0),
     Scene("frozenlake", {"view": "coordinates"}, 4.0),
     Scene("frozenlake", {"view": "coordinates", "slip": 0.2}, 1.0),
-    Scene("sokoban", {}, 16.0),
-    Scene("sokoban", {"size": 5}, 4.0),
-    Scene("sokoban", {"size": 7}, 3.0),
-    Scene("sokoban", {"view": "coordinates"}, 2.0),
+    # Plans are longer than the turns of an episode, so its players move more than once a turn.
+    Scene("sokoban", {}, 22.0, boldness_high=0.9),
+    Scene("sokoban", {"size": 5}, 5.0, boldness_high=0.9),
+    Scene("sokoban", {"size": 7}, 3.0, boldness_high=0.9),
+    Scene("sokoban", {"view": "coordinates"}, 2.0, boldness_high=0.9),
     # Not the pairs of the environment's default: some of them are held out where any two names may meet.
     Scene("bandit", {"held_out": "pairs"}, 14.0),
     Scene("bandit", {"held_out": "pairs", "reversed": True}, 6.0),

@@ -6,19 +6,20 @@ import multiprocessing
 import queue
 import string
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rehearsal.agents.agent import Limits
-from rehearsal.agents.players import scripted_episode
+from rehearsal.agents.players import SkillMix, scripted_episode
 from rehearsal.agents.protocol import Protocol
 from rehearsal.environments import make
 from rehearsal.environments.base import SPLITS, TextEnv
 from rehearsal.errors import CheckpointError, RehearsalError
 from rehearsal.models.chat import ChatRenderer
-from rehearsal.training.base_config import BaseConfig
+from rehearsal.training.base_config import BaseConfig, Scene
 from rehearsal.training.base_tokenizer import MIN_VOCABULARY, train_tokenizer
 from rehearsal.trajectory import Segment, StopReason, Trajectory
 
@@ -56,6 +57,7 @@ class TranscriptSource:
         self._environments: list[TextEnv] = [make(scene.environment, **scene.params) for scene in config.scenes]
         weights = np.array([scene.weight for scene in config.scenes])
         self._shares = weights / weights.sum()
+        self._mixes = [_mix_of(config.mix, scene) for scene in config.scenes]
         self._openings: dict[tuple[int, Limits, bool], int] = {}
 
     def episode(self, index: int) -> tuple[Trajectory, Transcript]:
@@ -66,7 +68,7 @@ class TranscriptSource:
         env = self._environments[scene]
         limits = self._limits(env, rng)
         thinking = bool(rng.random() >= config.thoughtless)
-        player = config.mix.draw(rng)
+        player = self._mixes[scene].draw(rng)
         trajectory = scripted_episode(
             env, player, self.renderer, rng, seed=int(rng.integers(2**31)), split=self.split,
             protocol=Protocol(thinking=thinking), limits=limits,
@@ -89,6 +91,10 @@ class TranscriptSource:
         return Limits.for_env(
             env, max_turns=int(rng.integers(3, 9)), max_actions_per_turn=int(rng.integers(1, 4)), max_context=context
         )
+
+
+def _mix_of(mix: SkillMix, scene: Scene) -> SkillMix:
+    return mix if scene.boldness_high is None else replace(mix, boldness_high=scene.boldness_high)
 
 
 def make_tokenizer(config: BaseConfig) -> Any:

@@ -114,12 +114,19 @@ def sokoban_is_true(thought: str, actions: list[str], seen: dict[str, Any]) -> N
     assert target in seen["targets"]
     assert target not in seen["boxes"]
     facts = thought.partition(":")[2].partition(".")[0]
-    assert displacement(facts) == (target[0] - box[0], target[1] - box[1])
-    pushed = re.search(r"push ([a-z]+) from (-?\d+) (-?\d+)\. go (.*)\.$", thought)
+    assert displacement(facts.partition(",")[0]) == (target[0] - box[0], target[1] - box[1])
+    height, width = seen["height"], seen["width"]
+    border = {(r, c) for r in range(height) for c in range(width) if r in (0, height - 1) or c in (0, width - 1)}
+    for what, cells in (("wall", border | set(seen["walls"])), ("box", set(seen["boxes"]))):
+        told = re.search(rf", {what} ([a-z ]+)", facts)
+        near = {move.lower() for move in MOVES if moved(seen["player"], move) in cells}
+        assert set(told[1].split() if told else ()) == near
+    pushed = re.search(r"push ([a-z]+) from (-?\d+) (-?\d+): ([a-z0-9 ]+)\. go (.*)\.$", thought)
     assert pushed is not None
-    beside = moved((int(pushed[2]), int(pushed[3])), pushed[1].capitalize())
-    assert beside in seen["boxes"]
-    assert pushed[4].split() == actions
+    stand = (int(pushed[2]), int(pushed[3]))
+    assert moved(stand, pushed[1].capitalize()) in seen["boxes"]
+    assert displacement(pushed[4]) == (stand[0] - seen["player"][0], stand[1] - seen["player"][1])
+    assert pushed[5].split() == actions
 
 
 def bandit_is_true(thought: str, actions: list[str], seen: dict[str, Any]) -> None:

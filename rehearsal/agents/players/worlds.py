@@ -8,7 +8,7 @@ to see correctly from all of them, and to act as well as the mixture does.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,19 +86,29 @@ class FrozenLakeWorld(World):
 
 
 class SokobanWorld(World):
-    """Thinks like this: "me 2 3, box 3 3, target 3 1: left 2. push left from 3 4. go Right."; of the first box."""
+    """Thinks of the first box: "me 2 3, box 3 3, target 3 1: left 2, box down. push left from 3 4: down 1 right 1. go
+    Right."."""
 
     def facts(self, env: TextEnv) -> str:
-        """Positions of the player, of the first box beside the targets and of the first empty target."""
+        """Positions of the player, of the first box beside the targets and of the first empty target, the way between
+        these two, and the walls and boxes next to the player."""
         box, target = self._task(env)
-        player = env.describe()["player"]
+        seen = env.describe()
+        player = seen["player"]
         if box is None or target is None:
             return f"me {spelled(player)}, all boxes stored."
-        return f"me {spelled(player)}, box {spelled(box)}, target {spelled(target)}: {way(box, target)}."
+        near = ""
+        for name, cells in (("wall", _walls(seen)), ("box", seen["boxes"])):
+            moves = [move.lower() for move in MOVES if moved(player, move) in cells]
+            near += f", {name} {' '.join(moves)}" if moves else ""
+        return f"me {spelled(player)}, box {spelled(box)}, target {spelled(target)}: {way(box, target)}{near}."
 
     def intention(self, env: TextEnv, actions: Sequence[str], rng: np.random.Generator) -> str:
-        """The side to push from and the moves. The side belongs to the plan if these moves push, or the best plan
-        begins with them; otherwise to a push that brings the first box closer."""
+        """The side to push from, the way there and the moves.
+
+        The side belongs to the plan if these moves push, or the best plan begins with them; otherwise to a push that
+        brings the first box closer.
+        """
         box, _ = self._task(env)
         if box is None:
             return super().intention(env, actions, rng)
@@ -112,7 +122,7 @@ class SokobanWorld(World):
             first = (box, self._push(env, rng))
         box, push = first
         stand = (box[0] - MOVES[push][0], box[1] - MOVES[push][1])
-        return f"push {push.lower()} from {spelled(stand)}. go {' '.join(actions)}."
+        return f"push {push.lower()} from {spelled(stand)}: {way(seen['player'], stand)}. go {' '.join(actions)}."
 
     def blind(self, env: TextEnv, n: int, rng: np.random.Generator) -> list[str]:
         """To the side of the box that faces away from the target, and push, through walls and boxes alike."""
@@ -266,6 +276,13 @@ def _straight(start: Position, end: Position, n: int, rng: np.random.Generator) 
         actions.append(open_moves[int(rng.integers(len(open_moves)))])
         start = moved(start, actions[-1])
     return actions
+
+
+def _walls(seen: Mapping[str, Any]) -> set[Position]:
+    """The walls of a described Sokoban position, the border among them."""
+    height, width = seen["height"], seen["width"]
+    border = {(r, c) for r in range(height) for c in range(width) if r in (0, height - 1) or c in (0, width - 1)}
+    return border | set(seen["walls"])
 
 
 def _first_push(player: Position, boxes: Iterable[Position], moves: Sequence[str]) -> tuple[Position, str] | None:
