@@ -3,8 +3,9 @@
     python experiments/main_job.py [--only frozenlake] [--seeds 5] [--workers 1] [--threads 2] [--quick]
 
 Each cell is one training run. Success is that of the final policy, not of the best one on the way, on 256 tasks of the
-test split, which no run trains on and which are the same for all. The control has the same recipe with two steps and a
-learning rate so small that nothing is learnt: it shows what playing the held-out tasks again would give by luck.
+test split, which no run trains on and which are the same for all. The control is the same run with the rewards of each
+group dealt out anew among its episodes: as many updates, gradients of the same size, and nothing to learn from. What
+it gains is what training does without a signal.
 
 The bandit holds out pairs of names. One more cell, held to no goal, holds out the names themselves: the shipped base
 has read nothing but its games, so it should not be able to do it.
@@ -16,28 +17,49 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import report
 from experiments.cells import RESULTS, run_cells
+from experiments.policies import base_fingerprint
+from rehearsal.trajectory import Group
 
 SEEDS = {"frozenlake": 5, "bandit": 5, "sokoban": 3}
 
 
+def deal_rewards(groups: Sequence[Group], rng: np.random.Generator) -> None:
+    """Give each episode the reward of one of its own group, drawn without replacement, in place."""
+    for group in groups:
+        played = [episode for episode in group.trajectories if not episode.failed and episode.turns]
+        rewards = rng.permutation([episode.reward for episode in played])
+        for episode, reward in zip(played, rewards, strict=True):
+            for turn in episode.turns:
+                turn.rewards, turn.penalty = [], 0.0
+            episode.turns[-1].rewards = [float(reward)]
+
+
 def play(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """One training run."""
+    """One training run; ``deal_rewards`` in the settings makes it a control."""
     import torch
 
-    from rehearsal.training.loop import Trainer
+    from rehearsal.training.loop import Batch, Trainer
     from rehearsal.training.recipe import resolve_recipe
+
+    class Control(Trainer):
+        def play(self) -> Batch:
+            batch = super().play()
+            deal_rewards(batch.groups, np.random.default_rng([self.recipe.seed, self.steps_done]))
+            return batch
 
     torch.set_num_threads(int(settings["threads"]))
     recipe = resolve_recipe(settings["recipe"], {"seed": settings["seed"], **settings["overrides"]})
-    trainer = Trainer(recipe)
+    trainer = (Control if settings.get("deal_rewards") else Trainer)(recipe)
     began = time.monotonic()
     trainer.run()
     held_out = [(step, figures) for step, split, figures in trainer.evaluations if split == "test"]
@@ -67,18 +89,21 @@ def main() -> int:
     options = parser.parse_args()
     names = options.only or list(SEEDS)
     cells: dict[str, dict[str, Any]] = {}
+    base = base_fingerprint()
     for name in names:
         seeds = 1 if options.quick else options.seeds or SEEDS[name]
         quick = {"training.steps": 3, "evaluation.episodes": 32} if options.quick else {}
         for seed in range(seeds):
-            common = {"recipe": name, "seed": seed, "threads": options.threads}
+            common = {"recipe": name, "seed": seed, "threads": options.threads, "base": base}
             cells[f"{name}-{seed}"] = {**common, "overrides": quick}
-        control = {"training.learning_rate": 1e-12, "training.steps": 2, **quick}
-        cells[f"{name}-control"] = {"recipe": name, "seed": 0, "threads": options.threads, "overrides": control}
+        cells[f"{name}-control"] = {
+            "recipe": name, "seed": 0, "threads": options.threads, "base": base, "overrides": quick,
+            "deal_rewards": True,
+        }  # fmt: skip
         if name == "bandit":
             names_apart = {"environment.params.held_out": "names", **quick}
             cells["bandit-unknown_names"] = {
-                "recipe": name, "seed": 0, "threads": options.threads, "overrides": names_apart,
+                "recipe": name, "seed": 0, "threads": options.threads, "base": base, "overrides": names_apart,
             }  # fmt: skip
     played = run_cells("main_job", cells, play, None if options.quick else RESULTS, options.workers)
 

@@ -9,18 +9,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments import collapse, filtering  # noqa: E402
+from experiments import collapse, filtering, main_job  # noqa: E402
 from experiments.cells import run_cells  # noqa: E402
 from rehearsal.algorithms.filters import make_filter  # noqa: E402
 from rehearsal.diagnostics import Thresholds  # noqa: E402
 from rehearsal.environments import make  # noqa: E402
 from rehearsal.environments.check import check_env  # noqa: E402
 from rehearsal.training.recipe import resolve_recipe  # noqa: E402
+from rehearsal.trajectory import Group, StopReason, Trajectory, Turn  # noqa: E402
 
 
 def run(fall: int | None, sign: int | None, steps: int = 50) -> list[dict[str, float]]:
@@ -109,3 +111,18 @@ def test_cells_of_another_base_are_not_taken(tmp_path: Path) -> None:
         run_cells("x", {"cell": {"base": base}}, play, tmp_path)
     assert played == ["old", "new"]
     assert json.loads((tmp_path / "x" / "cell.json").read_text())["settings"] == {"base": "new"}
+
+
+def test_the_control_of_the_main_job_deals_the_rewards_of_a_group_out_anew() -> None:
+    episodes = [
+        Trajectory("lake", 0, sample=i, turns=[Turn("", rewards=[0.1 * i], penalty=-0.5), Turn("", rewards=[float(i)])])
+        for i in range(8)
+    ]
+    episodes.append(Trajectory("lake", 0, sample=8, turns=[Turn("")], stop_reason=StopReason.ERROR))
+    group = Group(episodes)
+    before = group.rewards
+    main_job.deal_rewards([group], np.random.default_rng(0))
+    after = group.rewards
+    assert sorted(after[:8]) == pytest.approx(sorted(before[:8]))
+    assert (after[:8] != before[:8]).any()
+    assert math.isnan(after[8])
