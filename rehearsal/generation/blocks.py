@@ -92,7 +92,7 @@ class BlockRunner:
         self._device = device
         self._parameters = list(model.parameters())
         self._versions: list[int] | None = None
-        self._forward: Callable[[Tensor, Tensor, AttentionPlan], Tensor]
+        self._forward: Callable[[Tensor, Tensor, AttentionPlan, Tensor | None], Tensor]
 
     def run(self, blocks: list[Block], streams: Streams) -> list[Drawn]:
         """The tokens drawn in each block.
@@ -112,8 +112,10 @@ class BlockRunner:
                 fused = fused_decoder(self.model)
             self._forward = fused or self._plain
 
-    def _plain(self, token_ids_T: Tensor, positions_T: Tensor, plan: AttentionPlan) -> Tensor:
-        return packed_hidden(self.model, token_ids_T, positions_T, plan)
+    def _plain(
+        self, token_ids_T: Tensor, positions_T: Tensor, plan: AttentionPlan, rows_R: Tensor | None
+    ) -> Tensor:  # fmt: skip
+        return packed_hidden(self.model, token_ids_T, positions_T, plan, rows_R)
 
     @torch.inference_mode()
     def _block(self, block: Block, streams: Streams) -> Drawn:
@@ -121,16 +123,15 @@ class BlockRunner:
         token_ids = np.concatenate([block.token_ids, *(run.token_ids for run in block.runs)]).astype(np.int64)
         spans = [(run.slot, run.first, len(run.token_ids)) for run in block.runs]
         plan = CachePlan(self._pool, block.slots, block.positions, spans, self._device)
-        hidden_TW = self._forward(torch.from_numpy(token_ids).to(self._device), plan.positions_T, plan)
         last = n - 1 + np.cumsum([count for _, _, count in spans], dtype=np.int64)
         draws = np.array([run.draws for run in block.runs], dtype=bool)
         rows_R = np.concatenate([np.arange(n), last[draws]])
         slots_R = np.concatenate([block.slots, [run.slot for run in block.runs if run.draws]]).astype(np.int64)
+        wanted = None if len(rows_R) == len(token_ids) else torch.from_numpy(rows_R).to(self._device)
+        hidden_RW = self._forward(torch.from_numpy(token_ids).to(self._device), plan.positions_T, plan, wanted)
         if len(rows_R) == 0:
             return Drawn(slots_R, np.empty(0, np.int64), np.empty(0, np.float32))
-        if len(rows_R) < len(hidden_TW):
-            hidden_TW = hidden_TW[torch.from_numpy(rows_R).to(self._device)]
-        return self._draw(logits_of(self.model, hidden_TW), slots_R, streams)
+        return self._draw(logits_of(self.model, hidden_RW), slots_R, streams)
 
     def _draw(self, logits_RV: Tensor, slots_R: np.ndarray, streams: Streams) -> Drawn:
         noise_R = uniforms(streams.keys_S[slots_R], streams.lengths_S[slots_R])

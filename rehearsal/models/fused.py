@@ -155,13 +155,17 @@ class FusedDecoder:
             window=getattr(attention, "sliding_window", None),
         )
 
-    def __call__(self, token_ids_T: Tensor, positions_T: Tensor, plan: Any) -> Tensor:
-        """Last hidden states of packed tokens, (T, W).
+    def __call__(
+        self, token_ids_T: Tensor, positions_T: Tensor, plan: Any, rows_N: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """Last hidden states of packed tokens, (T, W), or of some of them, (N, W).
 
         Args:
             token_ids_T: int64.
             positions_T: int64, each token's place in its own sequence.
             plan: an :class:`rehearsal.models.packed.AttentionPlan`.
+            rows_N: int64, the tokens whose hidden states are wanted; all if None. What comes after the attention of
+                the last layer is computed for these alone.
         """
         H, G, D, eps = self._heads, self._kv_heads, self._head_dim, self._eps
         hidden_TW = F.embedding(token_ids_T, self._embedding.weight, self._embedding.padding_idx)
@@ -181,6 +185,8 @@ class FusedDecoder:
                 qk_THD = norm(qk_THD, layer.qk_norm, eps)
             qk_THD = rotate(qk_THD, cos_T1D, sin_T1D)
             mixed_THD = plan.attend(index, qk_THD[:, :H], qk_THD[:, H:], value_TGD, layer.scaling, layer.window, None)
+            if rows_N is not None and index == len(self._layers) - 1:
+                hidden_TW, mixed_THD = hidden_TW.index_select(0, rows_N), mixed_THD.index_select(0, rows_N)
             hidden_TW = torch.addmm(hidden_TW, mixed_THD.flatten(1), layer.out)
             normed_TW = norm(hidden_TW, layer.before_mlp, eps)
             hidden_TW = torch.addmm(hidden_TW, gated(F.linear(normed_TW, layer.gate_up)), layer.down)

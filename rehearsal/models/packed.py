@@ -288,15 +288,22 @@ def packed_attention(model: Any) -> Iterator[None]:
                 _switched[id(config)] = (before, inside - 1)
 
 
-def packed_hidden(model: Any, token_ids_T: Tensor, positions_T: Tensor, plan: AttentionPlan, **kwargs: Any) -> Tensor:
-    """Last hidden states, (T, width), of packed tokens. Call inside :func:`packed_attention`."""
+def packed_hidden(
+    model: Any, token_ids_T: Tensor, positions_T: Tensor, plan: AttentionPlan, rows_N: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:  # fmt: skip
+    """Last hidden states of packed tokens, (T, width), or of those at ``rows_N`` alone, (N, width).
+
+    Call inside :func:`packed_attention`.
+    """
     if not kwargs and (fused := fused_decoder(model)) is not None:
-        return fused(token_ids_T, positions_T, plan)
+        return fused(token_ids_T, positions_T, plan, rows_N)
     decoder = causal_lm(model).get_decoder()
     output = decoder(
         input_ids=token_ids_T[None], position_ids=positions_T[None], use_cache=False, packing=plan, **kwargs
     )
-    return output.last_hidden_state[0]
+    hidden_TD = output.last_hidden_state[0]
+    return hidden_TD if rows_N is None else hidden_TD.index_select(0, rows_N)
 
 
 def fused_decoder(model: Any) -> FusedDecoder | None:

@@ -37,8 +37,7 @@ def target_logprobs(
 
     def logprobs_of(pack: Pack) -> np.ndarray:
         with precision():
-            hidden_TD = packed_hidden(model, pack.token_ids_T, pack.positions_T, pack.plan)
-            hidden_ND = hidden_TD.index_select(0, pack.sources_N)
+            hidden_ND = packed_hidden(model, pack.token_ids_T, pack.positions_T, pack.plan, pack.sources_N)
             flat_N, _ = token_logprobs(causal_lm(model), hidden_ND, pack.targets_N, temperature=temperature)
         return flat_N.float().cpu().numpy()
 

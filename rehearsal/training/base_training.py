@@ -185,8 +185,9 @@ def _packs(transcripts: Sequence[Transcript]) -> list[_Work]:
 
 def _losses(model: Any, work: _Work) -> tuple[Tensor, np.ndarray]:
     """Negative log-likelihoods, (N,), and classes, (N,), of the target tokens of a pack."""
-    hidden_TD = packed_hidden(model, work.pack.token_ids_T, work.pack.positions_T, work.pack.plan)
-    logprobs_N, _ = token_logprobs(model, hidden_TD[work.pack.sources_N], work.pack.targets_N)
+    pack = work.pack
+    hidden_ND = packed_hidden(model, pack.token_ids_T, pack.positions_T, pack.plan, pack.sources_N)
+    logprobs_N, _ = token_logprobs(model, hidden_ND, pack.targets_N)
     return -logprobs_N, work.classes_N
 
 

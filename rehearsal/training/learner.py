@@ -329,8 +329,7 @@ class Learner:
 
     def _policy(self, model: Any, pack: Pack, entropy: bool) -> tuple[Tensor, Tensor | None]:
         with self._precision():
-            hidden_TD = packed_hidden(model, pack.token_ids_T, pack.positions_T, pack.plan)
-            hidden_ND = hidden_TD.index_select(0, pack.sources_N)
+            hidden_ND = packed_hidden(model, pack.token_ids_T, pack.positions_T, pack.plan, pack.sources_N)
             return token_logprobs(
                 causal_lm(model), hidden_ND, pack.targets_N, temperature=self.temperature, entropy=entropy
             )
@@ -338,8 +337,8 @@ class Learner:
     def _values(self, pack: Pack) -> Tensor:
         assert self.critic is not None
         with self._precision():
-            hidden_TD = packed_hidden(self.critic, pack.token_ids_T, pack.positions_T, pack.plan)
-        return self.critic.values(hidden_TD.index_select(0, pack.sources_N))
+            hidden_ND = packed_hidden(self.critic, pack.token_ids_T, pack.positions_T, pack.plan, pack.sources_N)
+        return self.critic.values(hidden_ND)
 
     def logprobs(self, groups: Sequence[Group], model: Any | None = None) -> list[np.ndarray]:
         """Log-probs of the sampled tokens of every sequence, under the present policy or another model.

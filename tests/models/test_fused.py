@@ -65,6 +65,25 @@ def test_hidden_states_and_gradients_are_the_models_own(model: Any) -> None:
         assert torch.allclose(fused_gradients[name], gradient, atol=1e-5 * float(gradient.abs().max()) + 1e-7), name
 
 
+def test_some_rows_are_those_of_all_with_their_gradients(model: Any) -> None:
+    rows = torch.tensor([19, 3, 3, 0, 7])
+    plan = PackedPlan([Span(0, 12), Span(12, 20)], 20)
+    ids = torch.randint(0, 97, (20,), generator=torch.Generator().manual_seed(0))
+    positions = torch.from_numpy(plan.positions_T)
+    weights = torch.randn(len(rows), 32, generator=torch.Generator().manual_seed(1))
+    found = []
+    for wanted in (None, rows):
+        model.zero_grad(set_to_none=True)
+        with packed_attention(model):
+            hidden = packed_hidden(model, ids, positions, plan, wanted)
+            chosen = hidden[rows] if wanted is None else hidden
+            (chosen * weights).sum().backward()
+        found.append([chosen.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1])
+    for all_rows, some_rows in zip(*found, strict=True):
+        assert torch.allclose(some_rows, all_rows, atol=1e-5 * float(all_rows.abs().max()) + 1e-7)
+
+
 def test_without_gradients_the_numbers_are_the_same(model: Any) -> None:
     plan = PackedPlan([Span(0, 6)], 6)
     ids, positions = torch.arange(6), torch.from_numpy(plan.positions_T)
