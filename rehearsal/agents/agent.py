@@ -85,6 +85,8 @@ class Agent:
         protocol: the answer format. Its ``max_actions_per_turn`` is taken from ``limits``, its end tokens and the id of
             ``</think>`` from the renderer.
         limits: what the episode may use.
+        keep_ending: whether the environment's words after the last action, which nobody answers, become tokens of the
+            transcript too.
 
     Attributes:
         protocol: the format as it is used here.
@@ -100,8 +102,11 @@ class Agent:
             ``defused_tokens`` (special tokens spelled out in messages).
     """
 
-    def __init__(self, renderer: ChatRenderer, protocol: Protocol, limits: Limits) -> None:
+    def __init__(
+        self, renderer: ChatRenderer, protocol: Protocol, limits: Limits, keep_ending: bool = False
+    ) -> None:  # fmt: skip
         self.renderer = renderer
+        self.keep_ending = keep_ending
         self.limits = limits
         self.protocol = protocol_for(renderer, protocol, limits)
         self.transcript = TranscriptBuilder()
@@ -195,6 +200,8 @@ class Agent:
             self.success = result.success
         self.stop_reason = self._stop_reason(result, turn.stop)
         if self.stop_reason is not None:
+            if self.keep_ending and result.observation is not None:
+                self._end(result.observation)
             return None
         state = turn.state if result.observation is None else (result.state or "")
         notices = [text for text in (self._problem, result.notice, self._status()) if text]
@@ -213,6 +220,13 @@ class Agent:
         if self.actions_left < 1:
             return StopReason.ACTION_LIMIT
         return None
+
+    def _end(self, observation: str) -> None:
+        """Put the last words of the environment into the transcript, as far as they are its own and there is room."""
+        rendered = self.renderer.after_answer(self._sampled_ids, [Piece(observation, Kind.OBSERVATION)])
+        spoken = np.flatnonzero(rendered.kinds == Kind.OBSERVATION)
+        if len(spoken) and len(self.transcript) + int(spoken[-1]) + 1 <= self.limits.max_context:
+            self.transcript.add_rendered(rendered.first(int(spoken[-1]) + 1), len(self.turns))
 
     def _show(self, turn: Turn, rendered: Rendered) -> Rendered | None:
         if len(self.transcript) + len(rendered) >= self.limits.max_context:

@@ -40,6 +40,7 @@ class TokenBatch:
         old_values_N: float32, the critic's values at the start of the step, or None. The value of a token is the value
             of the state before it was sampled.
         returns_N: float32, what the critic should have said; NaN where a token has no return. None without a critic.
+        observation_mask_N: bool, the tokens that a world model learns from; None where nobody does.
         step_sequences_S: int64, where each sequence stands in the step's batch, for
             :meth:`rehearsal.algorithms.aggregation.StepTotals.select`. Left out, it is 0..S-1.
 
@@ -59,6 +60,7 @@ class TokenBatch:
     reference_logprobs_N: Tensor | None = None
     old_values_N: Tensor | None = None
     returns_N: Tensor | None = None
+    observation_mask_N: Tensor | None = None
     step_sequences_S: Tensor | None = None
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ _GYMNASIUM_IDS = {
     "rehearsal/Sokoban-v0": "rehearsal.environments.sokoban:Sokoban",
     "rehearsal/Bandit-v0": "rehearsal.environments.bandit:Bandit",
     "rehearsal/Countdown-v0": "rehearsal.environments.countdown:Countdown",
+    "rehearsal/Helpdesk-v0": "rehearsal.environments.helpdesk:Helpdesk",
 }
 
 _registered: dict[str, str | Factory] = {
@@ -30,6 +31,7 @@ _registered: dict[str, str | Factory] = {
     "sokoban": _GYMNASIUM_IDS["rehearsal/Sokoban-v0"],
     "bandit": _GYMNASIUM_IDS["rehearsal/Bandit-v0"],
     "countdown": _GYMNASIUM_IDS["rehearsal/Countdown-v0"],
+    "helpdesk": _GYMNASIUM_IDS["rehearsal/Helpdesk-v0"],
     "reasoning-gym": "rehearsal.environments.adapters:ReasoningGymEnv",
 }
 

@@ -17,7 +17,11 @@ from torch import Tensor
 
 from rehearsal.generation.cache import CachePlan, KeyValuePool
 from rehearsal.generation.sampling import SamplingParams, draw, uniforms
+from rehearsal.models.adapters import active_names
 from rehearsal.models.packed import AttentionPlan, fused_decoder, is_narrow, logits_of, packed_hidden
+
+Forward = Callable[[Tensor, Tensor, AttentionPlan, Tensor | None], Tensor]
+"""Token ids, positions, plan and wanted rows of a pass, to hidden states."""
 
 _DECODE_ROWS = 128
 _PREFILL_TOKENS = 256
@@ -92,7 +96,8 @@ class BlockRunner:
         self._device = device
         self._parameters = list(model.parameters())
         self._versions: list[int] | None = None
-        self._forward: Callable[[Tensor, Tensor, AttentionPlan, Tensor | None], Tensor]
+        self._forwards: dict[tuple[str, ...], Forward] = {}
+        self._forward: Forward = self._plain
 
     def run(self, blocks: list[Block], streams: Streams) -> list[Drawn]:
         """The tokens drawn in each block.
@@ -108,9 +113,13 @@ class BlockRunner:
         versions = [-1 if parameter.is_inference() else parameter._version for parameter in self._parameters]
         if versions != self._versions:
             self._versions = versions
+            self._forwards.clear()
+        names = active_names(self.model)
+        if names not in self._forwards:
             with torch.inference_mode():
                 fused = fused_decoder(self.model)
-            self._forward = fused or self._plain
+            self._forwards[names] = fused or self._plain
+        self._forward = self._forwards[names]
 
     def _plain(
         self, token_ids_T: Tensor, positions_T: Tensor, plan: AttentionPlan, rows_R: Tensor | None

@@ -25,6 +25,7 @@ from rehearsal.generation.blocks import Block, BlockRunner, Drawn, Run, Streams,
 from rehearsal.generation.cache import KeyValuePool, ShapeProbe
 from rehearsal.generation.sampling import SamplingParams
 from rehearsal.generation.session import EngineStats, Sampled
+from rehearsal.models.adapters import active_adapters, adapter_parameters
 from rehearsal.models.packed import causal_lm, packed_attention, packed_hidden
 from rehearsal.trajectory import SampleStop
 
@@ -47,9 +48,10 @@ class _SharedPrefix:
 class LocalSession:
     """A session of the local engine; see :class:`rehearsal.generation.session.Session`."""
 
-    def __init__(self, engine: LocalEngine, key: int) -> None:
+    def __init__(self, engine: LocalEngine, key: int, adapters: tuple[str, ...] | None = None) -> None:
         self._engine = engine
         self.key = key
+        self.adapters = adapters
         self.token_ids = np.empty(engine.max_context, dtype=np.int32)
         self._length = 0
         self.slot = -1
@@ -110,7 +112,7 @@ class LocalSession:
     def fork(self, key: int) -> LocalSession:
         if self.future is not None:
             raise GenerationError("A session cannot be forked while it samples; wait for sample() first.")
-        child = LocalSession(self._engine, key)
+        child = LocalSession(self._engine, key, self.adapters)
         child.token_ids[: self._length] = self.token_ids[: self._length]
         child._length = self._length
         self._engine._share(self, child)
@@ -193,8 +195,20 @@ class LocalEngine:
         self._runner: asyncio.Task[None] | None = None
         self._clock = 0
 
-    def session(self, key: int) -> LocalSession:
-        return LocalSession(self, key)
+    def session(self, key: int, adapters: Sequence[str] | None = None) -> LocalSession:
+        """A new session.
+
+        Args:
+            key: its stream of noise.
+            adapters: those that it plays with, so that agents with adapters of their own can share a base and an
+                engine; whatever is active in the model if None. Its forks have the same.
+
+        Raises:
+            ModelError: if there is no such adapter.
+        """
+        for name in adapters or ():
+            adapter_parameters(self.model, name)  # raises
+        return LocalSession(self, key, None if adapters is None else tuple(adapters))
 
     def reset_stats(self) -> None:
         self.stats = EngineStats()
@@ -389,6 +403,16 @@ class LocalEngine:
 
     def _step(self, runner: BlockRunner) -> None:
         slots = np.nonzero(self._active)[0]
+        kinds = {session.adapters for slot in slots if (session := self._sessions[slot]) is not None}
+        if kinds <= {None}:
+            self._read(runner, slots)
+            return
+        for kind in sorted(kinds, key=str):
+            own = [slot for slot in slots if (s := self._sessions[slot]) is not None and s.adapters == kind]
+            with active_adapters(self.model, kind):
+                self._read(runner, np.array(own, dtype=np.int64))
+
+    def _read(self, runner: BlockRunner, slots: np.ndarray) -> None:
         if len(slots) == 0:
             return
         new = self._length[slots] - self._computed[slots]

@@ -58,6 +58,10 @@ class Rendered:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    def first(self, count: int) -> Rendered:
+        """The first ``count`` tokens."""
+        return Rendered(self.token_ids[:count], self.kinds[:count], self.defused)
+
 
 @dataclass(frozen=True)
 class _Closing:

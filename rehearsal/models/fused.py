@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rehearsal.models.lora import full_bias, full_weight, is_plain_low_rank
+
 _DECODERS = ("LlamaModel", "Qwen2Model", "Qwen3Model")
 
 
@@ -138,19 +140,20 @@ class FusedDecoder:
     def _layer(self, layer: Any) -> _Layer:
         attention, mlp = layer.self_attn, layer.mlp
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+        biases = [full_bias(part) for part in parts]
         qk_norm = None
         if hasattr(attention, "q_norm"):
             queries, keys = attention.q_norm.weight, attention.k_norm.weight
             qk_norm = torch.cat([queries.expand(self._heads, -1), keys.expand(self._kv_heads, -1)])
         return _Layer(
             before_attention=layer.input_layernorm.weight,
-            qkv=torch.cat([part.weight for part in parts]),
-            qkv_bias=None if parts[0].bias is None else torch.cat([part.bias for part in parts]),
+            qkv=torch.cat([full_weight(part) for part in parts]),
+            qkv_bias=None if biases[0] is None else torch.cat([bias for bias in biases if bias is not None]),
             qk_norm=qk_norm,
-            out=attention.o_proj.weight.t(),
+            out=full_weight(attention.o_proj).t(),
             before_mlp=layer.post_attention_layernorm.weight,
-            gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
-            down=mlp.down_proj.weight.t(),
+            gate_up=torch.cat([full_weight(mlp.gate_proj), full_weight(mlp.up_proj)]),
+            down=full_weight(mlp.down_proj).t(),
             scaling=float(attention.scaling),
             window=getattr(attention, "sliding_window", None),
         )
@@ -210,7 +213,7 @@ def fits(model: Any) -> bool:
         return False
     eps = decoder.norm.variance_epsilon
     return all(_is_plain(module, eps) for module in _modules(decoder)) and all(
-        layer.self_attn.o_proj.bias is None and layer.mlp.down_proj.bias is None for layer in decoder.layers
+        full_bias(layer.self_attn.o_proj) is None and full_bias(layer.mlp.down_proj) is None for layer in decoder.layers
     )
 
 
@@ -234,4 +237,6 @@ def _is_plain(module: Any, eps: float) -> bool:
     if kind in (nn.Linear, nn.Embedding):
         return module.weight.dtype == torch.float32
     # Adapters put classes of their own in the place of these.
+    if is_plain_low_rank(module):
+        return True
     return kind.__module__.startswith("transformers.")

@@ -19,10 +19,12 @@ _CHUNK_ENTRIES = 1 << 20
 
 
 def _chunk(
-    model: Any, hidden_ND: Tensor, targets_N: Tensor, temperature: float, entropy: bool
+    model: Any, hidden_ND: Tensor, targets_N: Tensor, temperature: float | Tensor, entropy: bool
 ) -> tuple[Tensor, Tensor]:
     logits_NV = logits_of(model, hidden_ND).float()
-    if temperature != 1.0:
+    if isinstance(temperature, Tensor):
+        logits_NV = logits_NV / temperature[:, None]
+    elif temperature != 1.0:
         logits_NV = logits_NV / temperature
     normaliser_N = torch.logsumexp(logits_NV, dim=-1)
     logprobs_N = logits_NV.gather(1, targets_N[:, None])[:, 0] - normaliser_N
@@ -33,7 +35,7 @@ def _chunk(
 
 
 def token_logprobs(
-    model: Any, hidden_ND: Tensor, targets_N: Tensor, *, temperature: float = 1.0, entropy: bool = False
+    model: Any, hidden_ND: Tensor, targets_N: Tensor, *, temperature: float | Tensor = 1.0, entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of ``targets_N`` after each hidden state, and the entropies of those distributions, in nats.
 
@@ -44,6 +46,7 @@ def token_logprobs(
         model: the causal LM whose output head is used.
         hidden_ND: last hidden states, (N, width).
         targets_N: int64 token ids, (N,).
+        temperature: one for all, or float32 of shape (N,).
 
     Returns:
         logprobs and entropies (None unless asked for), float32 of shape (N,), both with gradient.
@@ -53,10 +56,11 @@ def token_logprobs(
     parts = []
     for start in range(0, len(targets_N), size):
         hidden, targets = hidden_ND[start : start + size], targets_N[start : start + size]
+        warmth = temperature[start : start + size] if isinstance(temperature, Tensor) else temperature
         if torch.is_grad_enabled() and hidden_ND.requires_grad:
-            parts.append(checkpoint(_chunk, model, hidden, targets, temperature, entropy, use_reentrant=False))
+            parts.append(checkpoint(_chunk, model, hidden, targets, warmth, entropy, use_reentrant=False))
         else:
-            parts.append(_chunk(model, hidden, targets, temperature, entropy))
+            parts.append(_chunk(model, hidden, targets, warmth, entropy))
     if not parts:
         empty = hidden_ND.new_empty(0, dtype=torch.float32)
         return empty, empty if entropy else None

@@ -13,7 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rehearsal.errors import ModelError
+from rehearsal.models.adapters import adapter_names
 from rehearsal.models.chat import ChatRenderer
+from rehearsal.models.lora import plain_state
 from rehearsal.models.packed import causal_lm, verify_packing
 
 
@@ -148,11 +150,19 @@ def _compute_activations_again(model: Any) -> None:
 
 
 def save_policy(model: Any, tokenizer: Any, folder: str | Path) -> None:
-    """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load."""
+    """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
+
+    Of a model with adapters, the active ones are multiplied into its weights in the folder; the model stays as it is.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with quiet_transformers():
-        model.save_pretrained(folder)
+        if adapter_names(model):
+            lm = causal_lm(model)
+            kept = {name: tensor for name, tensor in lm.state_dict().items() if name in dict(lm.named_buffers())}
+            lm.save_pretrained(folder, state_dict={**plain_state(model), **kept})
+        else:
+            model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 

@@ -70,31 +70,40 @@ def map_packs(models: Sequence[Any], work: Callable[[P], R], packs: Sequence[P],
 
 
 def accumulate_gradients(
-    models: Sequence[Any], parameters: Sequence[torch.nn.Parameter], loss_of: Callable[[P], tuple[Tensor | None, R]],
-    packs: Sequence[P], workers: int,
+    models: Sequence[Any], parameters: Sequence[Sequence[torch.nn.Parameter]],
+    losses_of: Callable[[P], tuple[Sequence[Tensor | None], R]], packs: Sequence[P], workers: int,
 ) -> Generator[R, None, None]:  # fmt: skip
-    """Add the gradient of every pack's loss to the parameters, in the order of the packs.
+    """Add the gradients of every pack's losses to the parameters, in the order of the packs.
 
     Args:
-        models: the models that ``loss_of`` calls.
-        parameters: what the loss is differentiated by; those that a loss does not reach are left alone.
-        loss_of: the loss of a pack (None for one without a gradient) and whatever else is worth telling about it.
+        models: the models that ``losses_of`` calls.
+        parameters: for each loss what it is differentiated by, and nothing else is; those that it does not reach are
+            left alone.
+        losses_of: the losses of a pack (None for one without a gradient), as many as there are sets of parameters, and
+            whatever else is worth telling about it.
         packs: what to work on.
         workers: threads.
 
     Yields:
-        the second thing that ``loss_of`` returned, pack by pack. Gradients are added as the results are taken.
+        the second thing that ``losses_of`` returned, pack by pack. Gradients are added as the results are taken.
     """
 
-    def work(pack: P) -> tuple[Sequence[Tensor | None], R]:
+    flat = [parameter for some in parameters for parameter in some]
+
+    def work(pack: P) -> tuple[list[Tensor | None], R]:
         with torch.enable_grad():
-            loss, rest = loss_of(pack)
-            if loss is None or not loss.requires_grad:
-                return [], rest
-            return torch.autograd.grad(loss, parameters, allow_unused=True), rest
+            losses, rest = losses_of(pack)
+            alive = [i for i, loss in enumerate(losses) if loss is not None and loss.requires_grad]
+            found: list[Tensor | None] = []
+            for i, (loss, some) in enumerate(zip(losses, parameters, strict=True)):
+                if loss is None or i not in alive:
+                    found += [None] * len(some)
+                else:
+                    found += torch.autograd.grad(loss, list(some), retain_graph=i != alive[-1], allow_unused=True)
+            return found, rest
 
     for gradients, rest in map_packs(models, work, packs, workers):
-        for parameter, gradient in zip(parameters, gradients, strict=False):
+        for parameter, gradient in zip(flat, gradients, strict=True):
             if gradient is None:
                 continue
             if parameter.grad is None:

@@ -75,12 +75,15 @@ class Rollout:
         seed: part of the sampling noise.
         workers: how many environments that are not fast may be stepped at the same time.
         step_timeout: seconds that a reset or the actions of one turn may take, for environments that are not fast.
+        keep_ending: whether the environment's last words, which no answer follows, are among an episode's tokens; a
+            world model learns from them.
     """
 
     def __init__(
         self, make_env: Callable[[], TextEnv] | Sequence[Callable[[], TextEnv]], engine: Engine,
         renderer: ChatRenderer | None, protocol: AnswerProtocol, limits: Limits | Sequence[Limits], *,
         sampling: SamplingParams | None = None, seed: int = 0, workers: int = 64, step_timeout: float = 60.0,
+        keep_ending: bool = False,
     ) -> None:  # fmt: skip
         self.makers = [make_env] if callable(make_env) else list(make_env)
         self.engine = engine
@@ -91,6 +94,7 @@ class Rollout:
         self.seed = seed
         self.workers = workers
         self.step_timeout = step_timeout
+        self.keep_ending = keep_ending
         self._places: list[list[Place]] = [[] for _ in self.makers]
         self._stop_ids = tuple(renderer.stop_token_ids) if renderer is not None else ()
 
@@ -202,7 +206,7 @@ class Rollout:
 
     def _new_agent(self, limits: Limits) -> Agent:
         assert self.renderer is not None
-        return Agent(self.renderer, self.protocol, limits)
+        return Agent(self.renderer, self.protocol, limits, keep_ending=self.keep_ending)
 
     async def _answer(self, agent: Agent, session: Any, sampling: SamplingParams) -> Turn:
         """Sample the agent's next answer, and have it read."""

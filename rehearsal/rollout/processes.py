@@ -24,6 +24,7 @@ import torch
 
 from rehearsal.errors import RehearsalError
 from rehearsal.generation.sampling import SamplingParams
+from rehearsal.models.lora import is_low_rank, is_plain_low_rank, plain_state
 from rehearsal.models.packed import causal_lm, is_narrow
 from rehearsal.rollout.play import Rollout, Task
 from rehearsal.trajectory import Group, Trajectory
@@ -34,9 +35,12 @@ _SECONDS_TO_LEAVE = 2.0
 
 
 def may_share(model: Any) -> bool:
-    """Whether other processes can play with a copy of a model: it is small, on a processor and without adapters."""
-    if hasattr(model, "get_base_model") or not is_narrow(model):
+    """Whether other processes can play with a copy of a model: it is small, on a processor, and its adapters, if it
+    has any, can be multiplied out."""
+    if not is_narrow(model) or not all(is_plain_low_rank(m) for m in causal_lm(model).modules() if is_low_rank(m)):
         return False
+    if hasattr(model, "get_base_model") and not any(is_low_rank(module) for module in model.modules()):
+        return False  # adapters of another kind
     parameters = list(causal_lm(model).parameters())
     return all(p.dtype == torch.float32 for p in parameters) and sum(p.numel() for p in parameters) <= MAX_PARAMETERS
 
@@ -71,8 +75,7 @@ class ProcessRollout:
         Raises:
             RehearsalError: what a process raised, or that one ended.
         """
-        parameters = causal_lm(self.model).parameters()
-        weights = [parameter.detach().numpy() for parameter in parameters]
+        weights = [parameter.numpy() for parameter in plain_state(self.model).values()]
         count = len(self._workers)
         for number, worker in enumerate(self._workers):
             worker.send((weights, list(tasks[number::count]), group_size, step, sampling))

@@ -114,12 +114,12 @@ def train_base(
             group["lr"] = config.learning_rate * schedule(step, config.steps, config.warmup)
         weight = float(sum(weights[_classes(t)[1:]].sum() for t in batch))
 
-        def loss_of(work: _Work, weight: float = weight) -> tuple[Tensor, float]:
+        def losses_of(work: _Work, weight: float = weight) -> tuple[list[Tensor | None], float]:
             losses_N, classes_N = _losses(model, work)
             loss = (losses_N * torch.from_numpy(weights[classes_N])).sum() / weight
-            return loss, float(loss.detach())
+            return [loss], float(loss.detach())
 
-        total = sum(accumulate_gradients([model], parameters, loss_of, _packs(batch), workers))
+        total = sum(accumulate_gradients([model], [parameters], losses_of, _packs(batch), workers))
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip))
         if not math.isfinite(total) or not math.isfinite(norm):
             raise TrainingDiverged(

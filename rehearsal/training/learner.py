@@ -2,7 +2,7 @@
 
 The learner knows no algorithm: it lays the sampled tokens of all episodes flat, asks the algorithm for advantages, asks
 each objective for per-token losses, and reduces them with counts over the whole optimiser step. How the step is cut
-into packs therefore changes nothing.
+into packs therefore changes nothing. Each objective is differentiated by the parameters that it names and by no others.
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ import copy
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rehearsal.algorithms.aggregation import StepTotals, token_weights
+from rehearsal.algorithms.aggregation import StepTotals
 from rehearsal.algorithms.batch import Objective, PolicyOutput, TokenBatch
 from rehearsal.algorithms.credit import SequenceRewards, one_scale, token_advantages
 from rehearsal.algorithms.objectives import CISPOLoss, PolicyLoss
 from rehearsal.algorithms.presets import Algorithm
 from rehearsal.algorithms.variance import group_variance
-from rehearsal.errors import TrainingDiverged
+from rehearsal.errors import RecipeError, TrainingDiverged
+from rehearsal.models.adapters import WORLD, active_adapters, trained_parameters
 from rehearsal.models.head import token_logprobs
 from rehearsal.models.packed import causal_lm, packed_hidden
 from rehearsal.models.packing import Pack, PackItem, make_packs
@@ -35,30 +36,31 @@ from rehearsal.training.critic import Critic
 from rehearsal.training.gradient_probe import draw_by_quantile, gradient_figures
 from rehearsal.training.optimiser import Update, clipped_updates, forget_gradients, make_optimiser, scheduled_share
 from rehearsal.training.recipe import TrainingOptions
-from rehearsal.training.sequences import Sequences, collect
-from rehearsal.trajectory import SAMPLED_KINDS, Group, rewards_matrix
+from rehearsal.training.sequences import Sequences, collect, with_shuffled_answers
+from rehearsal.training.terms import WEIGHT, WEIGHT_SQUARED, PackFigures, term_of
+from rehearsal.training.world import WorldModel
+from rehearsal.trajectory import SAMPLED_KINDS, Group, Kind, rewards_matrix
 
-_WEIGHT, _WEIGHT_SQUARED = "policy/weight", "policy/weight_squared"
 _AFTER_DIVERGENCE = "Lower training.learning_rate, or resume from the last checkpoint."
 
 
 @dataclass
-class _PackFigures:
-    """What one pack has to tell: sums over tokens with their counts, and totals that are sums already."""
+class Work:
+    """Sequences that some objectives learn from, in passes through some adapters.
 
-    numbers: Tensor
-    finite: bool = True
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, float] = field(default_factory=dict)
-    totals: set[str] = field(default_factory=set)
+    Attributes:
+        sequences: with the tokens that are targets.
+        batch: what is known about these tokens.
+        objectives: the terms of the loss.
+        adapters: those that the passes run through; None for those that are active anyway.
+        rng: for the cut into minibatches.
+    """
 
-    def add(self, name: str, values_N: Tensor) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + float(values_N.sum())
-        self.counts[name] = self.counts.get(name, 0.0) + len(values_N)
-
-    def add_total(self, name: str, value: float) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + value
-        self.totals.add(name)
+    sequences: Sequences
+    batch: TokenBatch
+    objectives: Sequence[Objective]
+    adapters: tuple[str, ...] | None
+    rng: np.random.Generator
 
 
 class Learner:
@@ -70,28 +72,39 @@ class Learner:
         options: batches and optimiser.
         temperature: the temperature that episodes are sampled at; log-probs are taken at the same one.
         reference: the frozen policy for objectives that need one; a copy of ``model`` is made if None.
+        world: how the environment's answers are learnt from; None if they are not.
+
+    Raises:
+        RecipeError: if one objective updates everything and another an adapter that is part of it.
+        ModelError: if an objective names an adapter that the model does not have.
     """
 
     def __init__(
         self, model: Any, algorithm: Algorithm, options: TrainingOptions, *, temperature: float = 1.0,
-        reference: Any | None = None, seed: int = 0,
+        reference: Any | None = None, seed: int = 0, world: WorldModel | None = None,
     ) -> None:  # fmt: skip
         self.model = model
         self.algorithm = algorithm
         self.options = options
         self.temperature = temperature
         self.device = next(causal_lm(model).parameters()).device
-        self.optimiser = make_optimiser(model.parameters(), options)
+        self.world = world
+        self.policy_objectives: tuple[Objective, ...] = algorithm.objectives
+        if world is not None:
+            self.policy_objectives = world.policy_objectives(algorithm)
+        everyone = [*self.policy_objectives, *([world.objective] if world is not None else [])]
+        self._trained = parameter_sets(model, everyone)
+        self.optimisers = {name: make_optimiser(trained, options) for name, trained in self._trained.items()}
         self.updates = 0
         self._seed = seed
         self._workers = pack_workers(model)
-        self._needs_entropy = any(objective.needs_entropy for objective in algorithm.objectives)
+        self._needs_entropy = any(objective.needs_entropy for objective in self.policy_objectives)
         self.reference = reference
-        if reference is None and any(objective.needs_reference for objective in algorithm.objectives):
+        if reference is None and any(objective.needs_reference for objective in self.policy_objectives):
             self.reference = _frozen_copy(model)
         self.critic: Critic | None = None
         self.critic_optimiser: torch.optim.AdamW | None = None
-        if algorithm.needs_critic:
+        if any(objective.needs_values for objective in self.policy_objectives):
             self.critic = Critic(model).train()
             critic_options = options.model_copy(update={"learning_rate": options.critic_learning_rate})
             self.critic_optimiser = make_optimiser(self.critic.parameters(), critic_options)
@@ -121,42 +134,69 @@ class Learner:
             TrainingDiverged: if a loss or a gradient is not finite.
         """
         started = time.perf_counter()
-        sequences = collect(groups)
         metrics: dict[str, float] = {"policy/learning_rate": self._learning_rate(step), "policy/updates": 0.0}
-        if len(sequences) == 0 or sum(len(targets) for targets in sequences.targets) == 0:
+        works = self._works(groups, keep, step, families)
+        if not works:
             return metrics
-        batch = self._batch(groups, sequences, keep, step, families)
-        batch.check()
-        if probe:
-            metrics |= self._probe(groups, sequences, batch, probe, np.random.default_rng([self._seed, step, 1]))
+        if probe and self.policy_objectives:
+            rng = np.random.default_rng([self._seed, step, 1])
+            metrics |= self._probe(groups, works[0], probe, rng)
             metrics["time/probe"] = time.perf_counter() - started
-        batch.advantages_N *= scale
+        for work in works:
+            work.batch.advantages_N *= scale
         sums: dict[str, float] = defaultdict(float)
         counts: dict[str, float] = defaultdict(float)
-        grad_norms: list[float] = []
+        norms: dict[str, list[float]] = defaultdict(list)
         n_tokens = saved = 0
-        rng = np.random.default_rng([self._seed, step])
         for _ in range(self.options.epochs):
-            for part in self._minibatches(len(sequences), rng):
-                norm, used, shared = self._update(sequences, batch, part, step, sums, counts)
-                if not grad_norms and counts["policy/mismatch"]:
+            for parts in zip(*(self._minibatches(len(work.sequences), work.rng) for work in works), strict=True):
+                taken, used, shared = self._update(list(zip(works, parts, strict=True)), step, sums, counts)
+                if not norms and counts["policy/mismatch"]:
                     # Later ones differ because the policy has moved; this one only if engine and learner disagree.
                     metrics["policy/mismatch_first"] = sums["policy/mismatch"] / counts["policy/mismatch"]
-                grad_norms.append(norm)
+                for name, norm in taken.items():
+                    norms[name].append(norm)
                 n_tokens += used
                 saved += shared
                 metrics["policy/updates"] += used > 0
         metrics |= {name: sums[name] / counts[name] for name in sums if counts[name]}
-        if (mean_square := metrics.pop(_WEIGHT_SQUARED, 0.0)) > 0:
+        if (mean_square := metrics.pop(WEIGHT_SQUARED, 0.0)) > 0:
             # Kish's effective sample size over the number of tokens: 1 where what is learned from was sampled by the
             # very policy that learns.
-            metrics["policy/effective_sample_share"] = metrics.pop(_WEIGHT) ** 2 / mean_square
-        metrics["policy/grad_norm"] = float(np.mean(grad_norms)) if grad_norms else 0.0
-        metrics["policy/grad_clipped"] = float(np.mean([n > self.options.max_grad_norm for n in grad_norms or [0.0]]))
+            metrics["policy/effective_sample_share"] = metrics.pop(WEIGHT) ** 2 / mean_square
+        for name in map(_shown, self.optimisers):
+            metrics[f"{name}/grad_norm"] = float(np.mean(norms[name] or [0.0]))
+            metrics[f"{name}/grad_clipped"] = float(
+                np.mean([norm > self.options.max_grad_norm for norm in norms[name] or [0.0]])
+            )
         metrics["speed/learner_tokens"] = float(n_tokens)
         metrics["speed/shared_tokens"] = float(saved)
         metrics["time/learning"] = time.perf_counter() - started - metrics.get("time/probe", 0.0)
         return metrics
+
+    def _works(
+        self, groups: Sequence[Group], keep: np.ndarray | None, step: int, families: Sequence[int] | None
+    ) -> list[Work]:
+        """What is learnt in this step, the policy's part first."""
+        world, rng = self.world, np.random.default_rng([self._seed, step])
+        together = world is not None and not world.apart
+        objectives = [*self.policy_objectives, *([world.objective] if world is not None and together else [])]
+        sequences = collect(groups, bool(self.policy_objectives), answers=together)
+        works = []
+        if any(len(targets) for targets in sequences.targets):
+            batch = self._batch(groups, sequences, keep, step, families)
+            works.append(Work(sequences, batch, objectives, None, rng))
+        if world is not None and world.apart:
+            # A stream of its own: what the policy draws must not depend on whether there is a world model.
+            other = np.random.default_rng([self._seed, step, 2])
+            told = with_shuffled_answers(groups, other) if world.shuffled else groups
+            answers = collect(told, sampled=False, answers=True)
+            if any(len(targets) for targets in answers.targets):
+                batch = self._batch(told, answers, None, step, None, policy=False)
+                works.append(Work(answers, batch, [world.objective], world.adapters, other))
+        for work in works:
+            work.batch.check()
+        return works
 
     def _learning_rate(self, step: int) -> float:
         return self.options.learning_rate * scheduled_share(step, self.options)
@@ -171,40 +211,60 @@ class Learner:
                 yield np.sort(part)
 
     def _update(
-        self, sequences: Sequences, batch: TokenBatch, part: np.ndarray, step: int, sums: dict[str, float],
+        self, parts: Sequence[tuple[Work, np.ndarray]], step: int, sums: dict[str, float], counts: dict[str, float]
+    ) -> tuple[dict[str, float], int, int]:
+        """One update of all that is trained, from a part of each work's sequences."""
+        updates = self._updates(step)
+        n_tokens = saved = 0
+        self.model.train()
+        for work, part in parts:
+            with active_adapters(self.model, work.adapters):
+                used, shared = self._accumulate(work, part, step, updates, sums, counts)
+            n_tokens += used
+            saved += shared
+        if not n_tokens:
+            return {}, 0, 0  # nothing has a gradient; an optimiser would still move, by momentum
+        norms = clipped_updates(updates, self.options.max_grad_norm, f"step {step + 1}")
+        self.updates += 1
+        return {update.name: norm for update, norm in zip(updates, norms, strict=True)}, n_tokens, saved
+
+    def _accumulate(
+        self, work: Work, part: np.ndarray, step: int, updates: Sequence[Update], sums: dict[str, float],
         counts: dict[str, float],
-    ) -> tuple[float, int, int]:  # fmt: skip
+    ) -> tuple[int, int]:  # fmt: skip
+        """Add the gradients of some sequences; returns the tokens that were read, and those that sharing saved."""
+        sequences, batch = work.sequences, work.batch
         mini = batch if len(part) == batch.n_sequences else batch.select_sequences(torch.from_numpy(part))
         totals: dict[str, StepTotals] = {}
-        for objective in self.algorithm.objectives:
+        for objective in work.objectives:
             totals[objective.name] = StepTotals.count(objective.mask(mini), mini.sequence_N, mini.n_sequences)
         items = sequences.items()
         mini_items = [items[i] for i in part]
-        wanted = self._wanted(mini)
+        wanted = self._wanted(work.objectives, mini)
         packs = make_packs(
             [mini_items[i] for i in wanted], self.options.pack_tokens, share_prefixes=self.options.share_prefixes,
             device=self.device,
         )  # fmt: skip
-        if not packs:
-            return 0.0, 0, 0  # nothing has a gradient; an optimiser would still move, by momentum
-        updates = self._updates(step)
-        self.model.train()
+        names = list(dict.fromkeys(objective.parameters for objective in work.objectives))
+        trained = [list(self._trained[name]) for name in names]
+        if self.critic is not None and self.policy_objectives:
+            own = self._trained_by_policy()
+            trained[names.index(own)] += [p for p in self.critic.parameters() if p.requires_grad]
 
-        def loss_of(pack: Pack) -> tuple[Tensor | None, _PackFigures]:
+        def losses_of(pack: Pack) -> tuple[list[Tensor | None], PackFigures]:
             numbers = torch.as_tensor([int(wanted[i]) for i in pack.items])
             micro = mini.select_sequences(numbers).to(self.device)
-            output = self._forward(pack)
-            figures = _PackFigures(numbers)
-            loss: Tensor | None = None
-            for objective in self.algorithm.objectives:
-                term = self._term(objective, micro, output, totals[objective.name].select(numbers), figures)
-                loss = term if loss is None else loss + term
-            figures.finite = loss is None or bool(torch.isfinite(loss.detach()))
-            return loss, figures
+            output = self._forward(pack, micro)
+            figures = PackFigures(numbers)
+            losses: dict[str, Tensor] = {}
+            for objective in work.objectives:
+                term = term_of(objective, micro, output, totals[objective.name].select(numbers), figures)
+                losses[objective.parameters] = losses.get(objective.parameters, 0.0) + term
+            figures.finite = all(bool(torch.isfinite(loss.detach())) for loss in losses.values())
+            return [losses.get(name) for name in names], figures
 
         models = [self.model] if self.critic is None else [self.model, self.critic]
-        parameters = [p for update in updates for group in update.optimiser.param_groups for p in group["params"]]
-        results = accumulate_gradients(models, parameters, loss_of, packs, self._workers)
+        results = accumulate_gradients(models, trained, losses_of, packs, self._workers)
         for number, figures in enumerate(results):
             if not figures.finite:
                 results.close()
@@ -218,16 +278,17 @@ class Learner:
             for name, value in figures.sums.items():
                 sums[name] += value
                 counts[name] = 1.0 if name in figures.totals else counts[name] + figures.counts[name]
-        norm = clipped_updates(updates, self.options.max_grad_norm, f"step {step + 1}")[0]
-        self.updates += 1
-        return norm, sum(pack.n_tokens for pack in packs), sum(pack.saved_tokens for pack in packs)
+        return sum(pack.n_tokens for pack in packs), sum(pack.saved_tokens for pack in packs)
 
-    def _probe(
-        self, groups: Sequence[Group], sequences: Sequences, batch: TokenBatch, each: int, rng: np.random.Generator
-    ) -> dict[str, float]:
+    def _trained_by_policy(self) -> str:
+        """Whose parameters the policy's loss is differentiated by."""
+        return self.policy_objectives[0].parameters
+
+    def _probe(self, groups: Sequence[Group], work: Work, each: int, rng: np.random.Generator) -> dict[str, float]:
         """Gradients of single groups, as they are at the beginning of the step, for each objective of the policy."""
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        objectives = [objective for objective in self.algorithm.objectives if not objective.needs_values]
+        sequences, batch = work.sequences, work.batch
+        parameters = self._trained[self._trained_by_policy()]
+        objectives = [objective for objective in self.policy_objectives if not objective.needs_values]
         items, group_S = sequences.items(), np.asarray(sequences.group)
         self.model.train()
 
@@ -245,10 +306,10 @@ class Learner:
             for pack in packs:
                 numbers = torch.as_tensor(pack.items)
                 micro = mini.select_sequences(numbers).to(self.device)
-                output = PolicyOutput(*self._policy(self.model, pack, self._needs_entropy), None)
+                output = PolicyOutput(*self._policy(self.model, pack, self._temperatures(micro)), None)
                 for objective in objectives:
-                    figures = _PackFigures(numbers)
-                    loss = self._term(objective, micro, output, totals[objective.name].select(numbers), figures)
+                    figures = PackFigures(numbers)
+                    loss = term_of(objective, micro, output, totals[objective.name].select(numbers), figures)
                     gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
                     found[objective.name] = [
                         held if new is None else new if held is None else held + new
@@ -264,13 +325,17 @@ class Learner:
 
     def _updates(self, step: int) -> list[Update]:
         """The optimisers that take a step, the policy's first."""
-        updates = [Update("policy", self.optimiser, self._learning_rate(step))]
+        rate = self._learning_rate(step)
+        updates = []
+        for name, optimiser in self.optimisers.items():
+            ratio = self.world.learning_rate_ratio if self.world is not None and name == WORLD else 1.0
+            updates.append(Update(_shown(name), optimiser, rate * ratio))
         if self.critic_optimiser is not None:
             rate = self.options.critic_learning_rate * scheduled_share(step, self.options)
             updates.append(Update("critic", self.critic_optimiser, rate))
         return updates
 
-    def _wanted(self, mini: TokenBatch) -> np.ndarray:
+    def _wanted(self, objectives: Sequence[Objective], mini: TokenBatch) -> np.ndarray:
         """Sequences that can have a gradient at all.
 
         An episode whose advantages are all zero adds nothing to a clipped or CISPO loss, and one that a filter has
@@ -278,40 +343,13 @@ class Learner:
         tokens are in the mask, but their forward and backward passes are left out.
         """
         alive_N = torch.zeros(len(mini), dtype=torch.bool)
-        for objective in self.algorithm.objectives:
+        for objective in objectives:
             mask_N = objective.mask(mini)
             if isinstance(objective, PolicyLoss | CISPOLoss):
                 mask_N = mask_N & (mini.advantages_N != 0)
             alive_N |= mask_N
         alive_S = torch.bincount(mini.sequence_N[alive_N], minlength=mini.n_sequences) > 0
         return np.flatnonzero(alive_S.numpy())
-
-    def _term(
-        self, objective: Objective, micro: TokenBatch, output: PolicyOutput, totals: StepTotals, figures: _PackFigures
-    ) -> Tensor:
-        result = objective(micro, output)
-        weights_N = token_weights(objective.aggregation, result.mask_N, micro.sequence_N, totals)
-        loss = objective.coefficient * (result.loss_N * weights_N).sum()
-        figures.add_total(f"policy/loss/{objective.name}", float(loss.detach()))
-        for name, values_N in result.metrics_N.items():
-            figures.add(f"policy/{name}", values_N[result.mask_N])
-        if isinstance(objective, PolicyLoss | CISPOLoss):
-            self._sampling_figures(micro, output, figures)
-        return loss
-
-    def _sampling_figures(self, micro: TokenBatch, output: PolicyOutput, figures: _PackFigures) -> None:
-        """How far the learner's policy is from the one that sampled: k3 estimate of the KL, and the entropy."""
-        mask_N = micro.policy_mask_N
-        difference = (output.logprobs_N.detach() - micro.rollout_logprobs_N)[mask_N]
-        figures.add("policy/kl_sampling", torch.expm1(difference) - difference)
-        figures.add("policy/mismatch", difference.abs())
-        # A log-ratio beyond this is a sign of its own; its square must not drown everything else.
-        weights = difference.clamp(-20.0, 20.0).exp()
-        figures.add(_WEIGHT, weights)
-        figures.add(_WEIGHT_SQUARED, weights**2)
-        # Without an entropy objective the entropy is estimated from what was sampled: E[-log p].
-        entropy_N = -micro.rollout_logprobs_N if output.entropy_N is None else output.entropy_N.detach()
-        figures.add("policy/entropy", entropy_N[mask_N])
 
     # What the models say
 
@@ -323,15 +361,21 @@ class Learner:
         else:
             yield
 
-    def _forward(self, pack: Pack) -> PolicyOutput:
-        logprobs_N, entropy_N = self._policy(self.model, pack, self._needs_entropy)
+    def _temperatures(self, micro: TokenBatch) -> float | Tensor:
+        """The temperature of each target: that of sampling, and 1 for what others said."""
+        if micro.observation_mask_N is None or self.temperature == 1.0:
+            return self.temperature
+        return torch.where(micro.observation_mask_N, 1.0, self.temperature)
+
+    def _forward(self, pack: Pack, micro: TokenBatch) -> PolicyOutput:
+        logprobs_N, entropy_N = self._policy(self.model, pack, self._temperatures(micro))
         return PolicyOutput(logprobs_N, entropy_N, self._values(pack) if self.critic is not None else None)
 
-    def _policy(self, model: Any, pack: Pack, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    def _policy(self, model: Any, pack: Pack, temperature: float | Tensor) -> tuple[Tensor, Tensor | None]:
         with self._precision():
             hidden_ND = packed_hidden(model, pack.token_ids_T, pack.positions_T, pack.plan, pack.sources_N)
             return token_logprobs(
-                causal_lm(model), hidden_ND, pack.targets_N, temperature=self.temperature, entropy=entropy
+                causal_lm(model), hidden_ND, pack.targets_N, temperature=temperature, entropy=self._needs_entropy
             )
 
     def _values(self, pack: Pack) -> Tensor:
@@ -348,13 +392,41 @@ class Learner:
         """
         return self.score(collect(groups).items(), model)
 
-    def score(self, items: Sequence[PackItem], model: Any | None = None) -> list[np.ndarray]:
-        """Log-probs of the target tokens of any sequences, under the present policy or another model."""
+    def score(
+        self, items: Sequence[PackItem], model: Any | None = None, temperature: float | None = None
+    ) -> list[np.ndarray]:
+        """Log-probs of the target tokens of any sequences, under the present policy or another model; at the
+        temperature of sampling, or another one."""
         options = self.options
         return target_logprobs(
-            self.model if model is None else model, items, temperature=self.temperature,
+            self.model if model is None else model, items,
+            temperature=self.temperature if temperature is None else temperature,
             pack_tokens=options.pack_tokens, share_prefixes=options.share_prefixes, precision=self._precision,
         )  # fmt: skip
+
+    def prediction_losses(self, groups: Sequence[Group]) -> dict[str, float]:
+        """How well the environment's answers are foretold, in nats a token, with the world adapter at work.
+
+        Returns:
+            ``prediction_loss``, and ``prediction_loss/NAME`` for each environment if there are several; nothing if
+            answers are not learnt from or there are none.
+        """
+        if self.world is None:
+            return {}
+        answers = collect(groups, sampled=False, answers=True)
+        names = np.asarray([groups[p].trajectories[g].environment for p, g in answers.episodes()])
+        with active_adapters(self.model, self.world.adapters):
+            each = self.score(answers.items(), temperature=1.0)
+
+        def mean(losses: Sequence[np.ndarray]) -> float:
+            return -float(np.concatenate(losses).mean(dtype=np.float64))
+
+        told = {name: [e for e, own in zip(each, names, strict=True) if own == name] for name in np.unique(names)}
+        told = {name: losses for name, losses in told.items() if sum(map(len, losses))}
+        figures = {"prediction_loss": mean(each)} if told else {}
+        if len(told) > 1:
+            figures |= {f"prediction_loss/{name}": mean(losses) for name, losses in told.items()}
+        return figures
 
     def _values_of(self, items: Sequence[PackItem]) -> list[np.ndarray]:
         options = self.options
@@ -365,7 +437,7 @@ class Learner:
 
     def _batch(
         self, groups: Sequence[Group], sequences: Sequences, keep: np.ndarray | None, step: int,
-        families: Sequence[int] | None = None,
+        families: Sequence[int] | None = None, policy: bool = True,
     ) -> TokenBatch:  # fmt: skip
         segments, targets = sequences.segments, sequences.targets
         lengths = [len(wanted) for wanted in targets]
@@ -375,7 +447,8 @@ class Learner:
             return np.concatenate([getattr(s, name)[wanted] for s, wanted in zip(segments, targets, strict=True)])
 
         kinds_N, turns_N, rollout_N = flat("kinds"), flat("turns"), flat("logprobs")
-        keep_S = np.ones(len(sequences), dtype=bool)
+        sampled_N = np.isin(kinds_N, SAMPLED_KINDS)
+        keep_S = np.full(len(sequences), policy)
         if keep is not None:
             keep = np.asarray(keep, dtype=bool)
             keep_S &= keep[sequences.group] if keep.ndim == 1 else keep[sequences.group, sequences.sample]
@@ -383,7 +456,6 @@ class Learner:
             keep_S &= ~np.asarray(sequences.cut_off, dtype=bool)
         values_N = np.concatenate(self._values_of(sequences.items())) if self.critic is not None else None
         _check_finite("values of the critic", values_N, step)
-        sampled_N = np.ones(len(sequence_N), dtype=bool)
         advantages_N, returns_N = token_advantages(
             self.algorithm,
             SequenceRewards(
@@ -426,24 +498,43 @@ class Learner:
             reference_logprobs_N=tensor(reference_N),
             old_values_N=tensor(values_N),
             returns_N=tensor(returns_N),
+            observation_mask_N=None if self.world is None else tensor(kinds_N == Kind.OBSERVATION),
         )
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the policy's weights."""
-        state: dict[str, Any] = {"optimiser": self.optimiser.state_dict(), "updates": self.updates}
+        optimisers = {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()}
+        state: dict[str, Any] = {"optimisers": optimisers, "updates": self.updates}
         if self.critic is not None and self.critic_optimiser is not None:
             state["critic"] = self.critic.state_dict()
             state["critic_optimiser"] = self.critic_optimiser.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimiser.load_state_dict(state["optimiser"])
+        for name, optimiser in self.optimisers.items():
+            optimiser.load_state_dict(state["optimisers"][name])
         self.updates = state["updates"]
         if self.critic is not None and self.critic_optimiser is not None:
             self.critic.load_state_dict(state["critic"])
             self.critic_optimiser.load_state_dict(state["critic_optimiser"])
+
+
+def parameter_sets(model: Any, objectives: Sequence[Objective]) -> dict[str, list[torch.nn.Parameter]]:
+    """What each name that objectives use for their parameters stands for.
+
+    Raises:
+        RecipeError: if one of them updates everything and another an adapter, which is part of everything.
+        ModelError: if there is no such adapter.
+    """
+    names = list(dict.fromkeys(objective.parameters for objective in objectives)) or ["all"]
+    if "all" in names and len(names) > 1:
+        raise RecipeError(
+            f'One objective updates "all" parameters and another the adapter "{next(n for n in names if n != "all")}", '
+            'which is a part of them; set algorithm.options.parameters to "policy".'
+        )
+    return {name: trained_parameters(model, name) for name in names}
 
 
 def _check_finite(what: str, array_N: np.ndarray | None, step: int) -> None:
@@ -454,9 +545,16 @@ def _check_finite(what: str, array_N: np.ndarray | None, step: int) -> None:
 
 
 def _frozen_copy(model: Any) -> Any:
-    frozen = copy.deepcopy(model)
+    # What is not trained is not copied: below adapters that is nearly everything.
+    shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+    frozen = copy.deepcopy(model, memo=dict(shared))
     frozen.requires_grad_(False)
     return frozen.eval()
+
+
+def _shown(name: str) -> str:
+    """A set of parameters as metrics and messages call it: without adapters all of them are the policy."""
+    return "policy" if name == "all" else name
 
 
 def _shortened(pairs: list[tuple[int, int]]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from rehearsal.algorithms.filters import DropConstant, KeepAll, Kept, at_most, l
 from rehearsal.algorithms.presets import Algorithm, preset
 from rehearsal.diagnostics import Verdict
 from rehearsal.evaluation.held_out import Evaluation, evaluate
+from rehearsal.models.adapters import adapter_names, save_adapters
 from rehearsal.models.load import Policy, save_policy
 from rehearsal.rollout import Player, check_failures, rollout_metrics
 from rehearsal.training.checkpoint import (
@@ -31,13 +32,14 @@ from rehearsal.training.checkpoint import (
 from rehearsal.training.learner import Learner
 from rehearsal.training.monitor import Monitor
 from rehearsal.training.observer import Observer, SilentObserver
-from rehearsal.training.playing import make_processes, make_rollout, policy_of, processes_for
+from rehearsal.training.playing import make_processes, make_rollout, policy_of, processes_for, with_adapters
 from rehearsal.training.recipe import Recipe
 from rehearsal.training.runs import RunFolder
 from rehearsal.training.storage import storage_errors
 from rehearsal.training.tasks import TaskSource
 from rehearsal.training.trackers import Tracker, make_trackers
 from rehearsal.training.trajectory_store import write_trajectories
+from rehearsal.training.world import world_model
 from rehearsal.trajectory import Group, all_trajectories, rewards_matrix
 
 
@@ -84,6 +86,8 @@ class Trainer:
             self.filter = DropConstant()
         if self.policy is None:
             self.policy = policy_of(recipe)
+        elif not adapter_names(self.policy.model):
+            self.policy = replace(self.policy, model=with_adapters(self.policy.model, recipe))
         self.tasks = TaskSource(recipe)
         self.rollout = make_rollout(recipe, self.policy)
         self.processes = processes_for(recipe, self.policy)
@@ -94,6 +98,12 @@ class Trainer:
             recipe.training,
             temperature=recipe.sampling.temperature,
             seed=recipe.seed,
+            world=world_model(
+                recipe.world.mode,
+                adapter_names(self.policy.model),
+                coefficient=recipe.world.coefficient,
+                learning_rate_ratio=recipe.world.learning_rate_ratio,
+            ),
         )
         self.monitor = Monitor(
             recipe.diagnostics, self.learner, self.policy.renderer, recipe.seed, recipe.agent.thinking
@@ -167,6 +177,7 @@ class Trainer:
             self.player, tasks, temperature=options.temperature, step=self.steps_done, on_episode=self.observer.episode
         )
         check_failures(result.groups, self.recipe.training.abort_failed_share)
+        result.figures.update(self.learner.prediction_losses(result.groups))
         self.evaluations.append((self.steps_done, split, result.figures))
         if self.folder is not None:
             self.folder.append_evaluation(self.steps_done, split, result.figures)
@@ -308,6 +319,7 @@ class Trainer:
             where = self.folder.path / "policy"
             with storage_errors(where), tensor_errors():
                 save_policy(self.policy.model, self.policy.tokenizer, where)
+                save_adapters(self.policy.model, self.folder.path / "adapters")
             self.folder.write_summary(summary)
             self.folder.set_status("finished" if done else "stopped")
         for tracker in self.trackers:

@@ -37,7 +37,7 @@ def memory_plan(recipe: Recipe) -> dict[str, float]:
         "activations (estimate)": float(per_token * layers * recipe.training.pack_tokens * pack_workers(model)),
     }
     if any(objective.needs_reference for objective in algorithm.objectives):
-        plan["reference policy"] = float(weights)
+        plan["reference policy"] = float(trained)  # it shares what is not trained
     if algorithm.needs_critic:
         plan["critic"] = 4.0 * weights
     rollout.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from rehearsal.environments.registry import import_path
 from rehearsal.errors import RecipeError
 from rehearsal.generation.local import LocalEngine, free_memory
 from rehearsal.generation.sampling import SamplingParams
+from rehearsal.models.adapters import POLICY, WORLD, AdapterSettings, activate, add_adapters, load_adapter
 from rehearsal.models.load import Policy, load_policy, save_policy
 from rehearsal.rollout import ProcessRollout, Rollout, may_share
 from rehearsal.training.recipe import Recipe
@@ -26,12 +28,44 @@ _MOST_PROCESSES = 16
 
 
 def policy_of(recipe: Recipe) -> Policy:
-    """The policy that a recipe names, loaded."""
+    """The policy that a recipe names, loaded, with its adapters."""
+    policy = _without_adapters(recipe)
+    return replace(policy, model=with_adapters(policy.model, recipe))
+
+
+def _without_adapters(recipe: Recipe) -> Policy:
     model = recipe.model
     return load_policy(
         model.path, device=model.device, dtype=model.dtype, history=model.history,
         template_options=model.template_options, gradient_checkpointing=model.gradient_checkpointing,
     )  # fmt: skip
+
+
+def with_adapters(model: Any, recipe: Recipe) -> Any:
+    """A model with the adapters of a recipe, and those of them active that it plays with.
+
+    Raises:
+        ModelError: if they do not fit the model.
+    """
+    options, needed = recipe.adapters, recipe.world.mode in ("dual", "inactive", "placebo")
+    usual = AdapterSettings() if needed else AdapterSettings(0, 0)
+    targets = options.targets if isinstance(options.targets, str) else tuple(options.targets)
+    settings = AdapterSettings(
+        usual.policy_rank if options.policy_rank is None else options.policy_rank,
+        usual.world_rank if options.world_rank is None else options.world_rank,
+        options.alpha, options.rank_stabilised, targets,
+    )  # fmt: skip
+    folders = {POLICY: options.policy_folder, WORLD: options.world_folder}
+    fresh = {name: rank for name, rank in settings.ranks.items() if folders[name] is None}
+    model = add_adapters(
+        model, replace(settings, policy_rank=fresh.get(POLICY, 0), world_rank=fresh.get(WORLD, 0)), recipe.seed
+    )
+    for name, folder in folders.items():
+        if folder is not None:
+            model = load_adapter(model, folder, name)
+    if recipe.world.mode == "inactive":
+        activate(model, (POLICY,))
+    return model
 
 
 def answer_protocol(recipe: Recipe) -> AnswerProtocol:
@@ -68,6 +102,7 @@ def make_rollout(recipe: Recipe, policy: Policy) -> Rollout:
         [variant.maker for variant in variants_of(recipe)], engine, policy.renderer, answer_protocol(recipe), limits,
         sampling=SamplingParams(recipe.sampling.temperature, recipe.sampling.top_k, recipe.sampling.top_p),
         seed=recipe.seed, workers=recipe.environment.workers, step_timeout=recipe.environment.step_timeout,
+        keep_ending=recipe.world.mode != "policy_only",
     )  # fmt: skip
     rollout.check_opening()
     return rollout
@@ -116,5 +151,6 @@ def _path(name: str) -> str:
 
 
 def _rollout_of(recipe: Recipe) -> tuple[Rollout, Any]:
-    policy = policy_of(recipe)
+    # Its weights come with every batch of tasks, adapters multiplied into them.
+    policy = _without_adapters(recipe)
     return make_rollout(recipe, policy), policy.model

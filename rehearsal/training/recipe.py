@@ -167,6 +167,40 @@ class TrainingOptions(_Options):
     )
 
 
+class AdapterOptions(_Options):
+    """Low-rank adapters; without them the whole model is trained."""
+
+    policy_rank: int | None = Field(
+        default=None, ge=0,
+        description="rank of the policy's adapter, 0 for none; if left out, 32 where world.mode needs one, else 0",
+    )  # fmt: skip
+    world_rank: int | None = Field(
+        default=None, ge=0,
+        description="rank of the world model's adapter, 0 for none; if left out, 32 where world.mode needs one, else 0",
+    )  # fmt: skip
+    alpha: int = Field(default=32, ge=1, description="an adapter's output is scaled by alpha / rank")
+    rank_stabilised: bool = Field(default=False, description="scale by alpha / sqrt(rank) instead")
+    targets: str | list[str] = Field(
+        default="all-linear", description='"all-linear", or the last parts of module names such as ["q_proj"]'
+    )
+    policy_folder: str | None = Field(default=None, description="PEFT folder that the policy's adapter starts from")
+    world_folder: str | None = Field(default=None, description="PEFT folder that the world adapter starts from")
+
+
+class WorldOptions(_Options):
+    """Learning from what the environment answers."""
+
+    mode: Literal["policy_only", "shared", "dual", "inactive", "placebo", "world_only"] = Field(
+        default="policy_only", description="who learns from the answers; explained in the docs"
+    )
+    coefficient: float | None = Field(
+        default=None, ge=0, description="weight of the observation loss; if left out, 0.05 where shared, else 1"
+    )
+    learning_rate_ratio: float = Field(
+        default=1.0, gt=0, description="learning rate of the world adapter over that of the policy"
+    )
+
+
 class EvaluationOptions(_Options):
     """Held-out play."""
 
@@ -234,6 +268,8 @@ class Recipe(_Options):
     algorithm: AlgorithmOptions = AlgorithmOptions()
     filter: FilterOptions = FilterOptions()
     training: TrainingOptions = TrainingOptions()
+    adapters: AdapterOptions = AdapterOptions()
+    world: WorldOptions = WorldOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
     diagnostics: DiagnosticsOptions = DiagnosticsOptions()
     engine: EngineOptions = EngineOptions()
@@ -260,6 +296,17 @@ class Recipe(_Options):
             raise ValueError(
                 "with top_p or top_k the log-probs of sampling are over a part of the vocabulary, and ratios to them "
                 "are biased; set training.old_logprobs to recompute, or sample without truncation"
+            )
+        apart = self.world.mode in ("dual", "inactive", "placebo")
+        if apart and self.adapters.world_rank == 0 and self.adapters.world_folder is None:
+            raise ValueError(
+                f"world.mode {self.world.mode} needs an adapter for the world model: set adapters.world_rank above 0, "
+                "or world.mode to shared"
+            )
+        if apart and self.adapters.policy_rank == 0 and self.adapters.policy_folder is None:
+            raise ValueError(
+                f"world.mode {self.world.mode} needs an adapter for the policy: set adapters.policy_rank above 0, or "
+                "world.mode to world_only"
             )
         if (self.curriculum.name == "staged") != bool(self.curriculum.stages):
             raise ValueError(

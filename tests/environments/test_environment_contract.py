@@ -21,6 +21,8 @@ VARIANTS = {
     "bandit reversed": {"reversed": True},
     "countdown": {},
     "countdown plus and minus": {"operations": "+-", "n_numbers": 4},
+    "helpdesk": {},
+    "helpdesk later": {"first": 500, "revision": 2, "max_facts": 4},
 }
 
 
@@ -167,7 +169,7 @@ def test_a_split_that_cannot_be_filled_says_so():
         env.reset(options={"split": other})
 
 
-@pytest.mark.parametrize("name", ["FrozenLake", "Sokoban", "Bandit", "Countdown"])
+@pytest.mark.parametrize("name", ["FrozenLake", "Sokoban", "Bandit", "Countdown", "Helpdesk"])
 def test_gymnasium_makes_them_without_a_complaint(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

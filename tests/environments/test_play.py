@@ -50,7 +50,7 @@ def test_what_a_person_types_is_understood(typed, legal, action):
     assert read_action(typed, legal) == action
 
 
-@pytest.mark.parametrize("name", ["frozenlake", "sokoban", "bandit", "countdown"])
+@pytest.mark.parametrize("name", ["frozenlake", "sokoban", "bandit", "countdown", "helpdesk"])
 def test_a_game_that_is_won(name):
     env = make(name)
     env.reset(seed=5)

@@ -146,7 +146,7 @@ def test_the_rate_of_a_step_reaches_the_optimiser(model: Any, make_groups: MakeG
     for step, share in enumerate((1.0, 0.75, 0.5)):
         figures = learner.step(groups, step)
         assert figures["policy/learning_rate"] == pytest.approx(0.01 * share)
-        assert {group["lr"] for group in learner.optimiser.param_groups} == {0.01 * share}
+        assert {group["lr"] for group in learner.optimisers["all"].param_groups} == {0.01 * share}
         assert {group["lr"] for group in learner.critic_optimiser.param_groups} == {0.01 * share}
 
 

@@ -253,7 +253,7 @@ def test_sequences_without_an_advantage_are_not_computed_and_still_count(
     monkeypatch.setattr(learner_module, "make_packs", counting)
     skipped = gradients(learner_of(model, algorithm), groups)
     assert seen == [9]
-    monkeypatch.setattr(Learner, "_wanted", lambda self, mini: np.arange(mini.n_sequences))
+    monkeypatch.setattr(Learner, "_wanted", lambda self, objectives, mini: np.arange(mini.n_sequences))
     assert_same(skipped, gradients(learner_of(model, algorithm), groups))
     assert seen == [9, 12]
 
@@ -578,7 +578,7 @@ def test_only_what_requires_a_gradient_is_trained(model: Any, make_groups: MakeG
 def state_of(learner: Learner) -> list[Tensor]:
     return [
         entry.clone()
-        for optimiser in (learner.optimiser, learner.critic_optimiser)
+        for optimiser in (*learner.optimisers.values(), learner.critic_optimiser)
         if optimiser is not None
         for state in optimiser.state.values()
         for entry in state.values()

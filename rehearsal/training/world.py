@@ -1,0 +1,96 @@
+"""How a run learns from what its environment answers: the modes, and what each means for the learner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from rehearsal.algorithms.batch import Objective
+from rehearsal.algorithms.observation import ObservationLoss
+from rehearsal.algorithms.presets import Algorithm
+from rehearsal.errors import RecipeError
+from rehearsal.models.adapters import POLICY, WORLD
+
+WorldMode = Literal["policy_only", "shared", "dual", "inactive", "placebo", "world_only"]
+WORLD_MODES: tuple[str, ...] = get_args(WorldMode)
+_APART: tuple[str, ...] = ("dual", "inactive", "placebo")
+"""The modes in which policy and world model have an adapter each."""
+
+SHARED_COEFFICIENT = 0.05
+"""What ECHO (arXiv:2605.24517) found good where policy and world model share their parameters."""
+
+
+@dataclass(frozen=True)
+class WorldModel:
+    """What the learner needs to know about the world model.
+
+    Attributes:
+        objective: the observation loss.
+        apart: whether it is learnt in passes of its own; otherwise in those of the policy.
+        shuffled: whether the answers are dealt out among the episodes first.
+        adapters: what its own passes run through; None for the adapters that are active anyway.
+        learning_rate_ratio: learning rate of the world adapter over that of the policy.
+        policy: what the policy's objectives update; None where the policy does not learn.
+    """
+
+    objective: ObservationLoss
+    apart: bool = False
+    shuffled: bool = False
+    adapters: tuple[str, ...] | None = None
+    learning_rate_ratio: float = 1.0
+    policy: str | None = POLICY
+
+    def policy_objectives(self, algorithm: Algorithm) -> tuple[Objective, ...]:
+        """The algorithm's objectives with the parameters that they update here."""
+        if self.policy is None:
+            return ()
+        return tuple(
+            replace(objective, parameters=self.policy) if objective.parameters == "all" else objective  # type: ignore[type-var]
+            for objective in algorithm.objectives
+        )
+
+
+def world_model(
+    mode: WorldMode, adapters: Sequence[str], *, coefficient: float | None = None, learning_rate_ratio: float = 1.0
+) -> WorldModel | None:
+    """What a mode means for a model with these adapters; None if answers are not learnt from.
+
+    - ``policy_only``: nothing is learnt from answers;
+    - ``shared``: policy and world model are the same parameters, as in ECHO;
+    - ``dual``: an adapter each, both active in every pass, each with its own loss, gradient and optimiser;
+    - ``inactive``: the world adapter is trained but not used, neither in play nor by the policy's loss. The policy is
+      that of ``policy_only``, bit for bit;
+    - ``placebo``: as ``dual``, but answers are dealt out among the episodes before they are learnt;
+    - ``world_only``: the answers are learnt and the policy is not: modelling the world by playing, before any reward.
+
+    Raises:
+        RecipeError: if an adapter is missing that the mode needs.
+    """
+    own = POLICY if POLICY in adapters else "all"
+    world = WORLD if WORLD in adapters else own
+    if mode == "policy_only":
+        return None
+    if mode in _APART and WORLD not in adapters:
+        raise RecipeError(
+            f"world.mode {mode} needs an adapter for the world model; set adapters.world_rank above 0, or world.mode "
+            "to shared."
+        )
+    if mode != "world_only" and WORLD in adapters and POLICY not in adapters:
+        raise RecipeError(
+            "adapters.policy_rank is 0, which leaves the policy nothing to learn with; raise it, or set world.mode to "
+            "world_only."
+        )
+    if mode == "shared":
+        weight = SHARED_COEFFICIENT if coefficient is None else coefficient
+        return WorldModel(ObservationLoss(weight, parameters=own), policy=own)
+    objective = ObservationLoss(1.0 if coefficient is None else coefficient, parameters=world)
+    everyone = tuple(adapters)
+    if mode == "dual":
+        return WorldModel(objective, learning_rate_ratio=learning_rate_ratio, policy=own)
+    if mode == "world_only":
+        return WorldModel(objective, learning_rate_ratio=learning_rate_ratio, policy=None)
+    return WorldModel(
+        objective, apart=True, shuffled=mode == "placebo", adapters=everyone, learning_rate_ratio=learning_rate_ratio,
+        policy=own,
+    )  # fmt: skip

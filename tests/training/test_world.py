@@ -1,0 +1,503 @@
+"""Learning from what the environment answers: who learns what, and what stays as it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from rehearsal.algorithms.presets import preset
+from rehearsal.errors import ModelError, RecipeError
+from rehearsal.models.adapters import (
+    POLICY,
+    WORLD,
+    AdapterSettings,
+    activate,
+    adapter_names,
+    adapter_parameters,
+    add_adapters,
+    trained_parameters,
+)
+from rehearsal.models.load import _compute_activations_again
+from rehearsal.rollout import Task
+from rehearsal.training.learner import Learner
+from rehearsal.training.loop import Trainer
+from rehearsal.training.observer import SilentObserver
+from rehearsal.training.playing import make_processes, make_rollout, policy_of
+from rehearsal.training.recipe import Recipe, TrainingOptions, resolve_recipe
+from rehearsal.training.run import train
+from rehearsal.training.sequences import answer_mask, collect, with_shuffled_answers
+from rehearsal.training.world import WORLD_MODES, WorldMode, world_model
+from rehearsal.trajectory import Group, Kind, Segment
+
+MakeGroups = Callable[..., list[Group]]
+
+
+@pytest.fixture
+def build(tiny_qwen3: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a model whose adapters do something; those of the policy are the same with and without the other."""
+
+    def make(policy: int = 3, world: int = 5) -> Any:
+        model = add_adapters(tiny_qwen3(initializer_range=0.2), AdapterSettings(policy, world, targets="all-linear"))
+        with torch.no_grad():
+            for name in adapter_names(model):
+                generator = torch.Generator().manual_seed(len(name))
+                for parameter in adapter_parameters(model, name).values():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        return model
+
+    return make
+
+
+def learner_of(
+    model: Any, mode: WorldMode = "dual", algorithm: str = "grpo", temperature: float = 1.0, ratio: float = 1.0,
+    coefficient: float | None = None, **changes: Any,
+) -> Learner:  # fmt: skip
+    settings = {"learning_rate": 1e-2, "steps": 10, "groups": 4, "group_size": 3, **changes}
+    world = world_model(mode, adapter_names(model), learning_rate_ratio=ratio, coefficient=coefficient)
+    return Learner(model, preset(algorithm), TrainingOptions(**settings), temperature=temperature, world=world)
+
+
+def weights(model: Any, name: str) -> dict[str, Tensor]:
+    return {key: parameter.detach().clone() for key, parameter in adapter_parameters(model, name).items()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return all(torch.equal(first[key], second[key]) for key in first)
+
+
+def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
+    return not any(torch.equal(before[key], after[key]) for key in before)
+
+
+# Isolation
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"autocast": True}, {"minibatches": 3, "epochs": 2}, {"pack_tokens": 16}, {"share_prefixes": False}, "again"],
+    ids=str,
+)
+def test_with_an_inactive_world_adapter_the_policy_is_that_without(
+    how: Any, build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    changes = {} if how == "again" else how
+    alone, both = build(3, 0), build(3, 5)
+    if how == "again":
+        for model in (alone, both):
+            _compute_activations_again(model.get_base_model())
+    activate(both, (POLICY,))
+    groups = make_groups(alone)
+    policy_only, inactive = learner_of(alone, "policy_only", **changes), learner_of(both, "inactive", **changes)
+    before = weights(both, WORLD)
+    for step in range(3):
+        one, two = policy_only.step(groups, step), inactive.step(groups, step)
+        assert one["policy/grad_norm"] == two["policy/grad_norm"] > 0
+        assert two["world/prediction_loss"] > 0
+    assert same(weights(alone, POLICY), weights(both, POLICY))
+    assert moved(before, weights(both, WORLD))
+
+
+def plain_step(model: Any, groups: list[Group], rate: float, ratio: float, max_norm: float) -> None:
+    """One step of GRPO and of the observation loss, one sequence at a time, in plain PyTorch."""
+    policy_loss = world_loss = torch.zeros(())
+    total = sum(len(group) for group in groups)
+    answers = sum(int(answer_mask(t.segments[0]).sum()) for group in groups for t in group)
+    for group in groups:
+        rewards = torch.tensor([trajectory.reward for trajectory in group], dtype=torch.float64)
+        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+        for trajectory, advantage in zip(group, advantages.float(), strict=True):
+            segment = trajectory.segments[0]
+            ids = torch.from_numpy(segment.token_ids.astype(np.int64))
+            logprobs = model(input_ids=ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+            logprobs = logprobs.gather(1, ids[1:, None])[:, 0]
+            sampled, told = torch.from_numpy(segment.sampled_mask)[1:], torch.from_numpy(answer_mask(segment))[1:]
+            ratios = (logprobs - torch.from_numpy(segment.logprobs)[1:])[sampled].exp()
+            surrogate = torch.minimum(ratios * advantage, ratios.clamp(0.8, 1.2) * advantage)
+            policy_loss = policy_loss - surrogate.mean() / total
+            world_loss = world_loss - logprobs[told].sum() / answers
+    for name, loss in ((POLICY, policy_loss), (WORLD, world_loss)):
+        trained = trained_parameters(model, name)
+        for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained, retain_graph=True), strict=True):
+            parameter.grad = gradient
+        torch.nn.utils.clip_grad_norm_(trained, max_norm)
+    optimisers = [
+        torch.optim.AdamW(trained_parameters(model, name), lr=rate * share, weight_decay=0.0)
+        for name, share in ((POLICY, 1.0), (WORLD, ratio))
+    ]
+    for optimiser in optimisers:
+        optimiser.step()
+
+
+def test_a_step_is_that_of_a_plain_implementation(build: Callable[..., Any], make_groups: MakeGroups) -> None:
+    model, plain = build(), build()
+    groups = make_groups(model)
+    learner_of(model, ratio=2.5, max_grad_norm=0.05).step(groups, 0)
+    plain_step(plain, groups, 1e-2, 2.5, 0.05)
+    for name in (POLICY, WORLD):
+        ours, theirs = weights(model, name), weights(plain, name)
+        start = weights(build(), name)
+        for key, tensor in theirs.items():
+            step = float((tensor - start[key]).abs().max())
+            assert step > 0
+            # AdamW's first step is the sign of the gradient times the rate: an entry near zero may take either.
+            wrong = (ours[key] - tensor).abs() > 0.05 * step
+            assert float(wrong.float().mean()) < 0.02, key
+
+
+def test_gradients_of_both_losses_are_those_of_each_alone(build: Callable[..., Any], make_groups: MakeGroups) -> None:
+    norms = {}
+    for mode in ("dual", "inactive"):
+        model = build()
+        groups = make_groups(model)
+        norms[mode] = learner_of(model, mode).step(groups, 0)
+    # With both active the two passes of "inactive" differ from the one of "dual" by rounding alone.
+    for name in ("policy/grad_norm", "world/grad_norm", "world/prediction_loss", "policy/loss/policy"):
+        assert norms["dual"][name] == pytest.approx(norms["inactive"][name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("pack_tokens", [16, 64])
+def test_however_a_step_is_cut(pack_tokens: int, build: Callable[..., Any], make_groups: MakeGroups) -> None:
+    whole, cut = build(), build()
+    groups = make_groups(whole)
+    one, two = learner_of(whole).step(groups, 0), learner_of(cut, pack_tokens=pack_tokens).step(groups, 0)
+    for name in ("policy/grad_norm", "world/grad_norm", "world/prediction_loss"):
+        assert one[name] == pytest.approx(two[name], rel=1e-4)
+
+
+# Who sees what
+
+
+def test_what_a_filter_turns_down_still_teaches_the_world_model(
+    build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    model = build()
+    groups = make_groups(model)
+    before = {name: weights(model, name) for name in (POLICY, WORLD)}
+    figures = learner_of(model).step(groups, 0, np.zeros(len(groups), dtype=bool))
+    assert same(before[POLICY], weights(model, POLICY))
+    assert moved(before[WORLD], weights(model, WORLD))
+    assert figures["policy/grad_norm"] == 0
+    assert figures["world/grad_norm"] > 0
+
+
+def test_groups_without_reward_variance_teach_it_too(build: Callable[..., Any], make_groups: MakeGroups) -> None:
+    model = build()
+    groups = make_groups(model)
+    for group in groups:
+        for trajectory in group:
+            for turn in trajectory.turns:
+                turn.rewards = [0.0]
+    before = weights(model, WORLD)
+    learner_of(model).step(groups, 0)
+    assert moved(before, weights(model, WORLD))
+
+
+def test_world_only_leaves_the_policy_alone(build: Callable[..., Any], make_groups: MakeGroups) -> None:
+    model = build()
+    groups = make_groups(model)
+    before = {name: weights(model, name) for name in (POLICY, WORLD)}
+    learner = learner_of(model, "world_only")
+    losses = [learner.step(groups, step)["world/prediction_loss"] for step in range(8)]
+    assert same(before[POLICY], weights(model, POLICY))
+    assert moved(before[WORLD], weights(model, WORLD))
+    assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("mode", ["shared", "world_only"])
+def test_without_adapters_all_parameters_learn(
+    mode: WorldMode, tiny_qwen3: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    model = tiny_qwen3(initializer_range=0.2)
+    groups = make_groups(model)
+    learner = learner_of(model, mode, coefficient=1.0)
+    losses = [learner.step(groups, step)["world/prediction_loss"] for step in range(8)]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_a_shared_loss_is_weighted(tiny_qwen3: Callable[..., Any], make_groups: MakeGroups) -> None:
+    norms = []
+    for coefficient in (None, 0.05, 0.5):
+        model = tiny_qwen3(initializer_range=0.2)
+        learner = learner_of(model, "shared", coefficient=coefficient)
+        norms.append(learner.step(make_groups(model), 0)["policy/grad_norm"])
+    assert norms[0] == norms[1] != norms[2]
+
+
+def test_answers_are_scored_at_temperature_1(build: Callable[..., Any], make_groups: MakeGroups) -> None:
+    losses = []
+    for temperature in (1.0, 0.5):
+        model = build()
+        groups = make_groups(model, temperature=temperature)
+        learner = learner_of(model, temperature=temperature)
+        held_out = learner.prediction_losses(groups)["prediction_loss"]
+        figures = learner.step(groups, 0)
+        assert figures["world/prediction_loss"] == pytest.approx(held_out, rel=1e-4)
+        losses.append(held_out)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_prediction_losses_are_told_by_environment(build: Callable[..., Any], make_groups: MakeGroups) -> None:
+    model = build()
+    groups = make_groups(model)
+    learner = learner_of(model)
+    assert set(learner.prediction_losses(groups)) == {"prediction_loss"}
+    for trajectory in groups[0]:
+        trajectory.environment = "another"
+    told = learner.prediction_losses(groups)
+    assert set(told) == {"prediction_loss", "prediction_loss/made-up", "prediction_loss/another"}
+    low, high = sorted(told[f"prediction_loss/{name}"] for name in ("made-up", "another"))
+    assert low < told["prediction_loss"] < high
+    assert learner_of(build(3, 0), "policy_only").prediction_losses(groups) == {}
+
+
+@pytest.mark.parametrize("mode", [mode for mode in WORLD_MODES if mode != "policy_only"])
+def test_environments_that_never_answer(
+    mode: WorldMode, build: Callable[..., Any], make_groups: MakeGroups
+) -> None:  # fmt: skip
+    model = build()
+    groups = make_groups(model)
+    for group in groups:
+        for trajectory in group:
+            segment = trajectory.segments[0]
+            told = segment.kinds == Kind.OBSERVATION
+            kinds = np.where(told, int(Kind.NOTICE), segment.kinds)
+            trajectory.segments = [replace(segment, kinds=kinds)]
+    before = weights(model, WORLD)
+    learner = learner_of(model, mode)
+    figures = learner.step(groups, 0)
+    assert all(math.isfinite(value) for value in figures.values())
+    assert learner.prediction_losses(groups) == {}
+    assert mode == "shared" or same(before, weights(model, WORLD))
+
+
+# The placebo
+
+
+def test_answers_are_dealt_out_within_their_turn(build: Callable[..., Any], make_groups: MakeGroups) -> None:
+    groups = make_groups(build(), groups=6)
+    shuffled = with_shuffled_answers(groups, np.random.default_rng(0))
+
+    def told(some: list[Group]) -> list[bytes]:
+        return [s.token_ids[answer_mask(s)].tobytes() for group in some for t in group for s in t.segments]
+
+    assert sorted(told(shuffled)) == sorted(told(groups))
+    assert told(shuffled) != told(groups)
+    for old, new in zip(groups, shuffled, strict=True):
+        for before, after in zip(old, new, strict=True):
+            first, second = before.segments[0], after.segments[0]
+            assert np.array_equal(first.token_ids[~answer_mask(first)], second.token_ids[~answer_mask(second)])
+            assert np.array_equal(first.kinds, second.kinds)
+            assert before.reward == after.reward
+    # The episodes themselves are as they were.
+    assert told(groups) == told(make_groups(build(), groups=6))
+
+
+def test_answers_of_different_lengths_change_places(build: Callable[..., Any], make_groups: MakeGroups) -> None:
+    groups = make_groups(build(), groups=2)
+    segment = next(t.segments[0] for t in groups[0] if answer_mask(t.segments[0]).any())
+    at = int(np.flatnonzero(answer_mask(segment))[-1])
+
+    def longer(array: np.ndarray, value: float) -> np.ndarray:
+        return np.insert(array, at, value)
+
+    stretched = Segment(
+        longer(segment.token_ids, 7), longer(segment.logprobs, np.nan), longer(segment.kinds, int(Kind.OBSERVATION)),
+        longer(segment.turns, segment.turns[at]),
+    )  # fmt: skip
+    for trajectory in groups[0]:
+        if trajectory.segments[0] is segment:
+            trajectory.segments = [stretched]
+    lengths = set()
+    for seed in range(5):
+        shuffled = with_shuffled_answers(groups, np.random.default_rng(seed))
+        lengths.add(tuple(int(answer_mask(t.segments[0]).sum()) for group in shuffled for t in group))
+        assert all(np.isfinite(t.segments[0].logprobs[t.segments[0].sampled_mask]).all() for g in shuffled for t in g)
+    assert len(lengths) > 1
+
+
+def test_a_placebo_learns_something_else(build: Callable[..., Any], make_groups: MakeGroups) -> None:
+    after = {}
+    for mode in ("dual", "placebo"):
+        model = build()
+        learner_of(model, mode).step(make_groups(model), 0)
+        after[mode] = {name: weights(model, name) for name in (POLICY, WORLD)}
+    assert moved(after["dual"][WORLD], after["placebo"][WORLD])
+    # What the policy learns differs by rounding alone: its pass is the same.
+    for key, tensor in after["dual"][POLICY].items():
+        assert float(((after["placebo"][POLICY][key] - tensor).abs() > 1e-3).float().mean()) < 0.02
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("mode", ["dual", "inactive", "placebo"])
+def test_a_mode_without_its_adapters(mode: WorldMode, build: Callable[..., Any]) -> None:
+    with pytest.raises(RecipeError, match=r"adapters.world_rank above 0"):
+        learner_of(build(3, 0), mode)
+    with pytest.raises(RecipeError, match=r"adapters.policy_rank is 0"):
+        learner_of(build(0, 3), mode)
+
+
+def test_objectives_that_name_a_missing_adapter(build: Callable[..., Any], tiny_qwen3: Callable[..., Any]) -> None:
+    for model in (build(3, 0), tiny_qwen3()):
+        with pytest.raises(ModelError, match='no adapter "second"'):
+            Learner(model, preset("grpo", parameters="second"), TrainingOptions())
+
+
+def test_one_for_all_and_one_for_a_part_is_refused(build: Callable[..., Any]) -> None:
+    objectives = (*preset("grpo").objectives, replace(preset("cispo", parameters=POLICY).objectives[0], name="other"))
+    with pytest.raises(RecipeError, match=r"is a part of them"):
+        Learner(build(3, 0), replace(preset("grpo"), objectives=objectives), TrainingOptions())
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"world.mode": "dual", "adapters.world_rank": 0}, "adapters.world_rank above 0"),
+        ({"world.mode": "dual", "adapters.policy_rank": 0}, "adapters.policy_rank above 0"),
+        ({"world.mode": "both"}, "Option world.mode cannot be 'both'"),
+        ({"adapters.policy_rank": -1}, "adapters.policy_rank"),
+    ],
+)
+def test_recipes_that_cannot_be_used(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        resolve_recipe("frozenlake", changes)
+
+
+# In a run
+
+
+def recipe_of(folder: Path, **changes: Any) -> Recipe:
+    small: dict[str, Any] = {
+        "model.path": str(folder), "environment.name": "frozenlake", "environment.params.size": 3,
+        "agent.thinking": False, "agent.max_turns": 3, "agent.max_tokens_per_turn": 12, "agent.max_context": 400,
+        "training.steps": 3, "training.groups": 4, "training.group_size": 3, "training.learning_rate": 3e-3,
+        "evaluation.episodes": 4, "evaluation.every": 0, "engine.max_sessions": 12, "engine.memory_gib": 0.05,
+        "adapters.policy_rank": 4, "adapters.world_rank": 4, "checkpoint.every": 1,
+    }  # fmt: skip
+    return resolve_recipe({}, small | {name.replace("__", "."): value for name, value in changes.items()})
+
+
+def test_the_last_words_are_tokens_where_a_world_model_learns(taught_folder: Path) -> None:
+    found = {}
+    for mode in ("policy_only", "dual"):
+        recipe = recipe_of(taught_folder, world__mode=mode)
+        policy = policy_of(recipe)
+        rollout = make_rollout(recipe, policy)
+        (group,) = rollout.play([Task(3)], 4)
+        rollout.close()
+        found[mode] = group
+        for trajectory in group:
+            segment = trajectory.segments[0]
+            tail = segment.token_ids[segment.turns == len(trajectory.turns)]
+            if mode == "policy_only" or not trajectory.turns[-1].executed:
+                assert len(tail) == 0
+            else:
+                assert trajectory.final_observation in policy.tokenizer.decode(tail)
+                assert segment.kinds[-1] == Kind.OBSERVATION
+    # The policy's own sequences end where they ended before.
+    one, two = (collect([found[mode]]).items() for mode in ("policy_only", "dual"))
+    for first, second in zip(one, two, strict=True):
+        assert np.array_equal(first.token_ids, second.token_ids)
+        assert np.array_equal(first.targets, second.targets)
+
+
+class Figures(SilentObserver):
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+
+    def step(self, step: int, figures: dict[str, float]) -> None:
+        self.steps.append(figures)
+
+
+@pytest.mark.parametrize("mode", WORLD_MODES)
+def test_a_run_in_every_mode(mode: str, taught_folder: Path) -> None:
+    watch = Figures()
+    trainer = Trainer(recipe_of(taught_folder, world__mode=mode), observer=watch)
+    trainer.run()
+    for figures in watch.steps:
+        # World updates move the policy too. What is sampled next is sampled with them, so the first ratio is 1.
+        assert mode == "world_only" or figures["policy/mismatch_first"] < 1e-5
+        assert ("world/prediction_loss" in figures) == (mode != "policy_only")
+    assert ("prediction_loss" in trainer.evaluations[-1][2]) == (mode != "policy_only")
+
+
+def test_the_world_adapter_moves_the_policy_between_steps(taught_folder: Path) -> None:
+    recipe = recipe_of(taught_folder, world__mode="dual", world__learning_rate_ratio=20.0)
+    trainer = Trainer(recipe)
+    batch = trainer.play()
+    before = trainer.learner.logprobs(batch.groups)
+    trainer.learner.step(batch.groups, 0, np.zeros(len(batch.groups), dtype=bool))
+    after = trainer.learner.logprobs(batch.groups)
+    trainer.close()
+    assert max(float(np.abs(a - b).max()) for a, b in zip(before, after, strict=True)) > 1e-3
+
+
+def test_a_run_leaves_adapters_and_a_policy_that_others_load(taught_folder: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(taught_folder, world__mode="dual")
+    result = train(recipe, output=tmp_path / "run", observer=SilentObserver())
+    assert {path.name for path in (result.path / "adapters").iterdir()} == {"policy", "world", "merged"}
+    model = AutoModelForCausalLM.from_pretrained(result.path / "policy")
+    adapted = policy_of(
+        recipe_of(
+            taught_folder, world__mode="dual", adapters__policy_folder=str(result.path / "adapters" / "policy"),
+            adapters__world_folder=str(result.path / "adapters" / "world"),
+        )
+    )  # fmt: skip
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, adapted.model(ids).logits, atol=1e-4)
+    assert not any("lora" in name for name in load_file(result.path / "policy" / "model.safetensors"))
+
+
+class StopAfter(SilentObserver):
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def started(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def learning(self) -> None:
+        self.trainer.stop_requested = self.trainer.steps_done + 1 >= self.steps
+
+
+def test_a_stopped_run_goes_on_with_both_adapters(taught_folder: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(taught_folder, world__mode="dual")
+    whole = train(recipe, output=tmp_path / "whole", observer=SilentObserver())
+    train(recipe, output=tmp_path / "cut", observer=StopAfter(1))
+    again = train(recipe, output=tmp_path / "cut", observer=SilentObserver(), resume=True)
+    for name in ("policy", "world"):
+        one, two = (load_file(run.path / "adapters" / name / "adapter_model.safetensors") for run in (whole, again))
+        assert same(one, two)
+
+
+def test_other_processes_play_with_the_adapters(taught_folder: Path) -> None:
+    recipe = recipe_of(taught_folder, world__mode="dual")
+    policy = policy_of(recipe)
+    with torch.no_grad():
+        for name in (POLICY, WORLD):
+            generator = torch.Generator().manual_seed(1)
+            for parameter in adapter_parameters(policy.model, name).values():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    tasks = [Task(seed) for seed in range(4)]
+    here = make_rollout(recipe, policy)
+    there = make_processes(recipe, policy, 2)
+    try:
+        one, two = here.play(tasks, 2), there.play(tasks, 2)
+    finally:
+        here.close()
+        there.close()
+    for first, second in zip(one, two, strict=True):
+        for a, b in zip(first, second, strict=True):
+            assert np.array_equal(a.segments[0].token_ids, b.segments[0].token_ids)
+            assert np.allclose(a.segments[0].logprobs, b.segments[0].logprobs, atol=1e-4, equal_nan=True)
