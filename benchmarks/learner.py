@@ -124,7 +124,7 @@ def variant_step(variant: str, policy: Policy, groups: list[Group], pack_tokens:
     return lambda: int(learner.step(groups, 0)["speed/learner_tokens"])
 
 
-def _memory(field: str) -> int:
+def memory(field: str) -> int:
     """Bytes of this process: "VmRSS" now, "VmHWM" at most so far.
 
     Not from ``getrusage``: on Linux its maximum begins with that of the parent process.
@@ -136,7 +136,7 @@ def _memory(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Let "VmHWM" begin anew."""
     Path("/proc/self/clear_refs").write_text("5")
 
@@ -150,10 +150,10 @@ def measure_memory(given: argparse.Namespace, folder: Path) -> None:
     del learner
     step = variant_step(given.measure, policy, groups, given.pack_tokens, given.seed)
     gc.collect()
-    before = _memory("VmRSS")
-    _forget_peak()
+    before = memory("VmRSS")
+    forget_peak()
     tokens = step()
-    print(json.dumps({"bytes": _memory("VmHWM") - before, "tokens": tokens}))
+    print(json.dumps({"bytes": memory("VmHWM") - before, "tokens": tokens}))
 
 
 def memory_of(variant: str, given: argparse.Namespace, folder: Path) -> dict[str, float]:

@@ -117,6 +117,21 @@ class Segment:
         return np.isin(self.kinds, SAMPLED_KINDS)
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """What the agent expected the environment to answer.
+
+    Attributes:
+        actions: to these actions.
+        text: the expected answer.
+        position: index in the segment of the first token behind the tag that opens the prediction.
+    """
+
+    actions: tuple[str, ...]
+    text: str
+    position: int
+
+
 @dataclass
 class Turn:
     """One exchange: what the agent was shown, what it answered, what came of it.
@@ -135,6 +150,7 @@ class Turn:
         valid: whether the answer kept the format and every executed action was legal.
         stop: why sampling ended.
         state: a key of the environment's state at the start of the turn, if it gives one (info["state"]).
+        predictions: what the thought expected of actions, in the rehearse protocol.
     """
 
     observation: str
@@ -148,6 +164,7 @@ class Turn:
     valid: bool = True
     stop: SampleStop = SampleStop.END
     state: str = ""
+    predictions: list[Prediction] = field(default_factory=list)
 
     @property
     def reward(self) -> float:
@@ -164,6 +181,8 @@ class Trajectory:
         seed: the seed that the environment was reset with.
         split: "train", "validation" or "test".
         task: key of the task's content, the same for all episodes of a group (info["task"]; "" if none).
+        topic: what the task is about, if the environment says so (info["topic"]): tasks of one topic have in common
+            what is worth remembering about them, such as the company that is called.
         sample: index of the episode in its group.
         segments: the tokens, see :class:`Segment`.
         turns: the exchanges, oldest first.
@@ -179,6 +198,7 @@ class Trajectory:
     seed: int
     split: str = "train"
     task: str = ""
+    topic: str = ""
     sample: int = 0
     segments: list[Segment] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)

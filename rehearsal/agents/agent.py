@@ -24,6 +24,7 @@ import numpy as np
 
 from rehearsal.agents.play import PlayResult, check_reset, play_actions
 from rehearsal.agents.protocol import THINK_CLOSE, Protocol
+from rehearsal.agents.rehearse import PREDICT_OPEN
 from rehearsal.agents.transcript import TranscriptBuilder
 from rehearsal.environments.base import TextEnv
 from rehearsal.errors import RecipeError
@@ -160,6 +161,7 @@ class Agent:
         opened = self.renderer.opens_thought
         turn = self.turns[-1]
         kinds = self.protocol.kinds_of(sampled_ids, self.renderer.decode, opened)
+        begin = len(self.transcript)
         self.transcript.add_sampled(sampled_ids, logprobs, kinds, len(self.turns) - 1)
         self._sampled_ids = sampled_ids
         if stop == SampleStop.LENGTH and len(self.transcript) >= self.limits.max_context:
@@ -167,6 +169,10 @@ class Agent:
             stop = SampleStop.CONTEXT
         turn.stop = stop
         turn.response = self.renderer.decode(sampled_ids)
+        turn.predictions = [
+            replace(prediction, position=begin + prediction.position)
+            for prediction in self.protocol.predictions_of(sampled_ids, self.renderer.decode)
+        ]
         parsed = self.protocol.parse(turn.response, opened)
         turn.thought, turn.actions, turn.valid = parsed.thought, list(parsed.actions), parsed.valid
         self._problem = f"Your last answer had {parsed.problem}." if parsed.problem else ""
@@ -254,4 +260,5 @@ def protocol_for(renderer: ChatRenderer, protocol: Protocol, limits: Limits) -> 
         max_actions_per_turn=limits.max_actions_per_turn,
         end_tokens=tuple(dict.fromkeys([*renderer.stop_texts, *protocol.end_tokens])),
         think_close_id=renderer.single_token(THINK_CLOSE),
+        predict_open_id=renderer.single_token(PREDICT_OPEN),
     )

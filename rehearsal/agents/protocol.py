@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rehearsal.agents.rehearse import PREDICT_CLOSE, PREDICT_OPEN, find_predictions
 from rehearsal.environments.base import TextEnv
 from rehearsal.errors import RecipeError
-from rehearsal.trajectory import Kind
+from rehearsal.trajectory import Kind, Prediction
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
@@ -67,6 +68,9 @@ class Protocol:
             positive.
         end_tokens: texts of the tokens that end a turn; they are taken off before an answer is read.
         think_close_id: the id of ``</think>`` where it is one token: finds the end of a thought faster.
+        rehearse: whether the agent is asked to foretell, inside its thought, what the environment will answer; see
+            :mod:`rehearsal.agents.rehearse`.
+        predict_open_id: the id of ``<predict>`` where it is one token.
 
     Raises:
         RecipeError: for settings that cannot be used.
@@ -78,12 +82,16 @@ class Protocol:
     format_penalty: float = -0.1
     end_tokens: tuple[str, ...] = END_TOKENS
     think_close_id: int | None = None
+    rehearse: bool = False
+    predict_open_id: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_actions_per_turn < 1:
             raise RecipeError(f"max_actions_per_turn must be at least 1, not {self.max_actions_per_turn}.")
         if not math.isfinite(self.format_penalty) or self.format_penalty > 0:
             raise RecipeError(f"format_penalty must be zero or negative, not {self.format_penalty}.")
+        if self.rehearse and not self.thinking:
+            raise RecipeError("To rehearse needs a thought to do it in; switch thinking on, or rehearse off.")
         if not self.action_separator.strip():
             raise RecipeError("action_separator must have a character that is not a blank.")
         if any(tag in self.action_separator or self.action_separator in tag for tag in TAGS):
@@ -100,6 +108,9 @@ class Protocol:
         line = f"Answer as {thought}{ANSWER_OPEN}{word}{ANSWER_CLOSE}"
         if self.max_actions_per_turn > 1:
             line += f", up to {self.max_actions_per_turn} actions separated by {self.action_separator}"
+        if self.rehearse:
+            line += f". In the thought rehearse actions, each with the answer on a new line: {PREDICT_OPEN}{word}"
+            line += f"\nits answer{PREDICT_CLOSE}"
         return line + "."
 
     def without_end(self, response_text: str) -> str:
@@ -159,6 +170,17 @@ class Protocol:
         surplus = max(0, len(actions) - self.max_actions_per_turn)
         problem = f"too many actions: {len(actions)}, {self.max_actions_per_turn} allowed" if surplus else ""
         return Parsed(thought, actions[: self.max_actions_per_turn], True, problem, surplus)
+
+    def predictions_of(
+        self, sampled_ids: Sequence[int] | np.ndarray, decode: Callable[[Sequence[int]], str]
+    ) -> list[Prediction]:
+        """The predictions in an answer's thought; none unless the protocol asks for them. Positions are within the
+        answer."""
+        if not self.rehearse:
+            return []
+        return find_predictions(
+            sampled_ids, decode, separator=self.action_separator, end=THINK_CLOSE, open_id=self.predict_open_id
+        )
 
     def kinds_of(
         self,

@@ -344,7 +344,8 @@ class Helpdesk(EpisodeEnv):
         return f"{where} {'reached' if self._reached else 'before'}, ready {ready}, given {given}"
 
     def _info(self) -> dict[str, Any]:
-        return {**super()._info(), "company": self._company.name, "company_index": self._company.index}
+        company = self._company
+        return {**super()._info(), "company": company.name, "company_index": company.index, "topic": company.name}
 
     def oracle(self) -> list[str]:
         """The shortest way to settle the matter; nothing where it is too late for that, or the episode is over."""

@@ -213,6 +213,10 @@ class ChatRenderer:
         """The ids of a text on its own, int32 of shape (T,), without special tokens around it."""
         return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
+    def plain(self, text: str) -> str:
+        """A text as it stands in messages: special tokens that are spelled out in it are broken."""
+        return joined(self._defuser([(text, Kind.OBSERVATION)])[0])
+
     def single_token(self, text: str) -> int | None:
         """The id of a text that the vocabulary has as one added token, such as ``</think>``; None if it has not."""
         return next((index for index, content in self._added.items() if content == text), None)

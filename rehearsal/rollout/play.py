@@ -240,6 +240,7 @@ class Rollout:
         try:
             info, episode.prompt = await self._call(place, reset, stepping)
             trajectory.task = str(info.get("task", ""))
+            trajectory.topic = str(info.get("topic", ""))
             # Holds until an action is executed; an agent that never acts has not succeeded.
             trajectory.success = info_success(info)
         except Exception as error:

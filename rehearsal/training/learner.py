@@ -11,22 +11,22 @@ import contextlib
 import copy
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rehearsal.agents.rehearse import Hindsight
 from rehearsal.algorithms.aggregation import StepTotals
 from rehearsal.algorithms.batch import Objective, PolicyOutput, TokenBatch
 from rehearsal.algorithms.credit import SequenceRewards, one_scale, token_advantages
 from rehearsal.algorithms.objectives import CISPOLoss, PolicyLoss
 from rehearsal.algorithms.presets import Algorithm
 from rehearsal.algorithms.variance import group_variance
-from rehearsal.errors import RecipeError, TrainingDiverged
-from rehearsal.models.adapters import WORLD, active_adapters, trained_parameters
+from rehearsal.errors import TrainingDiverged
+from rehearsal.models.adapters import WORLD, active_adapters
 from rehearsal.models.head import token_logprobs
 from rehearsal.models.packed import causal_lm, packed_hidden
 from rehearsal.models.packing import Pack, PackItem, make_packs
@@ -36,31 +36,13 @@ from rehearsal.training.critic import Critic
 from rehearsal.training.gradient_probe import draw_by_quantile, gradient_figures
 from rehearsal.training.optimiser import Update, clipped_updates, forget_gradients, make_optimiser, scheduled_share
 from rehearsal.training.recipe import TrainingOptions
-from rehearsal.training.sequences import Sequences, collect, with_shuffled_answers
+from rehearsal.training.sequences import Sequences, collect
 from rehearsal.training.terms import WEIGHT, WEIGHT_SQUARED, PackFigures, term_of
+from rehearsal.training.works import Work, parameter_sets, world_works
 from rehearsal.training.world import WorldModel
 from rehearsal.trajectory import SAMPLED_KINDS, Group, Kind, rewards_matrix
 
 _AFTER_DIVERGENCE = "Lower training.learning_rate, or resume from the last checkpoint."
-
-
-@dataclass
-class Work:
-    """Sequences that some objectives learn from, in passes through some adapters.
-
-    Attributes:
-        sequences: with the tokens that are targets.
-        batch: what is known about these tokens.
-        objectives: the terms of the loss.
-        adapters: those that the passes run through; None for those that are active anyway.
-        rng: for the cut into minibatches.
-    """
-
-    sequences: Sequences
-    batch: TokenBatch
-    objectives: Sequence[Objective]
-    adapters: tuple[str, ...] | None
-    rng: np.random.Generator
 
 
 class Learner:
@@ -114,6 +96,7 @@ class Learner:
     def step(
         self, groups: Sequence[Group], step: int, keep: np.ndarray | None = None, scale: float = 1.0,
         probe: int = 0, families: Sequence[int] | None = None,
+        situations: Mapping[str, Sequence[Hindsight]] | None = None,
     ) -> dict[str, float]:  # fmt: skip
         """Learn from one batch.
 
@@ -126,6 +109,8 @@ class Learner:
                 :mod:`rehearsal.training.gradient_probe`; 0 for none.
             families: for each group the environment that it was played in: advantages are brought to one scale in each
                 of them before they meet. One for all if None.
+            situations: what the world model learns beside the answers in these episodes, by the name that its figures
+                get: true answers to what was rehearsed, now or in the past.
 
         Returns:
             figures of the step by name.
@@ -136,6 +121,8 @@ class Learner:
         started = time.perf_counter()
         metrics: dict[str, float] = {"policy/learning_rate": self._learning_rate(step), "policy/updates": 0.0}
         works = self._works(groups, keep, step, families)
+        if self.world is not None:
+            works += world_works(self.world, groups, situations or {}, self._seed, step)
         if not works:
             return metrics
         if probe and self.policy_objectives:
@@ -143,6 +130,7 @@ class Learner:
             metrics |= self._probe(groups, works[0], probe, rng)
             metrics["time/probe"] = time.perf_counter() - started
         for work in works:
+            work.batch.check()
             work.batch.advantages_N *= scale
         sums: dict[str, float] = defaultdict(float)
         counts: dict[str, float] = defaultdict(float)
@@ -177,26 +165,16 @@ class Learner:
     def _works(
         self, groups: Sequence[Group], keep: np.ndarray | None, step: int, families: Sequence[int] | None
     ) -> list[Work]:
-        """What is learnt in this step, the policy's part first."""
-        world, rng = self.world, np.random.default_rng([self._seed, step])
-        together = world is not None and not world.apart
-        objectives = [*self.policy_objectives, *([world.objective] if world is not None and together else [])]
+        """What the policy learns, and the world model in the same passes; nothing if there are no targets."""
+        objectives = list(self.policy_objectives)
+        together = self.world is not None and not self.world.apart
+        if self.world is not None and together:
+            objectives.append(self.world.objective)
         sequences = collect(groups, bool(self.policy_objectives), answers=together)
-        works = []
-        if any(len(targets) for targets in sequences.targets):
-            batch = self._batch(groups, sequences, keep, step, families)
-            works.append(Work(sequences, batch, objectives, None, rng))
-        if world is not None and world.apart:
-            # A stream of its own: what the policy draws must not depend on whether there is a world model.
-            other = np.random.default_rng([self._seed, step, 2])
-            told = with_shuffled_answers(groups, other) if world.shuffled else groups
-            answers = collect(told, sampled=False, answers=True)
-            if any(len(targets) for targets in answers.targets):
-                batch = self._batch(told, answers, None, step, None, policy=False)
-                works.append(Work(answers, batch, [world.objective], world.adapters, other))
-        for work in works:
-            work.batch.check()
-        return works
+        if not any(len(targets) for targets in sequences.targets):
+            return []
+        batch = self._batch(groups, sequences, keep, step, families)
+        return [Work(sequences, batch, objectives, None, np.random.default_rng([self._seed, step]))]
 
     def _learning_rate(self, step: int) -> float:
         return self.options.learning_rate * scheduled_share(step, self.options)
@@ -437,7 +415,7 @@ class Learner:
 
     def _batch(
         self, groups: Sequence[Group], sequences: Sequences, keep: np.ndarray | None, step: int,
-        families: Sequence[int] | None = None, policy: bool = True,
+        families: Sequence[int] | None = None,
     ) -> TokenBatch:  # fmt: skip
         segments, targets = sequences.segments, sequences.targets
         lengths = [len(wanted) for wanted in targets]
@@ -448,7 +426,7 @@ class Learner:
 
         kinds_N, turns_N, rollout_N = flat("kinds"), flat("turns"), flat("logprobs")
         sampled_N = np.isin(kinds_N, SAMPLED_KINDS)
-        keep_S = np.full(len(sequences), policy)
+        keep_S = np.ones(len(sequences), dtype=bool)
         if keep is not None:
             keep = np.asarray(keep, dtype=bool)
             keep_S &= keep[sequences.group] if keep.ndim == 1 else keep[sequences.group, sequences.sample]
@@ -519,22 +497,6 @@ class Learner:
         if self.critic is not None and self.critic_optimiser is not None:
             self.critic.load_state_dict(state["critic"])
             self.critic_optimiser.load_state_dict(state["critic_optimiser"])
-
-
-def parameter_sets(model: Any, objectives: Sequence[Objective]) -> dict[str, list[torch.nn.Parameter]]:
-    """What each name that objectives use for their parameters stands for.
-
-    Raises:
-        RecipeError: if one of them updates everything and another an adapter, which is part of everything.
-        ModelError: if there is no such adapter.
-    """
-    names = list(dict.fromkeys(objective.parameters for objective in objectives)) or ["all"]
-    if "all" in names and len(names) > 1:
-        raise RecipeError(
-            f'One objective updates "all" parameters and another the adapter "{next(n for n in names if n != "all")}", '
-            'which is a part of them; set algorithm.options.parameters to "policy".'
-        )
-    return {name: trained_parameters(model, name) for name in names}
 
 
 def _check_finite(what: str, array_N: np.ndarray | None, step: int) -> None:

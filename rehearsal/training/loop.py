@@ -34,6 +34,7 @@ from rehearsal.training.monitor import Monitor
 from rehearsal.training.observer import Observer, SilentObserver
 from rehearsal.training.playing import make_processes, make_rollout, policy_of, processes_for, with_adapters
 from rehearsal.training.recipe import Recipe
+from rehearsal.training.replay import Memory
 from rehearsal.training.runs import RunFolder
 from rehearsal.training.storage import storage_errors
 from rehearsal.training.tasks import TaskSource
@@ -103,11 +104,13 @@ class Trainer:
                 adapter_names(self.policy.model),
                 coefficient=recipe.world.coefficient,
                 learning_rate_ratio=recipe.world.learning_rate_ratio,
+                hindsight=recipe.world.hindsight,
             ),
         )
         self.monitor = Monitor(
             recipe.diagnostics, self.learner, self.policy.renderer, recipe.seed, recipe.agent.thinking
         )
+        self.memory = Memory(recipe, self.policy.renderer)
         self.ended_by: Verdict | None = None
         self.trackers: list[Tracker] = []
 
@@ -130,8 +133,9 @@ class Trainer:
             figures |= self.learner.step(
                 batch.groups, self.steps_done, batch.kept.keep_PG,
                 loss_scale(batch.kept, self.recipe.filter.loss_scaling), self.monitor.probe_groups(self.steps_done),
-                self.tasks.families,
+                self.tasks.families, self.memory.situations(batch.groups, self.steps_done),
             )  # fmt: skip
+            figures |= self.memory.figures
             self.steps_done += 1
             self.record(batch, figures, started, played)
             if self.judge():
@@ -265,7 +269,8 @@ class Trainer:
             assert self.policy is not None
             state = {
                 "learner": self.learner.state_dict(), "monitor": self.monitor.state_dict(),
-                "tasks": self.tasks.sampler.state_dict(), "seconds": self.folder.seconds,
+                "tasks": self.tasks.sampler.state_dict(), "memory": self.memory.replay.state_dict(),
+                "seconds": self.folder.seconds,
             }  # fmt: skip
             save_checkpoint(
                 self.folder.path / "checkpoints", self.steps_done, trainable_weights(self.policy.model), state,
@@ -284,6 +289,7 @@ class Trainer:
             self.learner.load_state_dict(state["learner"])
             self.monitor.load_state_dict(state["monitor"])
             self.tasks.sampler.load_state_dict(state["tasks"])
+            self.memory.replay.load_state_dict(state["memory"])
             self.steps_done = int(state["step"])
         # Without a checkpoint even the evaluation of step 0 is played again.
         self.folder.truncate_after(self.steps_done if found else -1)

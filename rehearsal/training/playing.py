@@ -70,7 +70,8 @@ def with_adapters(model: Any, recipe: Recipe) -> Any:
 
 def answer_protocol(recipe: Recipe) -> AnswerProtocol:
     """The answer format of a recipe."""
-    return AnswerProtocol(thinking=recipe.agent.thinking, format_penalty=recipe.agent.format_penalty)
+    agent = recipe.agent
+    return AnswerProtocol(thinking=agent.thinking, format_penalty=agent.format_penalty, rehearse=agent.rehearse)
 
 
 def episode_limits(recipe: Recipe) -> list[Limits]:

@@ -93,6 +93,9 @@ class AgentOptions(_Options):
     """What the agent may do in an episode."""
 
     thinking: bool = Field(default=True, description="whether a thought comes before the answer")
+    rehearse: bool = Field(
+        default=False, description="whether the thought foretells what the environment will answer to actions"
+    )
     max_turns: int | None = Field(
         default=None, ge=1, description="turns of an episode; the environment's own if left out"
     )
@@ -199,6 +202,17 @@ class WorldOptions(_Options):
     learning_rate_ratio: float = Field(
         default=1.0, gt=0, description="learning rate of the world adapter over that of the policy"
     )
+    hindsight: float = Field(
+        default=1.0, ge=0, description="weight of the true answers to what was rehearsed, with agent.rehearse"
+    )
+    horizon: int = Field(
+        default=0, ge=0,
+        description="turns after a rehearsal in which its action may be taken for the answer to count",
+    )  # fmt: skip
+    replay: int = Field(
+        default=0, ge=0, description="past situations that are learnt again in every step, with agent.rehearse"
+    )
+    replay_size: int = Field(default=2048, ge=1, description="situations that are kept for that")
 
 
 class EvaluationOptions(_Options):
@@ -296,6 +310,12 @@ class Recipe(_Options):
             raise ValueError(
                 "with top_p or top_k the log-probs of sampling are over a part of the vocabulary, and ratios to them "
                 "are biased; set training.old_logprobs to recompute, or sample without truncation"
+            )
+        if self.agent.rehearse and not self.agent.thinking:
+            raise ValueError("agent.rehearse needs a thought to do it in: set agent.thinking to true")
+        if self.world.replay and not (self.agent.rehearse and self.world.mode != "policy_only"):
+            raise ValueError(
+                "world.replay replays what was rehearsed: set agent.rehearse, and a world.mode that learns"
             )
         apart = self.world.mode in ("dual", "inactive", "placebo")
         if apart and self.adapters.world_rank == 0 and self.adapters.world_folder is None:

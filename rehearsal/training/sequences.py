@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from rehearsal.agents.rehearse import Hindsight
 from rehearsal.algorithms.shaping import was_cut_off
 from rehearsal.models.packing import PackItem
 from rehearsal.trajectory import Group, Kind, Segment
@@ -104,6 +105,38 @@ def with_shuffled_answers(groups: Sequence[Group], rng: np.random.Generator) -> 
         )
         for p, group in enumerate(groups)
     ]
+
+
+def collect_situations(situations: Sequence[Hindsight]) -> Sequences:
+    """Sequences whose targets are the true answers to what was rehearsed."""
+    collected = Sequences()
+    for number, one in enumerate(situations):
+        length = len(one.token_ids)
+        kinds = np.full(length, int(Kind.NOTICE), np.int8)
+        kinds[one.first :] = int(Kind.OBSERVATION)
+        collected.segments.append(
+            Segment(one.token_ids, np.full(length, np.nan, np.float32), kinds, np.zeros(length, np.int16))
+        )
+        collected.targets.append(np.arange(one.first, length))
+        # One group for all: they begin with the same rules.
+        collected.group.append(0)
+        collected.sample.append(number)
+        collected.turn_rewards.append(np.zeros(1))
+        collected.cut_off.append(False)
+    return collected
+
+
+def with_other_answers(situations: Sequence[Hindsight], rng: np.random.Generator) -> list[Hindsight]:
+    """The same situations with the answers dealt out among those of an environment: the placebo of rehearsing."""
+    places: dict[str, list[int]] = {}
+    for number, one in enumerate(situations):
+        places.setdefault(one.environment, []).append(number)
+    dealt = list(situations)
+    for own in places.values():
+        for number, other in zip(own, rng.permutation(own), strict=True):
+            one, answer = situations[number], situations[other].token_ids[situations[other].first :]
+            dealt[number] = replace(one, token_ids=np.concatenate([one.token_ids[: one.first], answer]))
+    return dealt
 
 
 def _answers(segment: Segment) -> list[tuple[int, slice]]:

@@ -41,8 +41,9 @@ def term_of(
     result = objective(micro, output)
     weights_N = token_weights(objective.aggregation, result.mask_N, micro.sequence_N, totals)
     loss = objective.coefficient * (result.loss_N * weights_N).sum()
-    room = "world" if isinstance(objective, ObservationLoss) else "policy"
-    figures.add_total(f"{room}/loss/{objective.name}", float(loss.detach()))
+    world = isinstance(objective, ObservationLoss)
+    room = objective.name if world else "policy"
+    figures.add_total(f"{room}/loss" if world else f"policy/loss/{objective.name}", float(loss.detach()))
     for name, values_N in result.metrics_N.items():
         figures.add(f"{room}/{name}", values_N[result.mask_N])
     if isinstance(objective, PolicyLoss | CISPOLoss):

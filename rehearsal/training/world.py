@@ -32,6 +32,7 @@ class WorldModel:
         adapters: what its own passes run through; None for the adapters that are active anyway.
         learning_rate_ratio: learning rate of the world adapter over that of the policy.
         policy: what the policy's objectives update; None where the policy does not learn.
+        hindsight: weight of the true answers to what was rehearsed.
     """
 
     objective: ObservationLoss
@@ -40,6 +41,7 @@ class WorldModel:
     adapters: tuple[str, ...] | None = None
     learning_rate_ratio: float = 1.0
     policy: str | None = POLICY
+    hindsight: float = 1.0
 
     def policy_objectives(self, algorithm: Algorithm) -> tuple[Objective, ...]:
         """The algorithm's objectives with the parameters that they update here."""
@@ -52,8 +54,9 @@ class WorldModel:
 
 
 def world_model(
-    mode: WorldMode, adapters: Sequence[str], *, coefficient: float | None = None, learning_rate_ratio: float = 1.0
-) -> WorldModel | None:
+    mode: WorldMode, adapters: Sequence[str], *, coefficient: float | None = None, learning_rate_ratio: float = 1.0,
+    hindsight: float = 1.0,
+) -> WorldModel | None:  # fmt: skip
     """What a mode means for a model with these adapters; None if answers are not learnt from.
 
     - ``policy_only``: nothing is learnt from answers;
@@ -83,14 +86,15 @@ def world_model(
         )
     if mode == "shared":
         weight = SHARED_COEFFICIENT if coefficient is None else coefficient
-        return WorldModel(ObservationLoss(weight, parameters=own), policy=own)
+        share = weight * hindsight  # relative to the policy's loss, as the weight of the answers is
+        return WorldModel(ObservationLoss(weight, parameters=own), policy=own, hindsight=share)
     objective = ObservationLoss(1.0 if coefficient is None else coefficient, parameters=world)
     everyone = tuple(adapters)
     if mode == "dual":
-        return WorldModel(objective, learning_rate_ratio=learning_rate_ratio, policy=own)
+        return WorldModel(objective, learning_rate_ratio=learning_rate_ratio, policy=own, hindsight=hindsight)
     if mode == "world_only":
-        return WorldModel(objective, learning_rate_ratio=learning_rate_ratio, policy=None)
+        return WorldModel(objective, learning_rate_ratio=learning_rate_ratio, policy=None, hindsight=hindsight)
     return WorldModel(
         objective, apart=True, shuffled=mode == "placebo", adapters=everyone, learning_rate_ratio=learning_rate_ratio,
-        policy=own,
+        policy=own, hindsight=hindsight,
     )  # fmt: skip

@@ -68,6 +68,7 @@ def scripted_episode(
         seed=seed,
         split=str(info.get("split", split)),
         task=str(info.get("task", "")),
+        topic=str(info.get("topic", "")),
         segments=[segment],
         turns=agent.turns,
         stop_reason=agent.stop_reason or StopReason.TURN_LIMIT,

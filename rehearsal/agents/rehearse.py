@@ -1,0 +1,150 @@
+"""Predictions inside a thought, and what became of them.
+
+In the rehearse protocol an agent writes, before it acts, what it expects the environment to answer to one or several
+actions that it thinks of:
+
+    <think>A call first needs facts. <predict>call
+    Clerk: I need the pin code.</predict> So ask pin.</think><answer>ask pin</answer>
+
+The first line of a prediction names the actions, the rest is the expected answer. After the episode each prediction
+whose actions were taken gets the true answer as its target (:func:`hindsight`): the world model learns to foretell at
+the very place where the policy looks, and a single failure is enough to change the next plan. A prediction whose
+actions were not taken has no target: nobody knows what would have come.
+
+T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rehearsal.models.chat import ChatRenderer
+from rehearsal.trajectory import Prediction, Trajectory
+
+PREDICT_OPEN, PREDICT_CLOSE = "<predict>", "</predict>"
+
+
+@dataclass(frozen=True)
+class Hindsight:
+    """A situation in which an answer was foretold, and what the answer was.
+
+    Attributes:
+        token_ids: int32 of shape (T,): the context up to the prediction, the actions, the true answer, and the end of
+            the prediction.
+        first: where the answer begins; everything from there on is to be learnt.
+        topic: what the episode was about, for a memory that keeps a bit of everything.
+        environment: where it was.
+        foretold: whether the prediction said just this.
+    """
+
+    token_ids: np.ndarray
+    first: int
+    topic: str
+    environment: str
+    foretold: bool
+
+
+def find_predictions(
+    sampled_ids: Sequence[int] | np.ndarray, decode: Callable[[Sequence[int]], str], *, separator: str = "||",
+    end: str = "</think>", open_id: int | None = None,
+) -> list[Prediction]:  # fmt: skip
+    """The predictions of an answer, in order; those without a first line that names an action are left out.
+
+    One that was cut off counts with what it has: its action may have been taken all the same.
+
+    Args:
+        sampled_ids: ids of one answer.
+        decode: ids to text, special tokens included.
+        separator: what stands between several actions.
+        end: nothing behind this text is looked at.
+        open_id: the id of ``<predict>`` where it is one token; found faster.
+
+    Returns:
+        positions are counted from the beginning of ``sampled_ids``.
+    """
+    ids = [int(index) for index in sampled_ids]
+    thought = decode(ids).partition(end)[0]
+    _, *bodies = thought.split(PREDICT_OPEN)
+    found: list[Prediction] = []
+    places = [at + 1 for at, index in enumerate(ids) if index == open_id] if open_id is not None else []
+    for number, body in enumerate(bodies, 1):
+        head, line, rest = body.partition(PREDICT_CLOSE)[0].partition("\n")
+        actions = tuple(part.strip() for part in head.split(separator) if part.strip())
+        if not line or not actions:
+            continue
+        position = places[number - 1] if number <= len(places) else _place(ids, decode, number)
+        found.append(Prediction(actions, rest.strip(), position))
+    return found
+
+
+def _place(ids: list[int], decode: Callable[[Sequence[int]], str], number: int) -> int:
+    """How many tokens it takes until ``<predict>`` stands there for the ``number``-th time."""
+    low, high = 0, len(ids)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if decode(ids[:middle]).count(PREDICT_OPEN) >= number:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def hindsight(
+    trajectory: Trajectory, renderer: ChatRenderer, *, separator: str = "||", horizon: int = 0
+) -> list[Hindsight]:
+    """The true answers to what an episode's predictions were about.
+
+    Args:
+        trajectory: of one segment; of one that failed, what was answered before it did counts too.
+        renderer: of the model that played it.
+        separator: what stands between several actions.
+        horizon: turns after its own in which the actions of a prediction may be taken; 0 where an answer depends on
+            the state of the moment. A help desk says the same whenever it is called, so there it may be the episode.
+
+    Returns:
+        in the order in which the predictions were made.
+    """
+    if len(trajectory.segments) != 1:
+        return []
+    context = trajectory.segments[0].token_ids
+    close = renderer.encode(PREDICT_CLOSE)
+    found: list[Hindsight] = []
+    for number, turn in enumerate(trajectory.turns):
+        for prediction in turn.predictions:
+            taken = _taken(trajectory, number, prediction, horizon)
+            answer = None if taken is None else _answer_to(trajectory, taken)
+            if taken is None or answer is None:
+                continue
+            actions = f" {separator} ".join(trajectory.turns[taken].executed)
+            head = np.concatenate([context[: prediction.position], renderer.encode(f"{actions}\n")])
+            told = np.concatenate([renderer.encode(renderer.plain(answer)), close])
+            found.append(
+                Hindsight(
+                    np.concatenate([head, told]).astype(np.int32), len(head), trajectory.topic or trajectory.task,
+                    trajectory.environment, _plain(prediction.text) == _plain(answer),
+                )
+            )  # fmt: skip
+    return found
+
+
+def _taken(trajectory: Trajectory, number: int, prediction: Prediction, horizon: int) -> int | None:
+    """The first turn, from its own on, in which the actions of a prediction were taken, and no others."""
+    wanted = [_plain(action) for action in prediction.actions]
+    for later in range(number, min(number + horizon + 1, len(trajectory.turns))):
+        if [_plain(action) for action in trajectory.turns[later].executed] == wanted:
+            return later
+    return None
+
+
+def _answer_to(trajectory: Trajectory, number: int) -> str | None:
+    """What the environment said after a turn; None where it never answered."""
+    if number + 1 < len(trajectory.turns):
+        return trajectory.turns[number + 1].observation
+    return None if trajectory.failed else trajectory.final_observation
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
