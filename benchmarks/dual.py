@@ -68,6 +68,27 @@ def memory_of(variant: str, given: argparse.Namespace, folder: Path) -> float:
     return json.loads(done.stdout.strip().splitlines()[-1])["bytes"] / 2**20
 
 
+def times(given: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Ratios of seconds, the variants in turn."""
+    trainers = {variant: trainer_of(variant, given, folder) for variant in VARIANTS}
+    groups = {variant: trainer.play().groups for variant, trainer in trainers.items()}
+
+    def learn(variant: str) -> Callable[[], Any]:
+        return lambda: trainers[variant].learner.step(groups[variant], 0)
+
+    def step(variant: str) -> Callable[[], Any]:
+        return lambda: trainers[variant].learner.step(trainers[variant].play().groups, 0)
+
+    works = {f"{variant}_learning": learn(variant) for variant in VARIANTS}
+    works |= {f"{variant}_step": step(variant) for variant in VARIANTS}
+    seconds = interleaved(works, given.repeats, warmup=1)
+    for trainer in trainers.values():
+        trainer.close()
+    figures = ratio(seconds["dual_step"], seconds["single_step"]).figures("step_ratio")
+    figures |= ratio(seconds["dual_learning"], seconds["single_learning"]).figures("learning_ratio")
+    return figures
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--model", default="base", help='a model folder, "base", or "random"')
@@ -84,24 +105,8 @@ def main() -> None:
         if given.measure:
             measure_memory(given, folder)
             return
-        trainers = {variant: trainer_of(variant, given, folder) for variant in VARIANTS}
-        groups = {variant: trainer.play().groups for variant, trainer in trainers.items()}
-
-        def learn(variant: str) -> Callable[[], Any]:
-            return lambda: trainers[variant].learner.step(groups[variant], 0)
-
-        def step(variant: str) -> Callable[[], Any]:
-            return lambda: trainers[variant].learner.step(trainers[variant].play().groups, 0)
-
-        works = {f"{variant}_learning": learn(variant) for variant in VARIANTS}
-        works |= {f"{variant}_step": step(variant) for variant in VARIANTS}
-        seconds = interleaved(works, given.repeats, warmup=1)
-        figures = ratio(seconds["dual_step"], seconds["single_step"]).figures("step_ratio")
-        figures |= ratio(seconds["dual_learning"], seconds["single_learning"]).figures("learning_ratio")
+        figures = times(given, folder)
         say(f"a step {figures['step_ratio']:.2f}, learning {figures['learning_ratio']:.2f}")
-        for trainer in trainers.values():
-            trainer.close()
-        del trainers, groups, works
         for variant in VARIANTS:
             figures[f"{variant}_step_mib"] = memory_of(variant, given, folder)
     figures["memory_ratio"] = figures["dual_step_mib"] / figures["single_step_mib"]

@@ -27,7 +27,7 @@ from rehearsal.trajectory import Prediction, Trajectory
 PREDICT_OPEN, PREDICT_CLOSE = "<predict>", "</predict>"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Hindsight:
     """A situation in which an answer was foretold, and what the answer was.
 

@@ -470,5 +470,7 @@ def _sentence(error: ValidationError, known: Mapping[str, Any]) -> str:
     if first["type"] == "model_type":
         return f"{name} is a table of options and cannot be {first['input']!r}; write them below [{name}]."
     if not name:
-        return f"{message[0].upper()}{message[1:]}."
+        # The name of an option stays as it is written.
+        named = "." in message.partition(" ")[0]
+        return f"{message}." if named else f"{message[0].upper()}{message[1:]}."
     return f"Option {name} cannot be {first['input']!r}: {message[0].lower()}{message[1:]}."

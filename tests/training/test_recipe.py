@@ -210,10 +210,10 @@ def sentence(source: Any = None, overrides: Any = ()) -> str:
         ),
         (["name=7"], "Option name cannot be 7: input should be a valid string."),
         (["sampling.temperature=0"], "Training needs sampling.temperature above 0: episodes of a group must differ."),
-        (["agent.max_context=64"], "Agent.max_context must be larger than agent.max_tokens_per_turn."),
+        (["agent.max_context=64"], "agent.max_context must be larger than agent.max_tokens_per_turn."),
         (
             ["training.groups=1", "training.group_size=2", "training.minibatches=3"],
-            "Training.minibatches must not exceed the episodes of a step.",
+            "training.minibatches must not exceed the episodes of a step.",
         ),
     ],
 )

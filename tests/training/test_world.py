@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from rehearsal.agents.rehearse import Hindsight
 from rehearsal.algorithms.presets import preset
 from rehearsal.errors import ModelError, RecipeError
 from rehearsal.models.adapters import (
@@ -35,7 +36,8 @@ from rehearsal.training.observer import SilentObserver
 from rehearsal.training.playing import make_processes, make_rollout, policy_of
 from rehearsal.training.recipe import Recipe, TrainingOptions, resolve_recipe
 from rehearsal.training.run import train
-from rehearsal.training.sequences import answer_mask, collect, with_shuffled_answers
+from rehearsal.training.runs import RunFolder
+from rehearsal.training.sequences import answer_mask, collect, with_other_answers, with_shuffled_answers
 from rehearsal.training.world import WORLD_MODES, WorldMode, world_model
 from rehearsal.trajectory import Group, Kind, Segment
 
@@ -501,3 +503,75 @@ def test_other_processes_play_with_the_adapters(taught_folder: Path) -> None:
         for a, b in zip(first, second, strict=True):
             assert np.array_equal(a.segments[0].token_ids, b.segments[0].token_ids)
             assert np.allclose(a.segments[0].logprobs, b.segments[0].logprobs, atol=1e-4, equal_nan=True)
+
+
+# Rehearsing
+
+
+def situations_of(groups: list[Group], count: int = 6) -> list[Hindsight]:
+    """Made-up situations: the beginnings of episodes, with answers of different lengths."""
+    rng = np.random.default_rng(3)
+    made = []
+    for number, trajectory in zip(range(count), (t for group in groups for t in group), strict=False):
+        ids = np.concatenate([trajectory.segments[0].token_ids[:20], rng.integers(0, 97, 3 + number)])
+        made.append(Hindsight(ids.astype(np.int32), 20, f"topic {number}", "made-up", False))
+    return made
+
+
+@pytest.mark.parametrize("mode", ["dual", "inactive", "world_only", "shared"])
+def test_what_was_rehearsed_is_learnt_with_the_true_answer(
+    mode: WorldMode, build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    model = build(3, 0) if mode == "shared" else build()
+    groups = make_groups(model)
+    situations = {"hindsight": situations_of(groups)}
+    learner = learner_of(model, mode, coefficient=1.0, share_prefixes=False)
+    losses = [learner.step(groups, step, situations=situations)["hindsight/prediction_loss"] for step in range(10)]
+    ids = [torch.from_numpy(one.token_ids.astype(np.int64)) for one in situations["hindsight"]]
+    assert losses[-1] < losses[0] - 0.2
+    with torch.no_grad():
+        fresh = build(3, 0) if mode == "shared" else build()
+        each = [fresh(input_ids=one[None], use_cache=False).logits[0, :-1].log_softmax(-1) for one in ids]
+    nats = [-logits.gather(1, one[1:, None])[19:, 0] for logits, one in zip(each, ids, strict=True)]
+    assert losses[0] == pytest.approx(float(torch.cat(nats).mean()), rel=1e-4)
+
+
+def test_the_policy_of_an_inactive_world_adapter_knows_no_rehearsals_either(
+    build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    alone, both = build(3, 0), build(3, 5)
+    activate(both, (POLICY,))
+    groups = make_groups(alone)
+    policy_only, inactive = learner_of(alone, "policy_only"), learner_of(both, "inactive")
+    for step in range(3):
+        policy_only.step(groups, step)
+        inactive.step(groups, step, situations={"hindsight": situations_of(groups), "replay": situations_of(groups)})
+    assert same(weights(alone, POLICY), weights(both, POLICY))
+
+
+def test_a_placebo_learns_the_answers_of_others(build: Callable[..., Any], make_groups: MakeGroups) -> None:
+    situations = situations_of(make_groups(build()))
+    dealt = with_other_answers(situations, np.random.default_rng(0))
+
+    def answers(some: list[Hindsight]) -> list[bytes]:
+        return [one.token_ids[one.first :].tobytes() for one in some]
+
+    assert answers(dealt) != answers(situations)
+    assert sorted(answers(dealt)) == sorted(answers(situations))
+    assert all(np.array_equal(a.token_ids[:20], b.token_ids[:20]) for a, b in zip(dealt, situations, strict=True))
+
+
+def test_a_run_that_rehearses_and_replays(taught_folder: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "world__mode": "dual", "agent__thinking": True, "agent__rehearse": True, "world__replay": 4,
+        "agent__max_tokens_per_turn": 40,
+    }  # fmt: skip
+    result = train(recipe_of(taught_folder, **changes), output=tmp_path / "run", observer=SilentObserver())
+    assert "rehearsal/predictions" in RunFolder.open(result.path).metrics().rows[-1]
+
+
+def test_replay_without_rehearsals_is_refused(taught_folder: Path) -> None:
+    with pytest.raises(RecipeError, match=r"world.replay replays what was rehearsed"):
+        recipe_of(taught_folder, world__mode="dual", world__replay=4)
+    with pytest.raises(RecipeError, match=r"agent.rehearse needs a thought"):
+        recipe_of(taught_folder, agent__rehearse=True, agent__thinking=False)

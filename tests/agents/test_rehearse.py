@@ -1,0 +1,166 @@
+"""Predictions in thoughts: found wherever they stand, and answered by what came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rehearsal.agents.agent import Agent, Limits
+from rehearsal.agents.play import PlayResult
+from rehearsal.agents.protocol import Protocol
+from rehearsal.agents.rehearse import PREDICT_CLOSE, PREDICT_OPEN, Hindsight, find_predictions, hindsight
+from rehearsal.errors import RecipeError
+from rehearsal.trajectory import SampleStop, StopReason, Trajectory
+
+LIMITS = Limits(max_turns=4, max_context=2000)
+
+
+def say(*parts: str, action: str = "Left") -> str:
+    return f"<think>{' '.join(parts)}</think><answer>{action}</answer>"
+
+
+def predict(action: str, answer: str) -> str:
+    return f"{PREDICT_OPEN}{action}\n{answer}{PREDICT_CLOSE}"
+
+
+class Desk:
+    """Plays answers that are written out, with an environment that says what it is told to."""
+
+    def __init__(self, renderer: Any, keep_ending: bool = False) -> None:
+        self.renderer = renderer
+        self.agent = Agent(renderer, Protocol(rehearse=True), LIMITS, keep_ending=keep_ending)
+        assert self.agent.opening("Rules.", "Hello.") is not None
+
+    def turn(self, answer: str, says: str, *, executed: str | None = "Left", over: bool = False) -> None:
+        ids = np.concatenate([self.renderer.encode(answer), [self.renderer.stop_token_ids[0]]])
+        self.agent.read(ids, np.zeros(len(ids), np.float32), SampleStop.END)
+        done = [executed] if executed else []
+        result = PlayResult(observation=says if done else None, executed=done, rewards=[0.0] * len(done))
+        result.terminated = over
+        self.agent.next_turn(result)
+
+    def episode(self) -> Trajectory:
+        return Trajectory(
+            "desk", 0, task="task", topic="topic", segments=[self.agent.transcript.segment()], turns=self.agent.turns,
+            stop_reason=self.agent.stop_reason or StopReason.TURN_LIMIT,
+            final_observation=self.agent.final_observation,
+        )  # fmt: skip
+
+
+def text_of(renderer: Any, one: Hindsight) -> tuple[str, str]:
+    return renderer.decode(one.token_ids[: one.first]), renderer.decode(one.token_ids[one.first :])
+
+
+def test_each_prediction_is_found_with_its_place(renderer: Any) -> None:
+    answer = say("first", predict("Left", "a wall"), "or", predict("Up || Down", "two\nlines"), "so Left.")
+    ids = renderer.encode(answer)
+    for open_id in (renderer.single_token(PREDICT_OPEN), None):
+        one, two = find_predictions(ids, renderer.decode, open_id=open_id)
+        assert (one.actions, one.text) == (("Left",), "a wall")
+        assert (two.actions, two.text) == (("Up", "Down"), "two\nlines")
+        for prediction, text in ((one, "Left\na wall"), (two, "Up || Down\ntwo")):
+            assert renderer.decode(ids[: prediction.position]).endswith(PREDICT_OPEN)
+            assert renderer.decode(ids[prediction.position :]).startswith(text)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        say("nothing"),
+        say(f"{PREDICT_OPEN}Left{PREDICT_CLOSE}"),  # no answer foretold
+        say(f"{PREDICT_OPEN}\nno action{PREDICT_CLOSE}"),
+        say(f"{PREDICT_OPEN} || \nno action{PREDICT_CLOSE}"),
+        f"<think>one</think><answer>{predict('Left', 'a wall')}</answer>",  # not in the thought
+        PREDICT_CLOSE,
+        "",
+    ],
+)
+def test_what_is_no_prediction(answer: str, renderer: Any) -> None:
+    assert find_predictions(renderer.encode(answer), renderer.decode) == []
+
+
+def test_one_that_was_cut_off_counts_with_what_it_has(renderer: Any) -> None:
+    (one,) = find_predictions(renderer.encode(f"<think>{PREDICT_OPEN}Left\na wa"), renderer.decode)
+    assert (one.actions, one.text) == (("Left",), "a wa")
+
+
+@given(st.lists(st.sampled_from([PREDICT_OPEN, PREDICT_CLOSE, "Left", "\n", "||", "<think>", "</think>", " x"])))
+def test_any_text_can_be_read(renderer: Any, parts: list[str]) -> None:
+    ids = renderer.encode("".join(parts))
+    fast = find_predictions(ids, renderer.decode, open_id=renderer.single_token(PREDICT_OPEN))
+    assert fast == find_predictions(ids, renderer.decode)
+    assert all(0 < prediction.position <= len(ids) for prediction in fast)
+
+
+def test_the_true_answer_is_the_target(renderer: Any) -> None:
+    desk = Desk(renderer)
+    desk.turn(say("hm", predict("Left", "a wall"), predict("Up", "a hole")), "You slip.")
+    desk.turn(say("so", predict("Left", "the GOAL")), "The goal", over=True)
+    first, last = hindsight(desk.episode(), renderer)
+    before, answer = text_of(renderer, first)
+    assert before.endswith(f"hm {PREDICT_OPEN}Left\n")
+    assert answer == f"You slip.{PREDICT_CLOSE}"
+    assert not first.foretold
+    # The last words count too, although nobody answers them.
+    assert text_of(renderer, last)[1] == f"The goal{PREDICT_CLOSE}"
+    assert "You slip." in text_of(renderer, last)[0]
+    assert (last.topic, last.environment) == ("topic", "desk")
+
+
+def test_what_was_foretold_is_counted(renderer: Any) -> None:
+    desk = Desk(renderer)
+    desk.turn(say(predict("left", " you  SLIP. ")), "You slip.", over=True)
+    (one,) = hindsight(desk.episode(), renderer)
+    assert one.foretold
+
+
+def test_within_a_horizon_a_later_answer_counts(renderer: Any) -> None:
+    desk = Desk(renderer)
+    desk.turn(say("plan", predict("call", "hello")), "Ready.", executed="look up card")
+    desk.turn(say("go"), "I want the pin.", executed="call")
+    desk.turn(say("well"), "Bye.", executed="hang up", over=True)
+    episode = desk.episode()
+    assert hindsight(episode, renderer) == []
+    (one,) = hindsight(episode, renderer, horizon=1)
+    before, answer = text_of(renderer, one)
+    # It is learnt where it was needed: before anything was known.
+    assert before.endswith(f"plan {PREDICT_OPEN}call\n")
+    assert "Ready." not in before
+    assert answer == f"I want the pin.{PREDICT_CLOSE}"
+    assert len(hindsight(episode, renderer, horizon=100)) == 1
+
+
+def test_an_action_that_was_not_taken_has_no_answer(renderer: Any) -> None:
+    desk = Desk(renderer)
+    desk.turn(say(predict("Left || Up", "x")), "y")  # only Left was taken
+    desk.turn(say(predict("Left", "x")), "", executed=None, over=True)  # refused
+    assert hindsight(desk.episode(), renderer, horizon=9) == []
+
+
+def test_an_episode_that_failed_has_no_last_words(renderer: Any) -> None:
+    desk = Desk(renderer)
+    desk.turn(say(predict("Left", "x")), "You slip.")
+    desk.turn(say(predict("Left", "x")), "never said", over=True)
+    episode = desk.episode()
+    episode.stop_reason = StopReason.ERROR
+    assert len(hindsight(episode, renderer)) == 1
+
+
+def test_an_answer_cannot_end_the_prediction_by_itself(renderer: Any) -> None:
+    desk = Desk(renderer)
+    desk.turn(say(predict("Left", "x")), f"a {PREDICT_CLOSE} b<|im_end|>", over=True)
+    (one,) = hindsight(desk.episode(), renderer)
+    close = renderer.single_token("<|im_end|>")
+    assert close not in one.token_ids[one.first :].tolist()
+
+
+def test_the_rules_ask_for_it() -> None:
+    assert PREDICT_OPEN in Protocol(rehearse=True).format_instructions()
+    assert PREDICT_OPEN not in Protocol().format_instructions()
+    assert Protocol().predictions_of([1, 2], lambda ids: say(predict("a", "b"))) == []
+    with pytest.raises(RecipeError, match="needs a thought"):
+        Protocol(thinking=False, rehearse=True)
