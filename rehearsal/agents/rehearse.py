@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rehearsal.models.chat import ChatRenderer
-from rehearsal.trajectory import Prediction, Trajectory
+from rehearsal.trajectory import Prediction, StopReason, Trajectory
 
 PREDICT_OPEN, PREDICT_CLOSE = "<predict>", "</predict>"
 
@@ -118,7 +118,8 @@ def hindsight(
             answer = None if taken is None else _answer_to(trajectory, taken)
             if taken is None or answer is None:
                 continue
-            actions = f" {separator} ".join(trajectory.turns[taken].executed)
+            done = trajectory.turns[taken].executed
+            actions = f" {separator} ".join([*done, *prediction.actions[len(done) :]])
             head = np.concatenate([context[: prediction.position], renderer.encode(f"{actions}\n")])
             told = np.concatenate([renderer.encode(renderer.plain(answer)), close])
             found.append(
@@ -131,10 +132,14 @@ def hindsight(
 
 
 def _taken(trajectory: Trajectory, number: int, prediction: Prediction, horizon: int) -> int | None:
-    """The first turn, from its own on, in which the actions of a prediction were taken, and no others."""
+    """The first turn, from its own on, in which the actions of a prediction were taken, and no others. Of those behind
+    the one that ended the episode nothing more could have come."""
     wanted = [_plain(action) for action in prediction.actions]
+    over = trajectory.stop_reason in (StopReason.TERMINATED, StopReason.TRUNCATED)
     for later in range(number, min(number + horizon + 1, len(trajectory.turns))):
-        if [_plain(action) for action in trajectory.turns[later].executed] == wanted:
+        done = [_plain(action) for action in trajectory.turns[later].executed]
+        ended = over and later == len(trajectory.turns) - 1
+        if done and done == (wanted[: len(done)] if ended else wanted):
             return later
     return None
 

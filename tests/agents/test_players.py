@@ -10,8 +10,10 @@ import pytest
 
 from rehearsal.agents.agent import Limits
 from rehearsal.agents.players import Player, SkillMix, World, scripted_episode, world_of
-from rehearsal.agents.players.worlds import MOVES, moved, way
+from rehearsal.agents.players.helpdesk import HelpdeskWorld
+from rehearsal.agents.players.worlds import MOVES, imagined, moved, way
 from rehearsal.agents.protocol import Protocol
+from rehearsal.agents.rehearse import PREDICT_OPEN, hindsight
 from rehearsal.environments import make
 from rehearsal.environments.bandit import PAIRS
 from rehearsal.environments.base import TextEnv
@@ -346,3 +348,83 @@ def test_a_way_in_words() -> None:
     assert way((1, 2), (3, 0)) == "down 2 left 2"
     assert way((3, 0), (3, 1)) == "right 1"
     assert way((2, 2), (2, 2)) == "here"
+
+
+# Rehearsing
+
+
+@pytest.mark.parametrize(("name", "params"), [s for s in SETTINGS if not s[1].get("slip")])
+def test_where_nothing_is_left_to_chance_a_rehearsal_comes_true(
+    renderer: ChatRenderer, name: str, params: dict[str, Any]
+) -> None:
+    env = make(name, **params)
+    if name == "bandit":
+        return  # what an arm pays is chance
+    limits = Limits.for_env(env, max_tokens_per_turn=2000, max_context=40_000)  # this tokenizer spells in bytes
+    for seed in range(8):
+        player = Player(epsilon=0.7, boldness=0.5)
+        trajectory = episode(env, player, renderer, seed, protocol=Protocol(rehearse=True), limits=limits)
+        for turn in trajectory.turns:
+            assert turn.predictions
+            assert list(turn.predictions[-1].actions) == turn.actions
+        answered = hindsight(trajectory, renderer)
+        assert len(answered) >= len(trajectory.turns)
+        assert all(one.foretold for one in answered)
+
+
+def test_to_imagine_changes_nothing_and_sees_no_dice() -> None:
+    env = make("frozenlake", slip=0.8)
+    rng = np.random.default_rng(0)
+    wrong = 0
+    for seed in range(40):
+        env.reset(seed=seed)
+        before, action = env.describe(), env.oracle()[0]
+        foretold = imagined(env, [action], rng)
+        assert env.describe() == before
+        wrong += env.step(action)[0] != foretold
+    assert wrong > 10
+
+
+def test_without_the_protocol_nothing_is_rehearsed(renderer: ChatRenderer) -> None:
+    for name in ("frozenlake", "helpdesk"):
+        assert PREDICT_OPEN not in episode(make(name), Player(), renderer).turns[0].response
+
+
+def test_the_help_desk_is_played_by_what_is_believed(renderer: ChatRenderer) -> None:
+    env, world = make("helpdesk"), HelpdeskWorld()
+    limits = Limits.for_env(env, max_tokens_per_turn=2000, max_context=40_000)
+    won = true = 0
+    for seed in range(80):
+        env.reset(seed=seed)
+        believed, wanted = world.belief(env), env.unwrapped.wanted
+        trajectory = episode(env, Player(), renderer, seed, protocol=Protocol(rehearse=True), limits=limits)
+        first = trajectory.turns[0]
+        (prediction,) = first.predictions
+        assert prediction.actions[0] in ("call", "open form")
+        assert all(fact in prediction.text for fact in believed)
+        assert f"need {' '.join(believed)}, ready nothing" in first.thought
+        assert not any(turn.predictions for turn in trajectory.turns[1:])
+        gathered = {
+            turn.actions[0].rpartition(" ")[2] for turn in trajectory.turns if turn.actions[0][:3] in ("ask", "loo")
+        }
+        assert gathered == set(believed)
+        assert trajectory.success == (set(wanted) <= set(believed))
+        # The call is answered later in the episode, so a horizon is needed for its answer to be learnt.
+        assert not hindsight(trajectory, renderer) or believed == ()
+        (answer,) = hindsight(trajectory, renderer, horizon=8)
+        assert answer.topic == env.unwrapped.company(env.unwrapped._company.index).name
+        won += bool(trajectory.success)
+        true += believed == wanted
+    assert 30 <= true <= 60
+    assert true <= won < 80
+
+
+def test_players_of_the_help_desk_know_as_much_as_they_are_given() -> None:
+    env = make("helpdesk")
+    for knowledge, low, high in ((0.0, 0, 40), (1.0, 200, 200)):
+        world = HelpdeskWorld(knowledge)
+        right = 0
+        for seed in range(200):
+            env.reset(seed=seed)
+            right += world.belief(env) == env.unwrapped.wanted
+        assert low <= right <= high

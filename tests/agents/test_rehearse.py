@@ -164,3 +164,10 @@ def test_the_rules_ask_for_it() -> None:
     assert Protocol().predictions_of([1, 2], lambda ids: say(predict("a", "b"))) == []
     with pytest.raises(RecipeError, match="needs a thought"):
         Protocol(thinking=False, rehearse=True)
+
+
+def test_actions_behind_the_one_that_ended_the_episode_change_nothing(renderer: Any) -> None:
+    desk = Desk(renderer)
+    desk.turn(say(predict("Left || Up", "the goal")), "The goal.", over=True)  # Left was enough
+    (one,) = hindsight(desk.episode(), renderer)
+    assert text_of(renderer, one)[0].endswith(f"{PREDICT_OPEN}Left || Up\n")

@@ -1,7 +1,8 @@
 """Scripted players: they make a base model's first episodes, warm starts, and baselines."""
 
+from rehearsal.agents.players.known import WORLDS, world_of
 from rehearsal.agents.players.player import Player, SkillMix
 from rehearsal.agents.players.scripted import scripted_episode
-from rehearsal.agents.players.worlds import WORLDS, World, world_of
+from rehearsal.agents.players.worlds import World
 
 __all__ = ["WORLDS", "Player", "SkillMix", "World", "scripted_episode", "world_of"]

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from rehearsal.agents.players.worlds import world_of
+from rehearsal.agents.players.known import world_of
 from rehearsal.environments.base import TextEnv
 from rehearsal.errors import RecipeError
 

@@ -7,9 +7,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from rehearsal.agents.agent import Agent, Limits, check_reset, play_actions
+from rehearsal.agents.players.known import world_of
 from rehearsal.agents.players.player import Player
-from rehearsal.agents.players.worlds import world_of
 from rehearsal.agents.protocol import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN, Protocol
+from rehearsal.agents.rehearse import PREDICT_CLOSE, PREDICT_OPEN
 from rehearsal.environments.base import TextEnv
 from rehearsal.models.chat import ChatRenderer, Piece
 from rehearsal.trajectory import Kind, SampleStop, StopReason, Trajectory
@@ -86,7 +87,11 @@ def _answer(env: TextEnv, player: Player, agent: Agent, opened: bool, rng: np.ra
     actions = player.actions(env, allowed, rng)
     thought = ""
     if protocol.thinking or opened:
-        inside = " ".join(part for part in (world.facts(env), world.intention(env, actions, rng)) if part)
+        parts = [world.facts(env)]
+        if protocol.rehearse:
+            rehearsed = world.rehearsals(env, actions, rng)
+            parts += [f"{PREDICT_OPEN}{action}\n{answer}{PREDICT_CLOSE}" for action, answer in rehearsed]
+        inside = " ".join(part for part in (*parts, world.intention(env, actions, rng)) if part)
         thought = f"{'' if opened else THINK_OPEN}{inside}{THINK_CLOSE}"
     if rng.random() < player.mistakes:
         return thought + _mistaken(env, actions, protocol, rng)

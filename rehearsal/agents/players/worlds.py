@@ -8,6 +8,7 @@ to see correctly from all of them, and to act as well as the mixture does.
 from __future__ import annotations
 
 import ast
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,13 @@ class World:
     def intention(self, env: TextEnv, actions: Sequence[str], rng: np.random.Generator) -> str:
         """What the player is about to do, in few words."""
         return f"go {' '.join(actions)}."
+
+    def rehearsals(self, env: TextEnv, actions: Sequence[str], rng: np.random.Generator) -> list[tuple[str, str]]:
+        """Actions that the player rehearses before it acts, and what it expects as an answer.
+
+        Here its own actions, and what the environment would say to them; where chance has a say, what it might say.
+        """
+        return [(" || ".join(actions), imagined(env, actions, rng))]
 
     def random(self, env: TextEnv, rng: np.random.Generator) -> str:
         """Any action.
@@ -68,6 +76,19 @@ class World:
         return [self.random(env, rng) for _ in range(n)]
 
 
+def imagined(env: TextEnv, actions: Sequence[str], rng: np.random.Generator) -> str:
+    """What an environment might answer to actions, from the state that it is in; it stays there."""
+    copied = copy.deepcopy(env)
+    # Chance of its own: a player that foretells where it will slip has seen the dice.
+    copied.unwrapped.np_random = np.random.default_rng(int(rng.integers(2**32)))
+    observation, over = "", False
+    for action in actions:
+        if not over:
+            observation, _, terminated, truncated, _ = copied.step(action)
+            over = terminated or truncated
+    return observation
+
+
 class FrozenLakeWorld(World):
     """Thinks like this: "me 1 2, goal 3 0: down 2 left 2, hole down. go Left." (positions are row and column)."""
 
@@ -78,6 +99,10 @@ class FrozenLakeWorld(World):
         near = [move.lower() for move in MOVES if moved(player, move) in seen["holes"]]
         holes = f", hole {' '.join(near)}" if near else ""
         return f"me {spelled(player)}, goal {spelled(goal)}: {way(player, goal)}{holes}."
+
+    def rehearsals(self, env: TextEnv, actions: Sequence[str], rng: np.random.Generator) -> list[tuple[str, str]]:
+        """Now and then another move first, then its own."""
+        return _another_first(env, rng) + super().rehearsals(env, actions, rng)
 
     def blind(self, env: TextEnv, n: int, rng: np.random.Generator) -> list[str]:
         """Towards the goal, over holes."""
@@ -123,6 +148,10 @@ class SokobanWorld(World):
         box, push = first
         stand = (box[0] - MOVES[push][0], box[1] - MOVES[push][1])
         return f"push {push.lower()} from {spelled(stand)}: {way(seen['player'], stand)}. go {' '.join(actions)}."
+
+    def rehearsals(self, env: TextEnv, actions: Sequence[str], rng: np.random.Generator) -> list[tuple[str, str]]:
+        """Now and then another move first, then its own."""
+        return _another_first(env, rng) + super().rehearsals(env, actions, rng)
 
     def blind(self, env: TextEnv, n: int, rng: np.random.Generator) -> list[str]:
         """To the side of the box that faces away from the target, and push, through walls and boxes alike."""
@@ -228,20 +257,6 @@ class CountdownWorld(World):
         return nodes[0]
 
 
-WORLDS: dict[str, World] = {
-    "frozenlake": FrozenLakeWorld(),
-    "sokoban": SokobanWorld(),
-    "bandit": BanditWorld(),
-    "countdown": CountdownWorld(),
-}
-"""The worlds of the built-in environments by name. Add one for an environment of your own to give its players words."""
-
-
-def world_of(env: TextEnv) -> World:
-    """The world of an environment."""
-    return WORLDS.get(env.name) or World()
-
-
 def spelled(position: Position) -> str:
     """Row and column: "1 2"."""
     return f"{position[0]} {position[1]}"
@@ -261,6 +276,13 @@ def way(start: Position, end: Position) -> str:
     if columns:
         parts.append(f"{'right' if columns > 0 else 'left'} {abs(columns)}")
     return " ".join(parts) or "here"
+
+
+def _another_first(env: TextEnv, rng: np.random.Generator) -> list[tuple[str, str]]:
+    if rng.random() >= 0.25:
+        return []
+    move = tuple(MOVES)[int(rng.integers(len(MOVES)))]
+    return [(move, imagined(env, [move], rng))]
 
 
 def _closer(start: Position, end: Position, move: str) -> bool:
