@@ -7,7 +7,6 @@ into packs therefore changes nothing. Each objective is differentiated by the pa
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import time
 from collections import defaultdict
@@ -21,28 +20,25 @@ from torch import Tensor
 from rehearsal.agents.rehearse import Hindsight
 from rehearsal.algorithms.aggregation import StepTotals
 from rehearsal.algorithms.batch import Objective, PolicyOutput, TokenBatch
-from rehearsal.algorithms.credit import SequenceRewards, one_scale, token_advantages
 from rehearsal.algorithms.objectives import CISPOLoss, PolicyLoss
 from rehearsal.algorithms.presets import Algorithm
 from rehearsal.algorithms.variance import group_variance
 from rehearsal.errors import TrainingDiverged
 from rehearsal.models.adapters import WORLD, active_adapters
-from rehearsal.models.head import token_logprobs
-from rehearsal.models.packed import causal_lm, packed_hidden
+from rehearsal.models.packed import causal_lm
 from rehearsal.models.packing import Pack, PackItem, make_packs
 from rehearsal.models.parallel import accumulate_gradients, map_packs, pack_workers
-from rehearsal.models.scoring import each_target, target_logprobs
+from rehearsal.training.batching import AFTER_DIVERGENCE, policy_batch
 from rehearsal.training.critic import Critic
 from rehearsal.training.gradient_probe import draw_by_quantile, gradient_figures
 from rehearsal.training.optimiser import Update, clipped_updates, forget_gradients, make_optimiser, scheduled_share
+from rehearsal.training.passes import Passes
 from rehearsal.training.recipe import TrainingOptions
-from rehearsal.training.sequences import Sequences, collect
+from rehearsal.training.sequences import collect
 from rehearsal.training.terms import WEIGHT, WEIGHT_SQUARED, PackFigures, term_of
 from rehearsal.training.works import Work, parameter_sets, world_works
 from rehearsal.training.world import WorldModel
-from rehearsal.trajectory import SAMPLED_KINDS, Group, Kind, rewards_matrix
-
-_AFTER_DIVERGENCE = "Lower training.learning_rate, or resume from the last checkpoint."
+from rehearsal.trajectory import SAMPLED_KINDS, Group, rewards_matrix
 
 
 class Learner:
@@ -80,7 +76,6 @@ class Learner:
         self.updates = 0
         self._seed = seed
         self._workers = pack_workers(model)
-        self._needs_entropy = any(objective.needs_entropy for objective in self.policy_objectives)
         self.reference = reference
         if reference is None and any(objective.needs_reference for objective in self.policy_objectives):
             self.reference = _frozen_copy(model)
@@ -90,6 +85,8 @@ class Learner:
             self.critic = Critic(model).train()
             critic_options = options.model_copy(update={"learning_rate": options.critic_learning_rate})
             self.critic_optimiser = make_optimiser(self.critic.parameters(), critic_options)
+        entropy = any(objective.needs_entropy for objective in self.policy_objectives)
+        self.passes = Passes(model, self.critic, options, temperature, entropy)
 
     # One step
 
@@ -173,7 +170,10 @@ class Learner:
         sequences = collect(groups, bool(self.policy_objectives), answers=together)
         if not any(len(targets) for targets in sequences.targets):
             return []
-        batch = self._batch(groups, sequences, keep, step, families)
+        batch = policy_batch(
+            groups, sequences, self.algorithm, self.passes, keep=keep, families=families, reference=self.reference,
+            recompute=self.options.old_logprobs == "recompute", answers=self.world is not None, step=step,
+        )  # fmt: skip
         return [Work(sequences, batch, objectives, None, np.random.default_rng([self._seed, step]))]
 
     def _learning_rate(self, step: int) -> float:
@@ -232,7 +232,7 @@ class Learner:
         def losses_of(pack: Pack) -> tuple[list[Tensor | None], PackFigures]:
             numbers = torch.as_tensor([int(wanted[i]) for i in pack.items])
             micro = mini.select_sequences(numbers).to(self.device)
-            output = self._forward(pack, micro)
+            output = self.passes.forward(pack, micro)
             figures = PackFigures(numbers)
             losses: dict[str, Tensor] = {}
             for objective in work.objectives:
@@ -251,7 +251,7 @@ class Learner:
                 where = sorted({(sequences.group[n], sequences.sample[n]) for n in numbers})
                 raise TrainingDiverged(
                     f"The loss of step {step + 1} is not finite in pack {number + 1} of {len(packs)}, which holds the "
-                    f"episodes (group, sample) {_shortened(where)}; the update was not taken. {_AFTER_DIVERGENCE}"
+                    f"episodes (group, sample) {_shortened(where)}; the update was not taken. {AFTER_DIVERGENCE}"
                 )
             for name, value in figures.sums.items():
                 sums[name] += value
@@ -284,7 +284,7 @@ class Learner:
             for pack in packs:
                 numbers = torch.as_tensor(pack.items)
                 micro = mini.select_sequences(numbers).to(self.device)
-                output = PolicyOutput(*self._policy(self.model, pack, self._temperatures(micro)), None)
+                output = PolicyOutput(*self.passes.policy(pack, micro), None)
                 for objective in objectives:
                     figures = PackFigures(numbers)
                     loss = term_of(objective, micro, output, totals[objective.name].select(numbers), figures)
@@ -331,37 +331,6 @@ class Learner:
 
     # What the models say
 
-    @contextlib.contextmanager
-    def _precision(self) -> Iterator[None]:
-        if self.options.autocast:
-            with torch.autocast(self.device.type, dtype=torch.bfloat16):
-                yield
-        else:
-            yield
-
-    def _temperatures(self, micro: TokenBatch) -> float | Tensor:
-        """The temperature of each target: that of sampling, and 1 for what others said."""
-        if micro.observation_mask_N is None or self.temperature == 1.0:
-            return self.temperature
-        return torch.where(micro.observation_mask_N, 1.0, self.temperature)
-
-    def _forward(self, pack: Pack, micro: TokenBatch) -> PolicyOutput:
-        logprobs_N, entropy_N = self._policy(self.model, pack, self._temperatures(micro))
-        return PolicyOutput(logprobs_N, entropy_N, self._values(pack) if self.critic is not None else None)
-
-    def _policy(self, model: Any, pack: Pack, temperature: float | Tensor) -> tuple[Tensor, Tensor | None]:
-        with self._precision():
-            hidden_ND = packed_hidden(model, pack.token_ids_T, pack.positions_T, pack.plan, pack.sources_N)
-            return token_logprobs(
-                causal_lm(model), hidden_ND, pack.targets_N, temperature=temperature, entropy=self._needs_entropy
-            )
-
-    def _values(self, pack: Pack) -> Tensor:
-        assert self.critic is not None
-        with self._precision():
-            hidden_ND = packed_hidden(self.critic, pack.token_ids_T, pack.positions_T, pack.plan, pack.sources_N)
-        return self.critic.values(hidden_ND)
-
     def logprobs(self, groups: Sequence[Group], model: Any | None = None) -> list[np.ndarray]:
         """Log-probs of the sampled tokens of every sequence, under the present policy or another model.
 
@@ -375,12 +344,7 @@ class Learner:
     ) -> list[np.ndarray]:
         """Log-probs of the target tokens of any sequences, under the present policy or another model; at the
         temperature of sampling, or another one."""
-        options = self.options
-        return target_logprobs(
-            self.model if model is None else model, items,
-            temperature=self.temperature if temperature is None else temperature,
-            pack_tokens=options.pack_tokens, share_prefixes=options.share_prefixes, precision=self._precision,
-        )  # fmt: skip
+        return self.passes.score(items, model, temperature)
 
     def prediction_losses(self, groups: Sequence[Group]) -> dict[str, float]:
         """How well the environment's answers are foretold, in nats a token, with the world adapter at work.
@@ -406,79 +370,6 @@ class Learner:
             figures |= {f"prediction_loss/{name}": mean(losses) for name, losses in told.items()}
         return figures
 
-    def _values_of(self, items: Sequence[PackItem]) -> list[np.ndarray]:
-        options = self.options
-        return each_target(
-            [self.critic], items, lambda pack: self._values(pack).float().cpu().numpy(), options.pack_tokens,
-            options.share_prefixes, self.device, self._workers,
-        )  # fmt: skip
-
-    def _batch(
-        self, groups: Sequence[Group], sequences: Sequences, keep: np.ndarray | None, step: int,
-        families: Sequence[int] | None = None,
-    ) -> TokenBatch:  # fmt: skip
-        segments, targets = sequences.segments, sequences.targets
-        lengths = [len(wanted) for wanted in targets]
-        sequence_N = np.repeat(np.arange(len(sequences)), lengths)
-
-        def flat(name: str) -> np.ndarray:
-            return np.concatenate([getattr(s, name)[wanted] for s, wanted in zip(segments, targets, strict=True)])
-
-        kinds_N, turns_N, rollout_N = flat("kinds"), flat("turns"), flat("logprobs")
-        sampled_N = np.isin(kinds_N, SAMPLED_KINDS)
-        keep_S = np.ones(len(sequences), dtype=bool)
-        if keep is not None:
-            keep = np.asarray(keep, dtype=bool)
-            keep_S &= keep[sequences.group] if keep.ndim == 1 else keep[sequences.group, sequences.sample]
-        if self.algorithm.mask_truncated:
-            keep_S &= ~np.asarray(sequences.cut_off, dtype=bool)
-        values_N = np.concatenate(self._values_of(sequences.items())) if self.critic is not None else None
-        _check_finite("values of the critic", values_N, step)
-        advantages_N, returns_N = token_advantages(
-            self.algorithm,
-            SequenceRewards(
-                rewards_PG=rewards_matrix(groups),
-                sequence_group_S=np.asarray(sequences.group),
-                sequence_sample_S=np.asarray(sequences.sample),
-                sampled_N=sampled_N,
-                turns_N=turns_N.astype(np.int64),
-                sequence_N=sequence_N,
-                turn_rewards=sequences.turn_rewards,
-                values_N=values_N,
-                policy_S=keep_S,
-            ),
-        )
-        if families is not None:
-            family_N = np.asarray(families)[sequences.group][sequence_N]
-            advantages_N = one_scale(advantages_N, family_N, keep_S[sequence_N])
-        old_N = rollout_N
-        if self.options.old_logprobs == "recompute":
-            old_N = np.concatenate(self.score(sequences.items()))
-            _check_finite("log-probs of the policy", old_N, step)
-        reference_N = None
-        if self.reference is not None:
-            reference_N = np.concatenate(self.score(sequences.items(), self.reference))
-            _check_finite("log-probs of the reference", reference_N, step)
-
-        def tensor(array: np.ndarray | None) -> Tensor | None:
-            return None if array is None else torch.from_numpy(np.ascontiguousarray(array))
-
-        return TokenBatch(
-            token_ids_N=torch.from_numpy(flat("token_ids").astype(np.int64)),
-            kinds_N=torch.from_numpy(kinds_N),
-            turns_N=torch.from_numpy(turns_N.astype(np.int64)),
-            sequence_N=torch.from_numpy(sequence_N),
-            n_sequences=len(sequences),
-            advantages_N=torch.from_numpy(advantages_N),
-            policy_mask_N=torch.from_numpy(keep_S[sequence_N] & sampled_N),
-            rollout_logprobs_N=torch.from_numpy(rollout_N),
-            old_logprobs_N=torch.from_numpy(old_N),
-            reference_logprobs_N=tensor(reference_N),
-            old_values_N=tensor(values_N),
-            returns_N=tensor(returns_N),
-            observation_mask_N=None if self.world is None else tensor(kinds_N == Kind.OBSERVATION),
-        )
-
     # State
 
     def state_dict(self) -> dict[str, Any]:
@@ -497,13 +388,6 @@ class Learner:
         if self.critic is not None and self.critic_optimiser is not None:
             self.critic.load_state_dict(state["critic"])
             self.critic_optimiser.load_state_dict(state["critic_optimiser"])
-
-
-def _check_finite(what: str, array_N: np.ndarray | None, step: int) -> None:
-    if array_N is not None and not np.isfinite(array_N).all():
-        raise TrainingDiverged(
-            f"The {what} at step {step + 1} are not finite; no update was taken. {_AFTER_DIVERGENCE}"
-        )
 
 
 def _frozen_copy(model: Any) -> Any:

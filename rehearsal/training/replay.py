@@ -97,8 +97,8 @@ class Memory:
 
     Attributes:
         replay: the situations of earlier steps.
-        figures: of the last step: ``rehearsal/predictions`` of an episode, ``rehearsal/answered`` (share whose actions
-            were taken), ``rehearsal/foretold`` (share of those that said just what came), ``rehearsal/kept``.
+        figures: of the last step: ``rehearse/predictions`` of an episode, ``rehearse/answered`` (share whose actions
+            were taken), ``rehearse/foretold`` (share of those that said just what came), ``rehearse/kept``.
     """
 
     def __init__(self, recipe: Recipe, renderer: ChatRenderer) -> None:
@@ -117,15 +117,15 @@ class Memory:
         episodes = [trajectory for group in groups for trajectory in group]
         fresh = [one for t in episodes for one in hindsight(t, self.renderer, horizon=self.options.horizon)]
         made = sum(len(turn.predictions) for t in episodes for turn in t.turns)
-        self.figures = {"rehearsal/predictions": made / max(1, len(episodes))}
+        self.figures = {"rehearse/predictions": made / max(1, len(episodes))}
         if made:
-            self.figures["rehearsal/answered"] = len(fresh) / made
+            self.figures["rehearse/answered"] = len(fresh) / made
         if fresh:
-            self.figures["rehearsal/foretold"] = sum(one.foretold for one in fresh) / len(fresh)
+            self.figures["rehearse/foretold"] = sum(one.foretold for one in fresh) / len(fresh)
         if self.options.mode == "policy_only":
             return {}
         past = self.replay.draw(self.options.replay, np.random.default_rng([self.seed, step, 5]))
         if self.options.replay:
             self.replay.add(fresh)
-            self.figures["rehearsal/kept"] = float(len(self.replay))
+            self.figures["rehearse/kept"] = float(len(self.replay))
         return {name: some for name, some in (("hindsight", fresh), ("replay", past)) if some}

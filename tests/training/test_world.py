@@ -567,7 +567,7 @@ def test_a_run_that_rehearses_and_replays(taught_folder: Path, tmp_path: Path) -
         "agent__max_tokens_per_turn": 40,
     }  # fmt: skip
     result = train(recipe_of(taught_folder, **changes), output=tmp_path / "run", observer=SilentObserver())
-    assert "rehearsal/predictions" in RunFolder.open(result.path).metrics().rows[-1]
+    assert "rehearse/predictions" in RunFolder.open(result.path).metrics().rows[-1]
 
 
 def test_replay_without_rehearsals_is_refused(taught_folder: Path) -> None:
