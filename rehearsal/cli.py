@@ -100,6 +100,13 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, set[str]]]:
     )
     evaluate.add_argument("--json", type=Path, help="write the figures here")
 
+    probe = command("probe", "Say what a policy knows of its world.", _probe, dotted=True)
+    probe.add_argument("policy", help="a run folder, a Hugging Face folder, or base")
+    probe.add_argument("--recipe", help="where environment and limits come from; a run folder brings its own")
+    probe.add_argument("--split", default="validation", choices=("train", "validation", "test"))
+    probe.add_argument("--episodes", type=int, default=200, help="that gaps are made in")
+    probe.add_argument("--json", type=Path, help="write the figures here")
+
     play = command("play", "Play an environment yourself.", _play, dotted=True)
     play.add_argument("environment", help="a built-in name or package.module:Class")
     play.add_argument("--seed", type=int)
@@ -261,6 +268,21 @@ def _eval(options: argparse.Namespace) -> int:
         if not name.startswith("success"):
             table.add_row(name, f"{value:.4g}")
     Console().print(table)
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+def _probe(options: argparse.Namespace) -> int:
+    from rehearsal.display import probe_tables
+    from rehearsal.evaluation.probe import probe_policy
+
+    figures = probe_policy(
+        options.policy, recipe=options.recipe, overrides=options.dotted, split=options.split, count=options.episodes
+    )
+    console = Console()
+    for table in probe_tables(figures):
+        console.print(table, highlight=False)
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
     return 0

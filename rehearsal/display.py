@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -193,3 +193,37 @@ def closing_line(summary: Mapping[str, Any], report: Any) -> str:
     else:
         what = f"stopped after {summary.get('steps', 0)} steps"
     return f"{what}{took}, report: {report}"
+
+
+_GAPS = {
+    "action": "the best action",
+    "forward": "what comes of an action",
+    "inverse": "the action between two states",
+    "reward": "the reward, asked in words",
+    "budget": "enough turns? asked in words",
+}
+
+
+def probe_tables(figures: Mapping[str, float]) -> list[RenderableType]:
+    """What a probe found, as a table and a sentence for each environment."""
+    leads = {name.removesuffix("perplexity") for name in figures if name.endswith("perplexity")}
+    leads |= {name.removesuffix("action/accuracy") for name in figures if name.endswith("action/accuracy")}
+    shown: list[RenderableType] = []
+    for lead in sorted(leads):
+        table = Table("the gap", "right", "95%", "chance", "word for word", "gaps", box=None, padding=(0, 2, 0, 0))
+        for kind, words in _GAPS.items():
+            own = {key: figures.get(f"{lead}{kind}/{key}") for key in ("accuracy", "low", "high", "chance", "exact")}
+            if own["accuracy"] is not None:
+                low, high = percent(own["low"] or 0.0), percent(own["high"] or 0.0)
+                table.add_row(
+                    words, percent(own["accuracy"]), f"{low} to {high}", percent(own["chance"] or 0.0),
+                    percent(own["exact"] or 0.0), f"{figures[f'{lead}{kind}/count']:.0f}",
+                )  # fmt: skip
+        if lead:
+            shown.append(lead.rstrip("/"))
+        shown.append(table)
+        if f"{lead}perplexity" in figures:
+            perplexity, symbols = figures[f"{lead}perplexity"], figures[f"{lead}symbols"]
+            verdict = "the world is foreign to it" if perplexity > symbols else "it knows how the world speaks"
+            shown.append(f"Perplexity of answers {perplexity:.3g}, of {symbols:.0f} symbols: {verdict}.")
+    return shown

@@ -8,6 +8,7 @@ wrong and what to try (:mod:`~rehearsal.diagnostics.verdict`). Nothing here know
 from rehearsal.diagnostics.behaviour import behaviour_metrics
 from rehearsal.diagnostics.information import Information, SmoothedDeviation, information
 from rehearsal.diagnostics.rewards import signal_metrics
+from rehearsal.diagnostics.rules import RULE_NAMES, RULES, Rule, Thresholds
 from rehearsal.diagnostics.series import Series
 from rehearsal.diagnostics.thoughts import (
     CrossTable,
@@ -19,7 +20,7 @@ from rehearsal.diagnostics.thoughts import (
     measure,
     thought_of_turn,
 )
-from rehearsal.diagnostics.verdict import RULE_NAMES, RULES, Rule, Thresholds, Verdict, Watch, judge
+from rehearsal.diagnostics.verdict import Verdict, Watch, judge
 
 __all__ = [
     "RULES",

@@ -219,7 +219,14 @@ class _Checker:
         if not isinstance(info, dict):
             self.problem("info-type", f"{where} must return info as dict, not {type(info).__name__}.")
             raise _StoppedError
-        for key, kind in (("task", str), ("state", str), ("success", bool), ("effective", bool), ("split", str)):
+        for key, kind in (
+            ("task", str),
+            ("topic", str),
+            ("state", str),
+            ("success", bool),
+            ("effective", bool),
+            ("split", str),
+        ):
             if key in info and not isinstance(info[key], kind):
                 kind_found = type(info[key]).__name__
                 self.problem("info-type", f"info[{key!r}] of {where} must be a {kind.__name__}, not {kind_found}.")

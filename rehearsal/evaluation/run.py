@@ -11,10 +11,10 @@ from rehearsal.errors import ModelError, RecipeError
 from rehearsal.evaluation.held_out import evaluate
 from rehearsal.evaluation.remote import ChatRollout
 from rehearsal.generation.remote import RemoteEngine
-from rehearsal.models.load import load_policy
+from rehearsal.models.load import Policy, load_policy
 from rehearsal.rollout import check_failures
 from rehearsal.training.checkpoint import checkpoints, load_checkpoint, restore_weights
-from rehearsal.training.playing import answer_protocol, episode_limits, make_rollout
+from rehearsal.training.playing import answer_protocol, episode_limits, make_rollout, policy_of
 from rehearsal.training.recipe import Recipe, resolve_recipe
 from rehearsal.training.runs import RunFolder
 from rehearsal.training.tasks import TaskSource, variants_of
@@ -49,6 +49,27 @@ def evaluate_policy(
     if url is not None:
         recipe = resolve_recipe(recipe, overrides)
         return _evaluate_remote(str(policy), recipe, split, episodes, temperature, url, api_key_env)
+    recipe, loaded = load_for_evaluation(policy, recipe, overrides)
+    rollout = make_rollout(recipe, loaded)
+    try:
+        tasks = TaskSource(recipe).held_out(recipe.evaluation.seed, split, episodes)
+        result = evaluate(rollout, tasks, temperature=temperature)
+        check_failures(result.groups, recipe.training.abort_failed_share)
+        return result.figures
+    finally:
+        rollout.close()
+
+
+def load_for_evaluation(
+    policy: str | Path,
+    recipe: str | Path | Mapping[str, Any] | Recipe | None,
+    overrides: Mapping[str, Any] | Sequence[str],
+) -> tuple[Recipe, Policy]:
+    """A policy by name, and the recipe that it is to be judged by.
+
+    Raises:
+        RehearsalError: with one sentence, for whatever the user can mend.
+    """
     folder = Path(policy)
     is_run = (folder / "run.json").is_file()
     if recipe is None and is_run:
@@ -60,21 +81,16 @@ def evaluate_policy(
     unfinished = checkpoints(folder / "checkpoints") if is_run and not ended else []
     if is_run and not ended and not unfinished:
         raise ModelError(f"{folder} has neither a policy nor a checkpoint yet; let the run get on first.")
-    path: str | Path = trained if ended else recipe.model.path if is_run else policy
-    loaded = load_policy(
-        path, device=recipe.model.device, dtype=recipe.model.dtype, history=recipe.model.history,
-        template_options=recipe.model.template_options,
-    )  # fmt: skip
     if unfinished:
+        # A checkpoint holds what is trained, which may be adapters alone.
+        loaded = policy_of(recipe)
         restore_weights(loaded.model, load_checkpoint(unfinished[-1])[0], unfinished[-1])
-    rollout = make_rollout(recipe, loaded)
-    try:
-        tasks = TaskSource(recipe).held_out(recipe.evaluation.seed, split, episodes)
-        result = evaluate(rollout, tasks, temperature=temperature)
-        check_failures(result.groups, recipe.training.abort_failed_share)
-        return result.figures
-    finally:
-        rollout.close()
+    else:
+        loaded = load_policy(
+            trained if ended else policy, device=recipe.model.device, dtype=recipe.model.dtype,
+            history=recipe.model.history, template_options=recipe.model.template_options,
+        )  # fmt: skip
+    return recipe, loaded
 
 
 def _evaluate_remote(

@@ -94,6 +94,24 @@ PLANS: dict[str, list[Plan]] = {
             evaluated="prediction_loss",
         ),
         Plan(
+            "Gaps filled",
+            "Share of gaps in held-out episodes that the policy fills right: what comes of an action, which action "
+            "lies between two states, which is the best.",
+            {
+                "probe/forward/accuracy": "what comes",
+                "probe/inverse/accuracy": "action between",
+                "probe/action/accuracy": "best action",
+            },
+            "share",
+            smooth=False,
+        ),
+        Plan(
+            "Perplexity of answers",
+            "A token. Above the number of symbols the world is foreign to the policy.",
+            {"probe/perplexity": "perplexity", "probe/symbols": "symbols"},
+            smooth=False,
+        ),
+        Plan(
             "Rehearsals",
             "Share of rehearsed actions that were taken, so that their answer is known; and of those, whose answer "
             "came out word for word.",

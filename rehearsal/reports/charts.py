@@ -20,7 +20,7 @@ class ChartGroup:
     charts: Sequence[Chart]
 
 
-_SIGNAL = ("signal/", "information/", "gradient/", "behaviour/", "time/diagnostics")
+_SIGNAL = ("probe/", "signal/", "information/", "gradient/", "behaviour/", "time/diagnostics")
 _TIME_PARTS = {
     "time/generation": "generation",
     "time/learning": "learning",

@@ -16,7 +16,8 @@ from rehearsal.algorithms.filters import DropConstant, KeepAll, Kept, at_most, l
 from rehearsal.algorithms.presets import Algorithm, preset
 from rehearsal.diagnostics import Verdict
 from rehearsal.evaluation.held_out import Evaluation, evaluate
-from rehearsal.models.adapters import adapter_names, save_adapters
+from rehearsal.evaluation.probe import Prober
+from rehearsal.models.adapters import active_adapters, adapter_names, save_adapters
 from rehearsal.models.load import Policy, save_policy
 from rehearsal.rollout import Player, check_failures, rollout_metrics
 from rehearsal.training.checkpoint import (
@@ -110,6 +111,9 @@ class Trainer:
         self.monitor = Monitor(
             recipe.diagnostics, self.learner, self.policy.renderer, recipe.seed, recipe.agent.thinking
         )
+        probes = recipe.diagnostics.probes
+        self.prober = Prober(recipe, self.policy.renderer, probes) if probes else None
+        self._probed: dict[str, float] = {}
         self.memory = Memory(recipe, self.policy.renderer)
         self.ended_by: Verdict | None = None
         self.trackers: list[Tracker] = []
@@ -182,6 +186,7 @@ class Trainer:
         )
         check_failures(result.groups, self.recipe.training.abort_failed_share)
         result.figures.update(self.learner.prediction_losses(result.groups))
+        result.figures.update(self.probe())
         self.evaluations.append((self.steps_done, split, result.figures))
         if self.folder is not None:
             self.folder.append_evaluation(self.steps_done, split, result.figures)
@@ -190,6 +195,15 @@ class Trainer:
         self._track({f"eval/{split}/{name}": value for name, value in result.figures.items()})
         self.observer.evaluation(self.steps_done, split, result.figures)
         return result
+
+    def probe(self) -> dict[str, float]:
+        """What the policy knows of the world now, with the world adapter at work; told with the next step too."""
+        if self.prober is not None:
+            assert self.policy is not None
+            with active_adapters(self.policy.model, self.learner.world.adapters if self.learner.world else None):
+                found = self.prober.measure(self.policy.model)
+            self._probed = {f"probe/{name}": value for name, value in found.items()}
+        return self._probed if self.prober is not None else {}
 
     def judge(self) -> bool:
         """Say what is wrong, if anything is; returns whether the recipe ends the run on it."""
@@ -236,6 +250,7 @@ class Trainer:
             **rollout_metrics(batch.groups),
             **self.tasks.sampler.figures(),
             **figures,
+            **self._probed,
             "signal/kept_groups": float(batch.kept.keep_P.sum()),
             "signal/kept_share": batch.kept.share,
             "signal/kept_episodes": float(batch.kept.keep_PG.sum()),
@@ -249,6 +264,7 @@ class Trainer:
             "time/step": total,
             "time/diagnostics_share": looking / total,
         }
+        self._probed = {}
         self.history.append(figures)
         if self.folder is not None:
             self.folder.append_metrics(self.steps_done, figures)

@@ -239,6 +239,10 @@ class DiagnosticsOptions(_Options):
     gradient_groups: int = Field(
         default=2, ge=1, description="groups of each quartile of reward variance in such a look"
     )
+    probes: int = Field(
+        default=0, ge=0,
+        description="episodes in which gaps are made at each evaluation, to see what the policy knows of the world",
+    )  # fmt: skip
     stop_on: list[str] = Field(default_factory=list, description="verdicts that end the run")
     go_back_on: list[str] = Field(
         default_factory=list, description="verdicts that end the run with the last checkpoint from before they began"

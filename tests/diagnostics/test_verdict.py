@@ -30,6 +30,8 @@ HEALTHY: dict[str, Callable[[int], float]] = {
     "information/first/sequence/retrieval": lambda i: 0.95,
     "gradient/policy/snr": lambda i: 0.4,
     "gradient/policy/norm": lambda i: 0.1,
+    "probe/perplexity": lambda i: 1.5,
+    "probe/symbols": lambda i: 13.0,
 }
 """A run of sixty steps that gets better."""
 
@@ -70,6 +72,7 @@ SICK: dict[str, dict[str, Callable[[int], float]]] = {
     "format_lost": {"behaviour__invalid_turns": late(0.02, 0.4)},
     "disagreement": {"policy__mismatch_first": late(1e-6, 0.1)},
     "success_fell": {"train__success": late(0.6, 0.3)},
+    "foreign_world": {"probe__perplexity": late(1.5, 40.0)},
 }  # fmt: skip
 
 

@@ -1,0 +1,289 @@
+"""The rules of the verdict: what can be wrong with a run, how it shows, what it means and what to try."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rehearsal.diagnostics.series import Series
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """The numbers in the rules. Shares are of 1.
+
+    Attributes:
+        dead: of groups without reward variance, from which on there is no signal to speak of.
+        solved: of groups in which every episode succeeds, from which on the tasks are too easy. A run that has learned
+            its tasks comes near it without anything being wrong.
+        information_low: I(X;Z) over its ceiling, below which thoughts hardly depend on prompts.
+        information_fall: the same over what it was at the start.
+        varied: H(Z|X) over what it was at the start, above which thoughts count as varied.
+        entropy_fall: entropy over what it was at the start.
+        success_done: a run that succeeds this often may be sure of itself.
+        spread_fall: in-group spread over its highest mean.
+        reward_fall: fall of the mean reward from its highest mean, in units of what it had gained and spread.
+        spike: gradient norm over its median.
+        noise: signal-to-noise ratio of the gradient over all groups.
+        longer, shorter: length of thoughts over what it was at the start.
+        invalid: of turns with broken or illegal answers, above what it was at the start.
+        mismatch: mean difference of log-probs between generation and learning before the first update, in nats.
+        success_fall: fall of success from its highest mean, over that mean.
+    """
+
+    dead: float = 0.75
+    solved: float = 0.85
+    information_low: float = 0.25
+    information_fall: float = 0.5
+    varied: float = 0.5
+    entropy_fall: float = 0.15
+    success_done: float = 0.85
+    spread_fall: float = 0.5
+    reward_fall: float = 0.2
+    spike: float = 4.0
+    noise: float = 0.05
+    longer: float = 1.75
+    shorter: float = 0.5
+    invalid: float = 0.15
+    mismatch: float = 0.02
+    success_fall: float = 0.2
+
+
+Condition = Callable[[Series, Thresholds], "str | None"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing that can be wrong.
+
+    Attributes:
+        name: short, as ``diagnostics.stop_on`` names it.
+        title: for people.
+        sentence: what it means.
+        suggestion: what to try.
+        needs: a metric without which it cannot be judged in a step.
+        condition: returns the evidence if it holds for the last step of a series, else None.
+        begins_after: judged steps in a row with the condition before the verdict begins.
+        ends_after: judged steps in a row without it before the verdict ends.
+    """
+
+    name: str
+    title: str
+    sentence: str
+    suggestion: str
+    needs: str
+    condition: Condition
+    begins_after: int = 3
+    ends_after: int = 5
+
+
+_SPREAD = "signal/reward_std_in_group"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f}%"
+
+
+def _dead(series: Series, limits: Thresholds) -> tuple[float, float, float] | None:
+    """Recent shares of dead groups, all, solved and failed; None while most groups are alive."""
+    dead = series.recent("signal/dead_groups")
+    if not dead >= limits.dead:
+        return None
+    return dead, series.recent("signal/dead_groups_solved"), series.recent("signal/dead_groups_failed")
+
+
+def _too_easy(series: Series, limits: Thresholds) -> str | None:
+    solved = series.recent("signal/dead_groups_solved")
+    if not solved >= limits.solved:
+        return None
+    return f"In {_percent(solved)} of the groups every episode succeeds."
+
+
+def _too_hard(series: Series, limits: Thresholds) -> str | None:
+    shares = _dead(series, limits)
+    if shares is None or not shares[2] > shares[0] / 2:
+        return None
+    return f"In {_percent(shares[2])} of the groups no episode succeeds."
+
+
+def _no_signal(series: Series, limits: Thresholds) -> str | None:
+    shares = _dead(series, limits)
+    if shares is None or shares[1] > shares[0] / 2 or shares[2] > shares[0] / 2:
+        return None
+    return f"In {_percent(shares[0])} of the groups all episodes have the same reward."
+
+
+def _template_collapse(series: Series, limits: Thresholds) -> str | None:
+    name = "information/first/sequence/share"
+    share, start = series.recent(name, 3), series.start(name)
+    varied = series.recent("information/first/sequence/conditional_entropy", 3)
+    varied_start = series.start("information/first/sequence/conditional_entropy")
+    if not share < limits.information_low or not share < limits.information_fall * start:
+        return None
+    if not varied >= limits.varied * varied_start:
+        return None
+    retrieval = series.recent("information/first/sequence/retrieval", 3)
+    return (
+        f"Thoughts carry {_percent(share)} of what they could say about their prompt ({_percent(start)} at the start), "
+        f"and are as varied as before ({varied:.1f} nats, {varied_start:.1f} at the start); the prompt that a thought "
+        f"belongs to is found in {_percent(retrieval)} of the cases."
+    )
+
+
+def _entropy_collapse(series: Series, limits: Thresholds) -> str | None:
+    entropy, start = series.recent("policy/entropy"), series.start("policy/entropy")
+    success = series.recent("train/success")
+    if not entropy < limits.entropy_fall * start or success >= limits.success_done:
+        return None
+    return f"The entropy is {entropy:.3g} nats a token, {_percent(entropy / start)} of what it was at the start."
+
+
+def _echo_trap(series: Series, limits: Thresholds) -> str | None:
+    spread, best_spread = series.recent(_SPREAD), series.best(_SPREAD)
+    reward, best_reward = series.recent("train/reward"), series.best("train/reward")
+    if not spread < limits.spread_fall * best_spread:
+        return None
+    if not best_reward - reward > limits.reward_fall * max(best_spread, 1e-12):
+        return None
+    norms = series.measured("policy/grad_norm")
+    spike = float(norms[-5:].max() / max(float(sorted(norms)[len(norms) // 2]), 1e-12)) if len(norms) else math.nan
+    gradient = f" The gradient has jumped to {spike:.1f} times its median." if spike > limits.spike else ""
+    return (
+        f"The spread of rewards inside groups fell to {_percent(spread / best_spread)} of its best, and the reward "
+        f"from {best_reward:.3g} to {reward:.3g}.{gradient}"
+    )
+
+
+def _noise(series: Series, limits: Thresholds) -> str | None:
+    ratio = series.recent("gradient/policy/snr", 6)
+    task = series.recent("gradient/policy/norm", 3)
+    others = {
+        "KL term": series.recent("gradient/kl/norm", 3),
+        "entropy bonus": series.recent("gradient/entropy/norm", 3),
+    }
+    louder = {name: norm for name, norm in others.items() if norm > task}
+    if louder:
+        name = max(louder, key=lambda key: louder[key])
+        return f"The gradient of the {name} is {louder[name] / max(task, 1e-12):.1f} times that of the rewards."
+    # A look at a few groups cannot tell a small ratio from none, and a small one is enough where many groups are
+    # averaged. So several looks have to find nothing, and the run has to have got nowhere.
+    got_nowhere = series.recent("train/reward") <= series.start("train/reward") + series.start(_SPREAD) / 4
+    if len(series.measured("gradient/policy/snr")) >= 6 and ratio < limits.noise and got_nowhere:
+        return (
+            f"What groups' gradients agree on is {_percent(ratio)} of what they differ by, and the reward is where it "
+            "was."
+        )
+    return None
+
+
+def _length_drift(series: Series, limits: Thresholds) -> str | None:
+    length, start = series.recent("behaviour/thought_tokens"), series.start("behaviour/thought_tokens")
+    if not (length > limits.longer * start or length < limits.shorter * start):
+        return None
+    return f"Thoughts have {length:.0f} tokens, {start:.0f} at the start."
+
+
+def _format_lost(series: Series, limits: Thresholds) -> str | None:
+    broken, start = series.recent("behaviour/invalid_turns"), series.start("behaviour/invalid_turns")
+    if not broken > start + limits.invalid:
+        return None
+    return (
+        f"{_percent(broken)} of the answers break the format or name illegal actions, {_percent(start)} at the start."
+    )
+
+
+def _disagree(series: Series, limits: Thresholds) -> str | None:
+    mismatch = series.recent("policy/mismatch_first", 3)
+    if not mismatch > limits.mismatch:
+        return None
+    return f"Before any update the learner's log-probs differ from the engine's by {mismatch:.3f} nats a token."
+
+
+def _success_fell(series: Series, limits: Thresholds) -> str | None:
+    success, best = series.recent("train/success"), series.best("train/success")
+    if not success < (1 - limits.success_fall) * best:
+        return None
+    return f"Success fell from {_percent(best)} to {_percent(success)}."
+
+
+def _foreign_world(series: Series, limits: Thresholds) -> str | None:
+    perplexity, symbols = series.last("probe/perplexity"), series.last("probe/symbols")
+    if not perplexity > symbols:
+        return None
+    return f"The perplexity of what the environment answers is {perplexity:.0f}, and it has {symbols:.0f} symbols."
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "too_easy", "Too easy", "Where everything succeeds there is nothing to compare, and little is left to learn.",
+        "Make the tasks harder, or draw them by difficulty (curriculum.name = difficulty).",
+        "signal/dead_groups", _too_easy,
+    ),
+    Rule(
+        "too_hard", "Too hard", "Where nothing succeeds there is nothing to compare.",
+        "Make the tasks easier, give partial credit, play more episodes of each task, or start from a better model.",
+        "signal/dead_groups", _too_hard,
+    ),
+    Rule(
+        "no_signal", "No signal", "Equal rewards have no advantage over each other, so the policy learns nothing.",
+        "Look at how the reward is made: does it depend on what the agent does? Finer rewards or larger groups help.",
+        "signal/dead_groups", _no_signal,
+    ),
+    Rule(
+        "template_collapse", "Template collapse",
+        "The reasoning varies, but no longer with the input: it has become a template, which entropy does not show.",
+        "Drop groups of little reward variance (filter.name = top_p), weaken KL and entropy terms, lower the learning "
+        "rate, and go back to a checkpoint from before.",
+        "information/first/sequence/share", _template_collapse, begins_after=2, ends_after=3,
+    ),
+    Rule(
+        "entropy_collapse", "Entropy collapse",
+        "The policy has stopped trying other things before it was good, and what it does not try it cannot learn.",
+        "Raise clip_high, add a small entropy_coefficient or lower the learning rate, and go back to a checkpoint.",
+        "policy/entropy", _entropy_collapse,
+    ),
+    Rule(
+        "echo_trap", "Echo trap",
+        "Episodes of a task have become alike without becoming better; a jump of the gradient usually makes it final.",
+        "Go back to a checkpoint from before, lower the learning rate, and drop groups of little reward variance.",
+        "signal/reward_std_in_group", _echo_trap,
+    ),
+    Rule(
+        "noise", "Noise outweighs signal",
+        "Most of what moves the weights is not the reward.",
+        "Play more episodes a step, drop groups of little reward variance, or weaken KL and entropy terms.",
+        "gradient/policy/snr", _noise, begins_after=2, ends_after=3,
+    ),
+    Rule(
+        "length_drift", "Length drift", "The length of thoughts drifts away from where it began.",
+        "See in the report whether thoughts still say something; a mean over sequences or a constant "
+        "(algorithm.options.aggregation) and a penalty on overlong answers bear on it.",
+        "behaviour/thought_tokens", _length_drift,
+    ),
+    Rule(
+        "format_lost", "Format lost", "The agent forgets how to answer.",
+        "Raise agent.format_penalty, lower the learning rate, or see whether answers are cut off at their token limit.",
+        "behaviour/invalid_turns", _format_lost,
+    ),
+    Rule(
+        "disagreement", "Generation and learning disagree",
+        "The learner corrects for a policy that was not the one that played.",
+        "Play and learn in the same precision, or set training.old_logprobs to recompute.",
+        "policy/mismatch_first", _disagree,
+    ),
+    Rule(
+        "success_fell", "Success fell", "The agent was better before.",
+        "Go back to the checkpoint before the fall, and lower the learning rate or end earlier.",
+        "train/success", _success_fell, begins_after=5,
+    ),
+    Rule(
+        "foreign_world", "Foreign world",
+        "The policy foretells the environment worse than somebody who knows nothing but its symbols.",
+        "Let it learn the world first: world.mode = world_only for some steps, or dual from the start.",
+        "probe/perplexity", _foreign_world, begins_after=1, ends_after=1,
+    ),
+)  # fmt: skip
+"""All rules, in the order in which they are looked at."""
+
+RULE_NAMES = tuple(rule.name for rule in RULES)

@@ -1,0 +1,343 @@
+"""What a policy knows of the world: gaps in episodes that it has to fill.
+
+A gap is a piece of an episode that follows from the rest, with some other things that might stand there. The policy
+fills it with what it finds likeliest; how often it is right, against the share that guessing would get, tells what it
+knows, apart from how it plays:
+
+===========  ===========================================  =============================================================
+kind         given                                        the gap
+===========  ===========================================  =============================================================
+``action``   an episode up to an answer                   the action: one of the best, among all legal ones
+``forward``  the same and an action                       what the environment answers, among its answers to others
+``inverse``  a state, and the one after it                the action between them
+``reward``   a state, an action, and what came of it      the reward, among those that there are
+``budget``   a state and the turns that are left          whether they suffice, yes or no
+===========  ===========================================  =============================================================
+
+The first three are asked in the very tokens of an episode, by how likely the policy finds each candidate (for
+``inverse``: the second state after each action). The last two are questions in words, which a model has to understand
+to do better than chance. Answers come without a thought.
+
+Beside them: the perplexity of the environment's answers against the number of symbols that they are made of. Above it
+the policy does worse than somebody who knows nothing but the symbols: the world is foreign to it (SPA,
+arXiv:2510.15047, which trains a world model by play before any reward, for that reason).
+
+N target tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from rehearsal.agents.agent import Agent, Limits, check_reset, play_actions
+from rehearsal.agents.protocol import ANSWER_CLOSE, ANSWER_OPEN, Protocol
+from rehearsal.environments.base import TextEnv
+from rehearsal.errors import RecipeError
+from rehearsal.models.chat import ChatRenderer, Piece
+from rehearsal.models.packed import causal_lm, logits_of, packed_hidden
+from rehearsal.models.packing import Pack, PackItem
+from rehearsal.models.parallel import pack_workers
+from rehearsal.models.scoring import each_target
+from rehearsal.trajectory import Kind, SampleStop
+
+PROBES = ("action", "forward", "inverse", "reward", "budget")
+"""The kinds of gaps."""
+
+_MOST_ACTIONS = 8
+_ROWS = 1024
+_REWARD = " What was the reward of the last action?"
+_BUDGET = " Can it be done in the turns that are left? yes or no."
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A gap and what might fill it.
+
+    Attributes:
+        kind: one of :data:`PROBES`.
+        candidates: token ids, int32 of shape (T,), each with the position at which what is scored begins.
+        right: which of them are.
+    """
+
+    kind: str
+    candidates: tuple[tuple[np.ndarray, int], ...]
+    right: frozenset[int]
+
+    @property
+    def chance(self) -> float:
+        """The share of right candidates."""
+        return len(self.right) / len(self.candidates)
+
+
+class _Walk:
+    """An episode up to a state, in tokens, with the turns and actions that a policy would see."""
+
+    def __init__(self, env: TextEnv, renderer: ChatRenderer, limits: Limits, seed: int, split: str) -> None:
+        self.env = env
+        self.renderer = renderer
+        self.agent = Agent(renderer, Protocol(thinking=False), limits)
+        self.observation, info = check_reset(env, env.reset(seed=seed, options={"split": split}))
+        self.before = np.empty(0, np.int32)
+        """The tokens before the last message."""
+        self.answer: np.ndarray | None = None
+        """The answer that the last message replies to; None at the start."""
+        prompt = self.agent.opening(env.instructions, self.observation, str(info.get("state", "")), env)
+        self.open = prompt is not None
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        return self.agent.transcript.segment().token_ids
+
+    def take(self, action: str) -> bool:
+        """Go on by an action; whether there is a next turn."""
+        self.before, self.answer = self.token_ids, self.spell(action)
+        turn = self.agent.read(self.answer, np.zeros(len(self.answer), np.float32), SampleStop.END)
+        result = play_actions(self.env, turn, self.agent.protocol, self.agent.actions_left)
+        self.before = self.token_ids
+        self.open = self.agent.next_turn(result) is not None
+        self.observation = result.observation or self.observation
+        return self.open
+
+    def spell(self, action: str, ended: bool = True) -> np.ndarray:
+        """The tokens of an answer with this action."""
+        ids = self.renderer.encode(f"{ANSWER_OPEN}{action}{ANSWER_CLOSE}")
+        ends = self.renderer.stop_token_ids[:1] if ended else ()
+        return np.concatenate([ids, np.array(ends, dtype=np.int32)]).astype(np.int32)
+
+    def told(self, action: str, observation: str) -> tuple[np.ndarray, int]:
+        """The episode with one more action and an answer to it, and where the answer's words begin."""
+        answer = self.spell(action)
+        rendered = self.renderer.after_answer(answer, [Piece(observation, Kind.OBSERVATION)])
+        words = np.flatnonzero(rendered.kinds == Kind.OBSERVATION)
+        before = np.concatenate([self.token_ids, answer])
+        if len(words) == 0:
+            return before, len(before)
+        whole = np.concatenate([before, rendered.token_ids[: words[-1] + 1]]).astype(np.int32)
+        return whole, len(before) + int(words[0])
+
+    def asked(self, before: np.ndarray, answer: np.ndarray | None, observation: str, question: str) -> np.ndarray:
+        """A message that ends in a question, after some tokens and the answer that it replies to."""
+        pieces = [
+            Piece(observation, Kind.OBSERVATION),
+            Piece(f"\n{self.agent.turns[-1].notice}{question}", Kind.NOTICE),
+        ]
+        if answer is None:
+            rules = self.env.instructions.strip()
+            line = self.agent.protocol.format_instructions(self.env)
+            return self.renderer.first([Piece(f"{rules}\n{line}" if rules else line, Kind.SYSTEM)], pieces).token_ids
+        return np.concatenate([before, self.renderer.after_answer(answer, pieces).token_ids]).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What an action leads to, tried out on a copy."""
+
+    observation: str
+    reward: float
+    value: tuple[float, int]
+    """How good it is to be there: the chance of success, then the fewer steps the better."""
+
+
+def make_gaps(
+    env: TextEnv, renderer: ChatRenderer, limits: Limits, count: int, *, seed: int = 0, split: str = "validation"
+) -> list[Gap]:
+    """Gaps in ``count`` episodes of an environment, walked half by the oracle and half at random.
+
+    Args:
+        env: knows its best actions (``oracle``) and lists its legal ones. It is reset and stepped.
+        renderer: of the model that is to fill them.
+        limits: of an episode; the turns are drawn anew each time, so that some budgets do not suffice.
+        count: episodes; each gives at most one gap of each kind.
+        seed: of the tasks and the walks.
+        split: of the tasks.
+
+    Raises:
+        RecipeError: for an environment that has no oracle or lists no actions.
+    """
+    env.reset(seed=0)
+    if env.oracle() is None or not env.legal_actions():
+        raise RecipeError(
+            f"The environment {env.name} cannot be probed: its oracle() is None or it lists no legal actions."
+        )
+    rng = np.random.default_rng([seed, 7])
+    gaps: list[Gap] = []
+    rewarded: list[tuple[_Walk, str, _Step]] = []
+    for _ in range(count):
+        turns = int(rng.integers(1, max(3, 2 * limits.max_turns)))
+        drawn = Limits(turns, limits.max_actions_per_turn, turns * limits.max_actions_per_turn, 64, 1 << 20)
+        walk = _Walk(copy.deepcopy(env), renderer, drawn, int(rng.integers(2**31)), split)
+        for _ in range(int(rng.integers(0, turns))):
+            _stroll(walk, rng)
+        legal = walk.env.legal_actions() or []
+        plan = walk.env.oracle() or []
+        actions = [legal[place] for place in rng.permutation(len(legal))[:_MOST_ACTIONS]]
+        if plan and plan[0] not in actions:
+            actions = [plan[0], *actions[:-1]]
+        if not walk.open or not actions:
+            continue
+        steps = {action: _tried(walk.env, action, rng) for action in actions}
+        taken = actions[int(rng.integers(len(actions)))]
+        gaps += _action_gap(walk, plan, steps)
+        gaps += _forward_gap(walk, taken, steps)
+        gaps += _inverse_gap(walk, taken, steps)
+        gaps += _budget_gap(walk, plan)
+        rewarded.append((walk, taken, steps[taken]))
+    return gaps + _reward_gaps(rewarded)
+
+
+def _stroll(walk: _Walk, rng: np.random.Generator) -> None:
+    """One more turn, unless it would end the episode."""
+    plan, legal = walk.env.oracle() or [], walk.env.legal_actions() or []
+    if not legal or walk.agent.actions_left <= 1 or len(walk.agent.turns) >= walk.agent.limits.max_turns:
+        return
+    action = plan[0] if plan and rng.random() < 0.5 else legal[int(rng.integers(len(legal)))]
+    ahead = copy.deepcopy(walk.env)
+    _, _, terminated, truncated, _ = ahead.step(action)
+    if not (terminated or truncated):
+        # The copy has the same luck as the environment itself, so what was looked at is what comes.
+        walk.take(action)
+
+
+def _tried(env: TextEnv, action: str, rng: np.random.Generator) -> _Step:
+    ahead = copy.deepcopy(env)
+    ahead.unwrapped.np_random = np.random.default_rng(int(rng.integers(2**32)))
+    observation, reward, terminated, truncated, info = ahead.step(action)
+    if terminated or truncated:
+        return _Step(observation, float(reward), (float(bool(info.get("success"))), 0))
+    plan = ahead.oracle() or []
+    optimal = ahead.optimal_success()
+    chance = optimal if optimal is not None else float(bool(plan))
+    return _Step(observation, float(reward), (round(float(chance), 9), -len(plan)))
+
+
+def _action_gap(walk: _Walk, plan: Sequence[str], steps: dict[str, _Step]) -> list[Gap]:
+    if not plan:
+        return []
+    best = max(step.value for step in steps.values())
+    certain = walk.env.optimal_success() in (0.0, 1.0)
+    right = {plan[0]} | {action for action, step in steps.items() if certain and step.value == best}
+    before = walk.token_ids
+    spelled = [np.concatenate([before, walk.spell(action)]).astype(np.int32) for action in steps]
+    return _gap("action", [(ids, len(before)) for ids in spelled], [action in right for action in steps])
+
+
+def _forward_gap(walk: _Walk, taken: str, steps: dict[str, _Step]) -> list[Gap]:
+    true = steps[taken].observation
+    others = dict.fromkeys([*(step.observation for step in steps.values()), walk.observation])
+    texts = [true, *(text for text in others if text != true)]
+    return _gap("forward", [walk.told(taken, text) for text in texts], [text == true for text in texts])
+
+
+def _inverse_gap(walk: _Walk, taken: str, steps: dict[str, _Step]) -> list[Gap]:
+    true = steps[taken].observation
+    candidates = [walk.told(action, true) for action in steps]
+    return _gap("inverse", candidates, [step.observation == true for step in steps.values()])
+
+
+def _budget_gap(walk: _Walk, plan: Sequence[str]) -> list[Gap]:
+    left = min(
+        walk.agent.actions_left,
+        (walk.agent.limits.max_turns - len(walk.agent.turns) + 1) * walk.agent.limits.max_actions_per_turn,
+    )
+    asked = walk.asked(walk.before, walk.answer, walk.observation, _BUDGET)
+    suffices = bool(plan) and len(plan) <= left
+    return _answers("budget", walk, asked, ["yes", "no"], "yes" if suffices else "no")
+
+
+def _reward_gaps(rewarded: Sequence[tuple[_Walk, str, _Step]]) -> list[Gap]:
+    values = sorted({f"{step.reward:g}" for _, _, step in rewarded})
+    gaps: list[Gap] = []
+    for walk, taken, step in rewarded if 1 < len(values) <= _MOST_ACTIONS else ():
+        answer = walk.spell(taken)
+        asked = walk.asked(np.concatenate([walk.token_ids, answer]), answer, step.observation, _REWARD)
+        gaps += _answers("reward", walk, asked, values, f"{step.reward:g}")
+    return gaps
+
+
+def _answers(kind: str, walk: _Walk, asked: np.ndarray, texts: Sequence[str], right: str) -> list[Gap]:
+    spelled = [np.concatenate([asked, walk.spell(text)]).astype(np.int32) for text in texts]
+    return _gap(kind, [(ids, len(asked)) for ids in spelled], [text == right for text in texts])
+
+
+def _gap(kind: str, candidates: list[tuple[np.ndarray, int]], right: Sequence[bool]) -> list[Gap]:
+    """A gap, if there is a right and a wrong way to fill it and every candidate has tokens."""
+    if all(right) or not any(right) or any(first >= len(ids) for ids, first in candidates):
+        return []
+    return [Gap(kind, tuple(candidates), frozenset(i for i, one in enumerate(right) if one))]
+
+
+def fill_gaps(model: Any, gaps: Sequence[Gap], *, pack_tokens: int = 4096) -> dict[str, float]:
+    """How a model fills gaps.
+
+    Args:
+        model: a causal LM, with the adapters active that are to be probed.
+        gaps: from :func:`make_gaps`.
+        pack_tokens: tokens of one forward pass.
+
+    Returns:
+        for each kind that there are gaps of ``KIND/accuracy``, ``KIND/chance``, ``KIND/exact`` (share of gaps that
+        greedy generation fills with a right candidate, token for token) and ``KIND/count``; and ``perplexity`` of the
+        environment's answers, a token, with ``symbols``, the number of different tokens that they are made of.
+    """
+    items: list[PackItem] = []
+    for number, gap in enumerate(gaps):
+        items += [PackItem(ids, np.arange(first, len(ids)), number) for ids, first in gap.candidates]
+    scored = _scored(model, items, pack_tokens) if items else []
+    hits: dict[str, list[tuple[bool, bool, float]]] = {}
+    nats = tokens = 0.0
+    symbols: set[int] = set()
+    position = 0
+    for gap in gaps:
+        own = scored[position : position + len(gap.candidates)]
+        position += len(gap.candidates)
+        best = int(np.argmax([float(one[:, 0].sum(dtype=np.float64)) for one in own]))
+        exact = any(bool(own[i][:, 1].all()) for i in gap.right)
+        hits.setdefault(gap.kind, []).append((best in gap.right, exact, gap.chance))
+        if gap.kind == "forward":
+            (true,) = gap.right
+            ids, first = gap.candidates[true]
+            nats -= float(own[true][:, 0].sum(dtype=np.float64))
+            tokens += len(ids) - first
+            symbols |= set(ids[first:].tolist())
+    figures: dict[str, float] = {}
+    for kind in PROBES:
+        if kind not in hits:
+            continue
+        right, exactly, chances = zip(*hits[kind], strict=True)
+        figures |= {
+            f"{kind}/accuracy": sum(right) / len(right), f"{kind}/chance": float(np.mean(chances)),
+            f"{kind}/exact": sum(exactly) / len(exactly), f"{kind}/count": float(len(right)),
+        }  # fmt: skip
+    if tokens:
+        figures |= {"perplexity": math.exp(min(50.0, nats / tokens)), "symbols": float(len(symbols))}
+    return figures
+
+
+def _scored(model: Any, items: Sequence[PackItem], pack_tokens: int) -> list[np.ndarray]:
+    """For each sequence float32 of shape (N, 2): the log-prob of each target, and whether no token is likelier."""
+    lm = causal_lm(model)
+
+    def look(pack: Pack) -> np.ndarray:
+        hidden_ND = packed_hidden(model, pack.token_ids_T, pack.positions_T, pack.plan, pack.sources_N)
+        found = []
+        for start in range(0, len(hidden_ND), _ROWS):
+            logits_NV = logits_of(lm, hidden_ND[start : start + _ROWS]).float()
+            own_N = logits_NV.gather(1, pack.targets_N[start : start + _ROWS, None])[:, 0]
+            top_N = (own_N >= logits_NV.max(dim=-1).values).float()
+            found.append(torch.stack([own_N - logits_NV.logsumexp(dim=-1), top_N], dim=1))
+        return torch.cat(found).cpu().numpy()
+
+    device = next(lm.parameters()).device
+    was_training = lm.training
+    lm.eval()
+    try:
+        return each_target([model], items, look, pack_tokens, True, device, pack_workers(model))
+    finally:
+        lm.train(was_training)

@@ -1,0 +1,155 @@
+"""Gaps in episodes: the right filling is right, guessing gets chance, and one who knows the world gets them all."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import rehearsal.diagnostics.world_model as world_model_module
+from rehearsal.agents.agent import Limits
+from rehearsal.diagnostics.world_model import PROBES, Gap, fill_gaps, make_gaps
+from rehearsal.environments import make
+from rehearsal.errors import RecipeError
+
+
+@pytest.fixture(scope="module")
+def gaps_of(renderer: Any) -> Callable[..., list[Gap]]:
+    def build(name: str = "frozenlake", count: int = 40, seed: int = 0, **params: Any) -> list[Gap]:
+        env = make(name, **params)
+        return make_gaps(env, renderer, Limits.for_env(env), count, seed=seed)
+
+    return build
+
+
+def parts(renderer: Any, gap: Gap) -> tuple[str, list[str]]:
+    """The context of the first candidate, and the text of all fillings."""
+    ids, first = gap.candidates[0]
+    return renderer.decode(ids[:first]), [renderer.decode(ids[first:]) for ids, first in gap.candidates]
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [("frozenlake", {}), ("frozenlake", {"slip": 0.5}), ("sokoban", {}), ("bandit", {}), ("helpdesk", {})],
+)
+def test_gaps_have_right_and_wrong_fillings(
+    name: str, params: dict[str, Any], gaps_of: Callable[..., list[Gap]]
+) -> None:
+    gaps = gaps_of(name, **params)
+    assert {gap.kind for gap in gaps} <= set(PROBES)
+    assert {"action", "forward"} <= {gap.kind for gap in gaps}
+    for gap in gaps:
+        assert 0 < len(gap.right) < len(gap.candidates)
+        assert all(0 < first < len(ids) for ids, first in gap.candidates)
+        filled = [ids.tobytes() for ids, _ in gap.candidates]
+        assert len(set(filled)) == len(filled)
+
+
+def test_the_same_seed_makes_the_same_gaps(gaps_of: Callable[..., list[Gap]]) -> None:
+    def content(gaps: list[Gap]) -> list[tuple[str, bytes, frozenset[int]]]:
+        return [(gap.kind, ids.tobytes(), gap.right) for gap in gaps for ids, _ in gap.candidates]
+
+    assert content(gaps_of(count=10)) == content(gaps_of(count=10))
+    assert content(gaps_of(count=10)) != content(gaps_of(count=10, seed=1))
+
+
+def test_the_environment_itself_agrees(renderer: Any, gaps_of: Callable[..., list[Gap]]) -> None:
+    """In a lake without slips the grids before and after an action say which action it was."""
+    places = {"Left": (0, -1), "Right": (0, 1), "Up": (-1, 0), "Down": (1, 0)}
+
+    def player(grid: str) -> tuple[int, int]:
+        rows = [row.split() for row in grid.strip().splitlines()]
+        return next((r, c) for r, row in enumerate(rows) for c, sign in enumerate(row) if sign in "PXV")
+
+    looked = 0
+    for gap in gaps_of(count=60):
+        if gap.kind != "forward":
+            continue
+        (true,) = gap.right
+        context, fillings = parts(renderer, gap)
+        action = context.rpartition("<answer>")[2].partition("</answer>")[0]
+        shown = context.rpartition("<|im_start|>user\n")[0].rpartition("<|im_start|>user\n")[2]
+        before = player("\n".join(shown.splitlines()[:4]))
+        size = len(fillings[true].strip().splitlines())
+        after = tuple(min(size - 1, max(0, at + by)) for at, by in zip(before, places[action], strict=True))
+        assert player(fillings[true]) == after
+        looked += 1
+    assert looked > 30
+
+
+def test_budgets_are_asked_both_ways(renderer: Any, gaps_of: Callable[..., list[Gap]]) -> None:
+    gaps = [gap for gap in gaps_of(count=80) if gap.kind == "budget"]
+    texts = [parts(renderer, gap) for gap in gaps]
+    right = [fillings[next(iter(gap.right))] for gap, (_, fillings) in zip(gaps, texts, strict=True)]
+    assert {text[:11] for text in right} == {"<answer>yes", "<answer>no<"}
+    assert all("yes or no." in context for context, _ in texts)
+
+
+def test_one_who_knows_fills_them_all_and_a_guesser_gets_chance(
+    gaps_of: Callable[..., list[Gap]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gaps = gaps_of(count=120)
+    rng = np.random.default_rng(0)
+    for knows in (True, False):
+        rows = []
+        for gap in gaps:
+            for place, (ids, first) in enumerate(gap.candidates):
+                likely = place in gap.right if knows else False
+                logprob = -0.01 if likely else -1.0 - float(rng.random())
+                n = len(ids) - first
+                # The same number of nats for each candidate, whatever its length, so that a guesser has no bias.
+                rows.append(np.stack([np.full(n, logprob / n), np.full(n, float(likely))], axis=1))
+        monkeypatch.setattr(world_model_module, "_scored", lambda *_, rows=rows: rows)
+        figures = fill_gaps(None, gaps)
+        for kind in PROBES:
+            if knows:
+                assert figures[f"{kind}/accuracy"] == figures[f"{kind}/exact"] == 1.0
+            else:
+                spread = 4 * math.sqrt(0.25 / figures[f"{kind}/count"])
+                assert abs(figures[f"{kind}/accuracy"] - figures[f"{kind}/chance"]) < spread
+                assert figures[f"{kind}/exact"] == 0.0
+
+
+def test_scores_are_those_of_plain_passes(gaps_of: Callable[..., list[Gap]], tiny_qwen3: Callable[..., Any]) -> None:
+    gaps = [gap for gap in gaps_of(count=6) if gap.kind == "forward"][:3]
+    model = tiny_qwen3(480, max_position_embeddings=2048)
+    figures = fill_gaps(model, gaps)
+    nats = tokens = 0.0
+    hits = 0
+    for gap in gaps:
+        scores = []
+        for place, (ids, first) in enumerate(gap.candidates):
+            whole = torch.from_numpy(ids.astype(np.int64))
+            with torch.no_grad():
+                logprobs = model(input_ids=whole[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+            own = logprobs.gather(1, whole[1:, None])[first - 1 :, 0]
+            scores.append(float(own.sum()))
+            if place in gap.right:
+                nats, tokens = nats - float(own.sum()), tokens + len(own)
+        hits += int(np.argmax(scores)) in gap.right
+    assert figures["forward/accuracy"] == hits / len(gaps)
+    assert figures["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-3)
+    assert not model.training
+
+
+def test_no_gaps_no_figures(tiny_qwen3: Callable[..., Any]) -> None:
+    assert fill_gaps(tiny_qwen3(), []) == {}
+
+
+def test_environments_that_cannot_be_probed(renderer: Any) -> None:
+    env = make("countdown")
+    with pytest.raises(RecipeError, match=r"cannot be probed"):
+        make_gaps(env, renderer, Limits.for_env(env), 3)
+
+
+def test_to_probe_leaves_the_environment_as_it_was(renderer: Any) -> None:
+    env = make("sokoban")
+    env.reset(seed=0)
+    before = copy.deepcopy(env.describe())
+    make_gaps(env, renderer, Limits.for_env(env), 3)
+    assert env.describe() == before

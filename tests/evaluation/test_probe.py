@@ -1,0 +1,56 @@
+"""Probing by name: a policy, a run, and the figures over a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rehearsal.display import probe_tables
+from rehearsal.errors import RecipeError
+from rehearsal.evaluation.probe import probe_policy
+from rehearsal.training.loop import Trainer
+from rehearsal.training.recipe import resolve_recipe
+
+LAKE = {"environment.name": "frozenlake", "environment.params.size": 3}
+
+
+def test_a_policy_by_its_folder(taught_folder: Path) -> None:
+    figures = probe_policy(taught_folder, overrides={**LAKE, "agent.max_context": 400}, count=12)
+    for kind in ("action", "forward", "inverse"):
+        assert figures[f"{kind}/low"] <= figures[f"{kind}/accuracy"] <= figures[f"{kind}/high"]
+        assert 0 < figures[f"{kind}/chance"] < 1
+    _, sentence = probe_tables(figures)
+    assert "Perplexity of answers" in str(sentence)
+
+
+def test_several_environments_have_figures_of_their_own(taught_folder: Path) -> None:
+    recipe = resolve_recipe(
+        {"mixture": [{"name": "frozenlake", "params": {"size": 3}}, {"name": "bandit"}]}, {"agent.max_context": 400}
+    )
+    figures = probe_policy(taught_folder, recipe=recipe, count=8)
+    assert {"frozenlake/action/accuracy", "bandit/action/accuracy"} <= set(figures)
+    assert len(probe_tables(figures)) == 6
+
+
+def test_wrong_numbers_are_told(taught_folder: Path) -> None:
+    with pytest.raises(RecipeError, match="at least one episode"):
+        probe_policy(taught_folder, overrides=LAKE, count=0)
+
+
+def test_a_run_is_probed_at_each_evaluation(taught_folder: Path) -> None:
+    recipe = resolve_recipe(
+        {},
+        {
+            **LAKE, "model.path": str(taught_folder), "agent.thinking": False, "agent.max_tokens_per_turn": 12,
+            "agent.max_context": 400, "training.steps": 2, "training.groups": 2, "training.group_size": 2,
+            "evaluation.episodes": 2, "evaluation.every": 0, "diagnostics.probes": 6, "engine.max_sessions": 8,
+            "engine.memory_gib": 0.05, "world.mode": "dual", "adapters.policy_rank": 2, "adapters.world_rank": 2,
+        },
+    )  # fmt: skip
+    trainer = Trainer(recipe)
+    trainer.run()
+    assert all("probe/forward/accuracy" in figures for _, _, figures in trainer.evaluations)
+    # The rules of the verdict read steps: the probe before the first one is told with it.
+    assert "probe/perplexity" in trainer.history[0]
+    assert "probe/perplexity" not in trainer.history[1]
