@@ -107,6 +107,9 @@ class Options:
         overlong_max_tokens, overlong_cache_tokens: see :class:`OverlongPenalty`; no penalty without the first, and a
             fifth of it (as published) without the second.
         mask_truncated: whether the policy does not learn from episodes that were cut off (overlong filtering).
+        self_certainty: weight of the policy's certainty as a reward of its own, see
+            :mod:`rehearsal.algorithms.intrinsic`; none at 0.
+        reward_weight: weight of the environment's reward beside it; 0 learns without any reward.
         parameters: which parameters are updated, "all" or the name of an adapter.
     """
 
@@ -139,6 +142,8 @@ class Options:
     overlong_max_tokens: int | None = None
     overlong_cache_tokens: int | None = None
     mask_truncated: bool = False
+    self_certainty: float = 0.0
+    reward_weight: float = 1.0
     parameters: str = "all"
 
 
@@ -170,6 +175,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 """What each preset changes about the defaults of :class:`Options`."""
 
 _OPTION_TYPES = get_type_hints(Options)
+_NEVER_NEGATIVE = (
+    "advantage_eps", "kl_coefficient", "entropy_coefficient", "value_coefficient", "max_refill_tries",
+    "self_certainty", "reward_weight",
+)  # fmt: skip
 _ONLY_FOR_LOSS = {
     "clip_low": "clipped",
     "clip_high": "clipped",
@@ -194,6 +203,8 @@ class Algorithm:
         overlong: the penalty on long episodes, or None. ``token_advantages`` applies it.
         mask_truncated: whether the policy does not learn from episodes for which
             :func:`rehearsal.algorithms.shaping.was_cut_off` is True.
+        self_certainty: weight of the policy's certainty as a reward of its own.
+        reward_weight: weight of the environment's reward beside it.
         options: the options that it was made from, for reports and checkpoints.
     """
 
@@ -204,6 +215,8 @@ class Algorithm:
     max_refill_tries: int = 10
     overlong: OverlongPenalty | None = None
     mask_truncated: bool = False
+    self_certainty: float = 0.0
+    reward_weight: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -245,6 +258,8 @@ class Algorithm:
         if self.overlong is not None:
             begin = self.overlong.max_tokens - self.overlong.cache_tokens
             lines.append(f"overlong penalty: from {begin} to {self.overlong.max_tokens} sampled tokens, up to -1")
+        if self.self_certainty:
+            lines.append(f"self-certainty as a reward: {self.self_certainty:g} to {self.reward_weight:g} of the reward")
         if self.mask_truncated:
             lines.append("episodes that were cut off: the policy does not learn from them")
         return "\n".join(lines)
@@ -322,13 +337,15 @@ def _check_values(name: str, options: Options, overrides: Mapping[str, Any]) -> 
         value = getattr(options, option)
         if not 0 <= value <= 1:
             raise RecipeError(f"option {option!r} must lie between 0 and 1, and is {value:g}")
-    for option in ("advantage_eps", "kl_coefficient", "entropy_coefficient", "value_coefficient", "max_refill_tries"):
+    for option in _NEVER_NEGATIVE:
         value = getattr(options, option)
         if not value >= 0:
             raise RecipeError(f"option {option!r} must not be negative, and is {value:g}")
     for option in overrides:
         if _ONLY_FOR_LOSS.get(option, options.loss) != options.loss:
             raise RecipeError(f"option {option!r} does nothing in {name!r}, whose loss is {options.loss!r}")
+    if options.reward_weight != 1.0 and not options.self_certainty:
+        raise RecipeError("option 'reward_weight' does nothing without 'self_certainty'")
     if options.overlong_max_tokens is None and options.overlong_cache_tokens is not None:
         raise RecipeError("option 'overlong_cache_tokens' does nothing without 'overlong_max_tokens'")
 
@@ -384,6 +401,8 @@ def _build(name: str, options: Options) -> Algorithm:
         max_refill_tries=options.max_refill_tries,
         overlong=overlong,
         mask_truncated=options.mask_truncated,
+        self_certainty=options.self_certainty,
+        reward_weight=options.reward_weight,
         options=asdict(options),
     )
 

@@ -21,6 +21,7 @@ class Thresholds:
         information_fall: the same over what it was at the start.
         varied: H(Z|X) over what it was at the start, above which thoughts count as varied.
         entropy_fall: entropy over what it was at the start.
+        surer: self-certainty over what it was at the start.
         success_done: a run that succeeds this often may be sure of itself.
         spread_fall: in-group spread over its highest mean.
         reward_fall: fall of the mean reward from its highest mean, in units of what it had gained and spread.
@@ -38,6 +39,7 @@ class Thresholds:
     information_fall: float = 0.5
     varied: float = 0.5
     entropy_fall: float = 0.15
+    surer: float = 1.2
     success_done: float = 0.85
     spread_fall: float = 0.5
     reward_fall: float = 0.2
@@ -207,6 +209,19 @@ def _success_fell(series: Series, limits: Thresholds) -> str | None:
     return f"Success fell from {_percent(best)} to {_percent(success)}."
 
 
+def _sure_and_worse(series: Series, limits: Thresholds) -> str | None:
+    certainty, start = series.recent("signal/self_certainty"), series.start("signal/self_certainty")
+    reward, best = series.recent("train/reward"), series.best("train/reward")
+    if not certainty > limits.surer * start:
+        return None
+    if not best - reward > limits.reward_fall * max(series.best(_SPREAD), 1e-12):
+        return None
+    return (
+        f"Self-certainty rose from {start:.3g} to {certainty:.3g} nats, and the reward fell from {best:.3g} to "
+        f"{reward:.3g}."
+    )
+
+
 def _foreign_world(series: Series, limits: Thresholds) -> str | None:
     perplexity, symbols = series.last("probe/perplexity"), series.last("probe/symbols")
     if not perplexity > symbols:
@@ -276,6 +291,12 @@ RULES: tuple[Rule, ...] = (
         "success_fell", "Success fell", "The agent was better before.",
         "Go back to the checkpoint before the fall, and lower the learning rate or end earlier.",
         "train/success", _success_fell, begins_after=5,
+    ),
+    Rule(
+        "sure_and_worse", "Surer and worse",
+        "The policy becomes surer of itself while it gets worse: the reward from within feeds on itself.",
+        "Lower algorithm.options.self_certainty or end earlier, and go back to a checkpoint from before.",
+        "signal/self_certainty", _sure_and_worse,
     ),
     Rule(
         "foreign_world", "Foreign world",

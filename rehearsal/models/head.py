@@ -6,6 +6,7 @@ again in the backward pass, so memory stays at one chunk and, on a processor, wi
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -32,6 +33,18 @@ def _chunk(
         return logprobs_N, logprobs_N.new_empty(0)
     probs_NV = (logits_NV - normaliser_N[:, None]).exp()
     return logprobs_N, normaliser_N - (probs_NV * logits_NV).sum(dim=-1)
+
+
+def token_certainties(model: Any, hidden_ND: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """KL(uniform || p) of the distribution after each hidden state, nats, float32 of shape (N,), without gradient."""
+    vocabulary = model.config.get_text_config().vocab_size
+    size = max(64, _CHUNK_ENTRIES // vocabulary)
+    parts = [hidden_ND.new_empty(0, dtype=torch.float32)]
+    for start in range(0, len(hidden_ND), size):
+        logits_NV = logits_of(model, hidden_ND[start : start + size]).float() / temperature
+        normaliser_N = torch.logsumexp(logits_NV, dim=-1)
+        parts.append(normaliser_N - logits_NV.mean(dim=-1) - math.log(logits_NV.shape[-1]))
+    return torch.cat(parts)
 
 
 def token_logprobs(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rehearsal.algorithms.batch import TokenBatch
 from rehearsal.algorithms.credit import SequenceRewards, one_scale, token_advantages
+from rehearsal.algorithms.intrinsic import mixed_advantages
 from rehearsal.algorithms.presets import Algorithm
 from rehearsal.errors import TrainingDiverged
 from rehearsal.training.passes import Passes
@@ -24,7 +25,7 @@ def policy_batch(
     groups: Sequence[Group], sequences: Sequences, algorithm: Algorithm, passes: Passes, *, step: int,
     keep: np.ndarray | None = None, families: Sequence[int] | None = None, reference: Any | None = None,
     recompute: bool = False, answers: bool = False,
-) -> TokenBatch:  # fmt: skip
+) -> tuple[TokenBatch, dict[str, float]]:  # fmt: skip
     """Advantages, old log-probs, and what else objectives read.
 
     Args:
@@ -39,9 +40,13 @@ def policy_batch(
         recompute: whether old log-probs are taken anew, and not those of sampling.
         answers: whether a world model learns from the environment's answers among the targets.
 
+    Returns:
+        the batch, and figures worth telling about it.
+
     Raises:
         TrainingDiverged: if a model says something that is not finite.
     """
+    figures: dict[str, float] = {}
     segments, targets = sequences.segments, sequences.targets
     lengths = [len(wanted) for wanted in targets]
     sequence_N = np.repeat(np.arange(len(sequences)), lengths)
@@ -76,6 +81,16 @@ def policy_batch(
     if families is not None:
         family_N = np.asarray(families)[sequences.group][sequence_N]
         advantages_N = one_scale(advantages_N, family_N, keep_S[sequence_N])
+    if algorithm.self_certainty:
+        certainty_N = np.concatenate(passes.certainties(sequences.items()))
+        check_finite("self-certainty of the policy", certainty_N, step)
+        rewards_PG = rewards_matrix(groups)
+        episode_S = np.asarray(sequences.group) * rewards_PG.shape[1] + np.asarray(sequences.sample)
+        advantages_N = mixed_advantages(
+            advantages_N, certainty_N, episode_S[sequence_N], sampled_N, (rewards_PG.shape[0], rewards_PG.shape[1]),
+            ~np.isnan(rewards_PG), weight=algorithm.self_certainty, reward_weight=algorithm.reward_weight,
+        )  # fmt: skip
+        figures["signal/self_certainty"] = float(certainty_N[sampled_N].mean(dtype=np.float64))
     old_N = rollout_N
     if recompute:
         old_N = np.concatenate(passes.score(sequences.items()))
@@ -88,7 +103,7 @@ def policy_batch(
     def tensor(array: np.ndarray | None) -> Tensor | None:
         return None if array is None else torch.from_numpy(np.ascontiguousarray(array))
 
-    return TokenBatch(
+    batch = TokenBatch(
         token_ids_N=torch.from_numpy(flat("token_ids").astype(np.int64)),
         kinds_N=torch.from_numpy(kinds_N),
         turns_N=torch.from_numpy(turns_N.astype(np.int64)),
@@ -103,6 +118,7 @@ def policy_batch(
         returns_N=tensor(returns_N),
         observation_mask_N=tensor(kinds_N == Kind.OBSERVATION) if answers else None,
     )
+    return batch, figures
 
 
 def check_finite(what: str, array_N: np.ndarray | None, step: int) -> None:

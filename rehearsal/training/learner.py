@@ -117,15 +117,16 @@ class Learner:
         """
         started = time.perf_counter()
         metrics: dict[str, float] = {"policy/learning_rate": self._learning_rate(step), "policy/updates": 0.0}
-        works = self._works(groups, keep, step, families)
+        works, figures = self._works(groups, keep, step, families)
+        metrics |= figures
+        if works and probe and self.policy_objectives:
+            rng = np.random.default_rng([self._seed, step, 1])
+            metrics |= self._probe(groups, works[0], probe, rng)
+            metrics["time/probe"] = time.perf_counter() - started
         if self.world is not None:
             works += world_works(self.world, groups, situations or {}, self._seed, step)
         if not works:
             return metrics
-        if probe and self.policy_objectives:
-            rng = np.random.default_rng([self._seed, step, 1])
-            metrics |= self._probe(groups, works[0], probe, rng)
-            metrics["time/probe"] = time.perf_counter() - started
         for work in works:
             work.batch.check()
             work.batch.advantages_N *= scale
@@ -161,20 +162,21 @@ class Learner:
 
     def _works(
         self, groups: Sequence[Group], keep: np.ndarray | None, step: int, families: Sequence[int] | None
-    ) -> list[Work]:
-        """What the policy learns, and the world model in the same passes; nothing if there are no targets."""
+    ) -> tuple[list[Work], dict[str, float]]:
+        """What the policy learns, and the world model in the same passes; nothing if there are no targets. With figures
+        about it."""
         objectives = list(self.policy_objectives)
         together = self.world is not None and not self.world.apart
         if self.world is not None and together:
             objectives.append(self.world.objective)
         sequences = collect(groups, bool(self.policy_objectives), answers=together)
         if not any(len(targets) for targets in sequences.targets):
-            return []
-        batch = policy_batch(
+            return [], {}
+        batch, figures = policy_batch(
             groups, sequences, self.algorithm, self.passes, keep=keep, families=families, reference=self.reference,
             recompute=self.options.old_logprobs == "recompute", answers=self.world is not None, step=step,
         )  # fmt: skip
-        return [Work(sequences, batch, objectives, None, np.random.default_rng([self._seed, step]))]
+        return [Work(sequences, batch, objectives, None, np.random.default_rng([self._seed, step]))], figures
 
     def _learning_rate(self, step: int) -> float:
         return self.options.learning_rate * scheduled_share(step, self.options)

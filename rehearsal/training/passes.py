@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rehearsal.algorithms.batch import PolicyOutput, TokenBatch
-from rehearsal.models.head import token_logprobs
+from rehearsal.models.head import token_certainties, token_logprobs
 from rehearsal.models.packed import causal_lm, packed_hidden
 from rehearsal.models.packing import Pack, PackItem
 from rehearsal.models.parallel import pack_workers
@@ -90,6 +90,20 @@ class Passes:
             self.model if model is None else model, items,
             temperature=self.temperature if temperature is None else temperature,
             pack_tokens=options.pack_tokens, share_prefixes=options.share_prefixes, precision=self.precision,
+        )  # fmt: skip
+
+    def certainties(self, items: Sequence[PackItem]) -> list[np.ndarray]:
+        """Self-certainty of the policy where it drew the target tokens of any sequences, nats, one array each."""
+        options = self.options
+
+        def look(pack: Pack) -> np.ndarray:
+            with self.precision():
+                hidden_ND = packed_hidden(self.model, pack.token_ids_T, pack.positions_T, pack.plan, pack.sources_N)
+                return token_certainties(causal_lm(self.model), hidden_ND, temperature=self.temperature).cpu().numpy()
+
+        return each_target(
+            [self.model], items, look, options.pack_tokens, options.share_prefixes, self.device,
+            pack_workers(self.model),
         )  # fmt: skip
 
     def values_of(self, items: Sequence[PackItem]) -> list[np.ndarray]:

@@ -72,6 +72,7 @@ SICK: dict[str, dict[str, Callable[[int], float]]] = {
     "format_lost": {"behaviour__invalid_turns": late(0.02, 0.4)},
     "disagreement": {"policy__mismatch_first": late(1e-6, 0.1)},
     "success_fell": {"train__success": late(0.6, 0.3)},
+    "sure_and_worse": {"signal__self_certainty": late(2.0, 3.0), "train__reward": late(0.5, 0.3)},
     "foreign_world": {"probe__perplexity": late(1.5, 40.0)},
 }  # fmt: skip
 

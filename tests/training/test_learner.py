@@ -704,3 +704,18 @@ def test_the_rewarded_answer_becomes_likely(algorithm: str, tiny_qwen3: Callable
     for step in range(40):
         learner.step(play(step), step)
     assert probability() > 0.8
+
+
+def test_without_a_reward_the_policy_becomes_surer(model: Any, make_groups: MakeGroups) -> None:
+    groups = make_groups(model)
+    for group in groups:
+        for trajectory in group:
+            for turn in trajectory.turns:
+                turn.rewards = [0.0]
+    assert "signal/self_certainty" not in learner_of(copy.deepcopy(model)).step(groups, 0)
+    learner = learner_of(model, algo_self_certainty=1.0, algo_reward_weight=0.0)
+    before = weights(model)
+    figures = learner.step(groups, 0)
+    assert figures["signal/self_certainty"] > 0
+    assert figures["policy/grad_norm"] > 0
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
