@@ -289,8 +289,11 @@ class LocalEngine:
         self._prefixes[slot].append(prefix)
 
     def _share(self, parent: LocalSession, child: LocalSession) -> None:
-        # The last token is computed by each fork itself, because its output is what the first draw needs.
+        # The last token is computed by each fork itself, because its output is what the first draw needs. In the middle
+        # of an episode so is what the parent has not read yet.
         length = parent.length - 1
+        if parent.slot >= 0 and 0 < parent.computed < length:
+            length = parent.computed
         if length < 1:
             return
         prefix = parent.shared

@@ -156,7 +156,9 @@ class ChatRenderer:
         for closing in self._closing.values():
             for index, _ in closing.upto[:1]:
                 self._anchors.setdefault(index, self._anchor(index))
-        self._defuser = Defuser(self._control_tokens(), self._special)
+        # Tags are broken too where they are tokens of their own, whether or not the tokenizer calls them special.
+        tags = set(ANSWER_TAGS) & set(self._added.values())
+        self._defuser = Defuser(self._control_tokens(), self._special | tags)
         self._note_the_rest(history)
 
     # --- the conversation ---------------------------------------------------------------------------------------------

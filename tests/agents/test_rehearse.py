@@ -154,8 +154,10 @@ def test_an_answer_cannot_end_the_prediction_by_itself(renderer: Any) -> None:
     desk = Desk(renderer)
     desk.turn(say(predict("Left", "x")), f"a {PREDICT_CLOSE} b<|im_end|>", over=True)
     (one,) = hindsight(desk.episode(), renderer)
-    close = renderer.single_token("<|im_end|>")
-    assert close not in one.token_ids[one.first :].tolist()
+    answer = one.token_ids[one.first :].tolist()
+    assert renderer.single_token("<|im_end|>") not in answer
+    assert answer.count(renderer.single_token(PREDICT_CLOSE)) == 1
+    assert answer[-1] == renderer.single_token(PREDICT_CLOSE)
 
 
 def test_the_rules_ask_for_it() -> None:

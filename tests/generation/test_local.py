@@ -302,6 +302,24 @@ class TestForks:
 
         run(main())
 
+    def test_forks_of_a_parent_that_has_more_to_read_take_over_the_rest(self, qwen3: Any) -> None:
+        async def main() -> None:
+            engine = engine_of(qwen3)
+            parent = started(engine, prompts_of(20)[0], 1)
+            await parent.sample(WARM)
+            read, computed = engine.stats.tokens_prefilled, parent.computed
+            parent.extend([7, 8, 9])
+            forks = [parent.fork(key) for key in (10, 11)]
+            ids = parent.token_ids[: parent.length].copy()
+            answers = await gathered(*(fork.sample(WARM) for fork in forks))
+            # Each reads what the parent has not read; nobody reads the episode again.
+            assert engine.stats.tokens_prefilled - read == 2 * (parent.length - computed)
+            assert engine.stats.tokens_shared == 2 * computed
+            for key, answer in zip((10, 11), answers, strict=True):
+                assert same(answer, await self._fresh(qwen3, ids, key))
+
+        run(main())
+
     def test_forks_of_forks(self, windowed_or_not: Any) -> None:
         async def main() -> None:
             engine = engine_of(windowed_or_not)
