@@ -37,6 +37,7 @@ import numpy as np
 import torch
 
 from rehearsal.agents.agent import Agent, Limits, check_reset, play_actions
+from rehearsal.agents.players import end_of_answer
 from rehearsal.agents.protocol import ANSWER_CLOSE, ANSWER_OPEN, Protocol
 from rehearsal.environments.base import TextEnv
 from rehearsal.errors import RecipeError
@@ -105,11 +106,10 @@ class _Walk:
         self.observation = result.observation or self.observation
         return self.open
 
-    def spell(self, action: str, ended: bool = True) -> np.ndarray:
+    def spell(self, action: str) -> np.ndarray:
         """The tokens of an answer with this action."""
         ids = self.renderer.encode(f"{ANSWER_OPEN}{action}{ANSWER_CLOSE}")
-        ends = self.renderer.stop_token_ids[:1] if ended else ()
-        return np.concatenate([ids, np.array(ends, dtype=np.int32)]).astype(np.int32)
+        return np.concatenate([ids, end_of_answer(self.renderer)]).astype(np.int32)
 
     def told(self, action: str, observation: str) -> tuple[np.ndarray, int]:
         """The episode with one more action and an answer to it, and where the answer's words begin."""

@@ -28,7 +28,6 @@ _LOSS_NAMES = {int(Kind.THOUGHT): "thought", int(Kind.ACTION): "action", int(Kin
 _SMOOTHING = 0.95
 # Larger packs are slower on a processor: their activations leave its cache.
 _PACK_TOKENS = 2048
-_PACK_TOKENS = 2048
 """Tokens of one forward pass: more bring no speed on a processor, and fewer would share fewer system prompts."""
 
 OnStep = Callable[[int, float, float], None]

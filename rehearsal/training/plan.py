@@ -9,6 +9,7 @@ from rehearsal.models.packed import causal_lm
 from rehearsal.models.parallel import pack_workers
 from rehearsal.training.playing import make_rollout, policy_of
 from rehearsal.training.recipe import Recipe
+from rehearsal.training.world import MODE_TEXTS
 
 _MIB = 2**20
 
@@ -49,7 +50,10 @@ def describe_plan(recipe: Recipe) -> str:
     plan = memory_plan(recipe)
     training = recipe.training
     algorithm = preset(recipe.algorithm.name, **recipe.algorithm.options)
-    lines = [algorithm.describe(), ""]
+    lines = [algorithm.describe()]
+    if recipe.world.mode != "policy_only":
+        lines.append(f"world model, {recipe.world.mode}: {MODE_TEXTS[recipe.world.mode]}")
+    lines.append("")
     lines.append(
         f"{training.steps} steps of {training.groups} x {training.group_size} episodes, "
         f"{training.steps * training.epochs * training.minibatches} updates"

@@ -17,6 +17,16 @@ WORLD_MODES: tuple[str, ...] = get_args(WorldMode)
 _APART: tuple[str, ...] = ("dual", "inactive", "placebo")
 """The modes in which policy and world model have an adapter each."""
 
+MODE_TEXTS: dict[str, str] = {
+    "policy_only": "nothing is learnt from what the environment answers",
+    "shared": "answers are learnt with the policy's own parameters",
+    "dual": "answers are learnt by an adapter of their own, which is part of every pass",
+    "inactive": "answers are learnt by an adapter of their own, which is used for nothing else",
+    "placebo": "answers are dealt out among episodes and then learnt by an adapter of their own",
+    "world_only": "answers are learnt, and the policy is not",
+}
+"""Each mode in a few words."""
+
 SHARED_COEFFICIENT = 0.05
 """What ECHO (arXiv:2605.24517) found good where policy and world model share their parameters."""
 

@@ -12,6 +12,7 @@ from rehearsal.models.load import load_policy
 from rehearsal.training.plan import describe_plan, memory_plan
 from rehearsal.training.playing import make_rollout
 from rehearsal.training.recipe import Recipe, resolve_recipe
+from rehearsal.training.world import MODE_TEXTS, WORLD_MODES
 
 
 def recipe_of(folder: Path, **changes: Any) -> Recipe:
@@ -69,6 +70,19 @@ def test_the_plan_in_words(taught_folder: Path) -> None:
     plan = memory_plan(recipe_of(taught_folder))
     (together,) = [line for line in text.splitlines() if "together" in line]
     assert float(together.split()[1]) == pytest.approx(sum(plan.values()) / 2**20, abs=0.1)
+
+
+@pytest.mark.parametrize("mode", WORLD_MODES)
+def test_the_world_model_in_words(mode: str, taught_folder: Path) -> None:
+    text = describe_plan(recipe_of(taught_folder, world__mode=mode))
+    assert (MODE_TEXTS[mode] in text) == (mode != "policy_only")
+
+
+def test_what_adapters_take(taught_folder: Path) -> None:
+    whole = memory_plan(recipe_of(taught_folder))
+    dual = memory_plan(recipe_of(taught_folder, world__mode="dual", adapters__policy_rank=2, adapters__world_rank=2))
+    assert dual["gradients"] == dual["weights"] - whole["weights"]
+    assert dual["optimiser"] == 2 * dual["gradients"]
 
 
 def test_what_does_not_fit_is_told_before_anything_runs(taught_folder: Path, tmp_path: Path) -> None:

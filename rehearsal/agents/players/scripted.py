@@ -53,7 +53,7 @@ def scripted_episode(
     limits = limits or Limits.for_env(env)
     agent = Agent(renderer, protocol or Protocol(), limits)
     observation, info = check_reset(env, env.reset(seed=seed, options={"split": split}))
-    end_ids = _end_of_answer(renderer)
+    end_ids = end_of_answer(renderer)
     prompt = agent.opening(env.instructions, observation, state=str(info.get("state", "")), env=env)
     while prompt is not None:
         text = _answer(env, player, agent, renderer.opens_thought, rng)
@@ -112,7 +112,7 @@ def _mistaken(env: TextEnv, actions: list[str], protocol: Protocol, rng: np.rand
 _ends: WeakKeyDictionary[ChatRenderer, np.ndarray] = WeakKeyDictionary()
 
 
-def _end_of_answer(renderer: ChatRenderer) -> np.ndarray:
+def end_of_answer(renderer: ChatRenderer) -> np.ndarray:
     """The id that the chat template ends an answer with, or nothing where no token does; found once a renderer."""
     if renderer not in _ends:
         closing = renderer.after_answer((), [Piece("x", Kind.OBSERVATION)]).token_ids
