@@ -166,10 +166,12 @@ class Learner:
         """What the policy learns, and the world model in the same passes; nothing if there are no targets. With figures
         about it."""
         objectives = list(self.policy_objectives)
+        if not objectives:
+            return [], {}
         together = self.world is not None and not self.world.apart
         if self.world is not None and together:
             objectives.append(self.world.objective)
-        sequences = collect(groups, bool(self.policy_objectives), answers=together)
+        sequences = collect(groups, answers=together)
         if not any(len(targets) for targets in sequences.targets):
             return [], {}
         batch, figures = policy_batch(
@@ -185,10 +187,10 @@ class Learner:
         if self.options.minibatches == 1:
             yield np.arange(n_sequences)
             return
-        # Sorted again inside each part, so that members of a group stand together and share their prefix.
+        # Sorted again inside each part, so that members of a group stand together and share their prefix. A part is
+        # empty where there are fewer sequences than parts.
         for part in np.array_split(rng.permutation(n_sequences), self.options.minibatches):
-            if len(part):
-                yield np.sort(part)
+            yield np.sort(part)
 
     def _update(
         self, parts: Sequence[tuple[Work, np.ndarray]], step: int, sums: dict[str, float], counts: dict[str, float]
@@ -198,6 +200,8 @@ class Learner:
         n_tokens = saved = 0
         self.model.train()
         for work, part in parts:
+            if not len(part):
+                continue
             with active_adapters(self.model, work.adapters):
                 used, shared = self._accumulate(work, part, step, updates, sums, counts)
             n_tokens += used
@@ -227,14 +231,15 @@ class Learner:
         )  # fmt: skip
         names = list(dict.fromkeys(objective.parameters for objective in work.objectives))
         trained = [list(self._trained[name]) for name in names]
-        if self.critic is not None and self.policy_objectives:
-            own = self._trained_by_policy()
-            trained[names.index(own)] += [p for p in self.critic.parameters() if p.requires_grad]
+        values = any(objective.needs_values for objective in work.objectives)
+        if self.critic is not None and values:
+            own = names.index(self._trained_by_policy())
+            trained[own] += [parameter for parameter in self.critic.parameters() if parameter.requires_grad]
 
         def losses_of(pack: Pack) -> tuple[list[Tensor | None], PackFigures]:
             numbers = torch.as_tensor([int(wanted[i]) for i in pack.items])
             micro = mini.select_sequences(numbers).to(self.device)
-            output = self.passes.forward(pack, micro)
+            output = self.passes.forward(pack, micro, values)
             figures = PackFigures(numbers)
             losses: dict[str, Tensor] = {}
             for objective in work.objectives:
@@ -243,7 +248,7 @@ class Learner:
             figures.finite = all(bool(torch.isfinite(loss.detach())) for loss in losses.values())
             return [losses.get(name) for name in names], figures
 
-        models = [self.model] if self.critic is None else [self.model, self.critic]
+        models = [self.model, self.critic] if values else [self.model]
         results = accumulate_gradients(models, trained, losses_of, packs, self._workers)
         for number, figures in enumerate(results):
             if not figures.finite:

@@ -55,10 +55,10 @@ class Passes:
         else:
             yield
 
-    def forward(self, pack: Pack, micro: TokenBatch) -> PolicyOutput:
-        """All that objectives may ask for, with gradient."""
+    def forward(self, pack: Pack, micro: TokenBatch, values: bool) -> PolicyOutput:
+        """All that objectives ask for, with gradient; the critic's values if ``values``."""
         logprobs_N, entropy_N = self.policy(pack, micro)
-        return PolicyOutput(logprobs_N, entropy_N, self.values(pack) if self.critic is not None else None)
+        return PolicyOutput(logprobs_N, entropy_N, self.values(pack) if values else None)
 
     def policy(self, pack: Pack, micro: TokenBatch) -> tuple[Tensor, Tensor | None]:
         """Log-probs of the targets, and entropies if they are wanted.

@@ -103,7 +103,10 @@ def world_model(
     if mode == "dual":
         return WorldModel(objective, learning_rate_ratio=learning_rate_ratio, policy=own, hindsight=hindsight)
     if mode == "world_only":
-        return WorldModel(objective, learning_rate_ratio=learning_rate_ratio, policy=None, hindsight=hindsight)
+        # No policy's passes to share, and no advantages to work out.
+        return WorldModel(
+            objective, apart=True, learning_rate_ratio=learning_rate_ratio, policy=None, hindsight=hindsight
+        )
     return WorldModel(
         objective, apart=True, shuffled=mode == "placebo", adapters=everyone, learning_rate_ratio=learning_rate_ratio,
         policy=own, hindsight=hindsight,

@@ -54,6 +54,7 @@ def random_batch(
         reference_logprobs_N=torch.where(sampled_N, logprobs_N + noise(spread), torch.nan),
         old_values_N=values_N + noise(0.5),
         returns_N=torch.where(sampled_N, noise(1.0), torch.nan),
+        observation_mask_N=~sampled_N,
     )
     output = PolicyOutput(
         logprobs_N=logprobs_N.clone().requires_grad_(),

@@ -136,8 +136,10 @@ def test_an_adapter_counts(build_family: Callable[[str], Any]) -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(build_family("qwen3"), LoraConfig(target_modules=["v_proj"], init_lora_weights=False))
-    assert fused_decoder(model) is None
+    assert fused_decoder(model) is not None
     assert fused_decoder(model.merge_and_unload()) is not None
+    other = get_peft_model(build_family("qwen3"), LoraConfig(target_modules=["v_proj"], use_dora=True))
+    assert fused_decoder(other) is None
 
 
 def test_it_is_what_the_shipped_model_runs_on() -> None:

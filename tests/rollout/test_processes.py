@@ -111,8 +111,11 @@ def test_who_may_be_shared(policy: Any) -> None:
     from peft import LoraConfig, get_peft_model
 
     assert may_share(policy.model)
+    # Adapters that can be multiplied into the weights are no hindrance; others are.
     other = load_policy("base", device="cpu").model
-    assert not may_share(get_peft_model(other, LoraConfig(target_modules=["q_proj"])))
+    assert may_share(get_peft_model(other, LoraConfig(target_modules=["q_proj"])))
+    other = load_policy("base", device="cpu").model
+    assert not may_share(get_peft_model(other, LoraConfig(target_modules=["q_proj"], use_dora=True)))
     assert not may_share(load_policy("base", device="cpu").model.to(torch.bfloat16))
 
 

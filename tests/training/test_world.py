@@ -575,3 +575,22 @@ def test_replay_without_rehearsals_is_refused(taught_folder: Path) -> None:
         recipe_of(taught_folder, world__mode="dual", world__replay=4)
     with pytest.raises(RecipeError, match=r"agent.rehearse needs a thought"):
         recipe_of(taught_folder, agent__rehearse=True, agent__thinking=False)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+@pytest.mark.parametrize("mode", ["dual", "inactive", "world_only"])
+@pytest.mark.parametrize("minibatches", [1, 5])
+def test_one_situation_and_many_minibatches(
+    minibatches: int, mode: WorldMode, algorithm: str, build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    model = build()
+    if mode == "inactive":
+        activate(model, (POLICY,))
+    groups = make_groups(model)
+    before = weights(model, WORLD)
+    learner = learner_of(model, mode, algorithm, minibatches=minibatches)
+    figures = learner.step(groups, 0, situations={"hindsight": situations_of(groups, 1)})
+    assert figures["hindsight/prediction_loss"] > 0
+    assert 1 <= figures["policy/updates"] <= minibatches
+    assert ("policy/loss/value" in figures) == (algorithm == "ppo" and mode != "world_only")
+    assert moved(before, weights(model, WORLD))
