@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,10 @@ def run_cells(
             store(name, play(cells[name]))
     else:
         with ProcessPoolExecutor(workers) as pool:
-            futures = {name: pool.submit(play, cells[name]) for name in missing}
-            for name, future in futures.items():
-                store(name, future.result())
+            names = {pool.submit(play, cells[name]): name for name in missing}
+            # As they finish, not in order: a slow cell must not keep the others from being stored.
+            for future in as_completed(names):
+                store(names[future], future.result())
     return {name: done[name] for name in cells}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -126,3 +127,15 @@ def test_the_control_of_the_main_job_deals_the_rewards_of_a_group_out_anew() -> 
     assert sorted(after[:8]) == pytest.approx(sorted(before[:8]))
     assert (after[:8] != before[:8]).any()
     assert math.isnan(after[8])
+
+
+def wait(settings: Mapping[str, Any]) -> dict[str, Any]:
+    time.sleep(settings["seconds"])
+    return {"finished": time.time()}
+
+
+def test_cells_are_stored_as_they_finish(tmp_path: Path) -> None:
+    cells = {"slow": {"seconds": 1.0}, "fast": {"seconds": 0.0}}
+    run_cells("x", cells, wait, tmp_path, workers=2)
+    stored = {name: (tmp_path / "x" / f"{name}.json").stat().st_mtime for name in cells}
+    assert stored["fast"] < stored["slow"]
