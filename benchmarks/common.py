@@ -216,3 +216,35 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def say(text: str) -> None:
     """Tell on the error stream how far a benchmark is; the output stream is for the result."""
     print(text, file=sys.stderr, flush=True)
+
+
+# Memory
+
+
+def in_own_process(options: Sequence[str]) -> dict[str, Any]:
+    """Run the same script with other options in a process of its own, and read the JSON object that it prints last.
+
+    Raises:
+        SystemExit: with the last line of what went wrong.
+    """
+    done = subprocess.run([sys.executable, str(script_path()), *options], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(options)} failed: {done.stderr.strip().splitlines()[-1]}")
+    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def memory(field: str) -> int:
+    """Bytes of this process: "VmRSS" now, "VmHWM" at most so far.
+
+    Not from ``getrusage``: on Linux its maximum begins with that of the parent process.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError as error:
+        raise SystemExit("The memory of a process is read from /proc, which this system does not have.") from error
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def forget_peak() -> None:
+    """Let "VmHWM" begin anew."""
+    Path("/proc/self/clear_refs").write_text("5")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +22,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.common import interleaved, parser, ratio, report, say
-from benchmarks.learner import forget_peak, memory
+from benchmarks.common import forget_peak, in_own_process, interleaved, memory, parser, ratio, report, say
 from benchmarks.setting import LEARNING_RATE, frozen_lake_recipe, model_folder
 from rehearsal.training.loop import Trainer
 
@@ -62,10 +60,7 @@ def memory_of(variant: str, given: argparse.Namespace, folder: Path) -> float:
     options = ["--measure", variant, "--model", str(folder), "--groups", str(given.groups)]
     options += ["--group-size", str(given.group_size), "--seed", str(given.seed)]
     options += ["--threads", str(torch.get_num_threads())]
-    done = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"The measurement of {variant} failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])["bytes"] / 2**20
+    return float(in_own_process(options)["bytes"]) / 2**20
 
 
 def times(given: argparse.Namespace, folder: Path) -> dict[str, float]:

@@ -19,7 +19,6 @@ import argparse
 import gc
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.common import interleaved, parser, ratio, report, say
+from benchmarks.common import forget_peak, in_own_process, interleaved, memory, parser, ratio, report, say
 from benchmarks.counting import items_of, packed_counts, training_flops
 from benchmarks.setting import LEARNING_RATE, model_folder
 from rehearsal.agents.agent import Limits
@@ -124,23 +123,6 @@ def variant_step(variant: str, policy: Policy, groups: list[Group], pack_tokens:
     return lambda: int(learner.step(groups, 0)["speed/learner_tokens"])
 
 
-def memory(field: str) -> int:
-    """Bytes of this process: "VmRSS" now, "VmHWM" at most so far.
-
-    Not from ``getrusage``: on Linux its maximum begins with that of the parent process.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError as error:
-        raise SystemExit("The memory of a process is read from /proc, which this system does not have.") from error
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def forget_peak() -> None:
-    """Let "VmHWM" begin anew."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def measure_memory(given: argparse.Namespace, folder: Path) -> None:
     """What the process of one variant does: a single step, and a line on what it took."""
     policy = load_policy(folder, device="cpu")
@@ -157,14 +139,11 @@ def measure_memory(given: argparse.Namespace, folder: Path) -> None:
 
 
 def memory_of(variant: str, given: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Run :func:`measure_memory` in a process of its own."""
+    """What :func:`measure_memory` says in a process of its own."""
     options = ["--measure", variant, "--model", str(folder), "--groups", str(given.groups)]
     options += ["--group-size", str(given.group_size), "--pack-tokens", str(given.pack_tokens)]
     options += ["--seed", str(given.seed), "--threads", str(torch.get_num_threads())]
-    done = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"The measurement of {variant} failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return in_own_process(options)
 
 
 def utilisation(given: argparse.Namespace, folder: Path) -> dict[str, float]:

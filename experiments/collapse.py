@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import report
 from experiments.cells import RESULTS, run_cells
-from experiments.policies import base_fingerprint, train_cell
+from experiments.policies import origin, train_cell
 from rehearsal.diagnostics import RULES, Series, Thresholds, judge
 from rehearsal.environments.frozenlake import FrozenLake
 
@@ -39,6 +39,7 @@ STEPS = 50
 COMMON: dict[str, Any] = {
     "training.steps": STEPS, "training.groups": 16, "evaluation.every": 0, "evaluation.episodes": 128,
     "engine.processes": 1, "diagnostics.every": 2, "diagnostics.gradients_every": 5, "training.schedule": "constant",
+    "training.learning_rate": 3e-4,
 }  # fmt: skip
 PUSHED: dict[str, dict[str, Any]] = {
     "regularised": {
@@ -160,7 +161,7 @@ def main() -> int:
     arms = {"plain": HEALTHY["plain"], "too_fast": PUSHED["too_fast"]} if options.quick else {**HEALTHY, **PUSHED}
     cells = {
         f"{arm}-{seed}": {
-            "recipe": "frozenlake", "seed": seed, "threads": options.threads, "base": base_fingerprint(),
+            "recipe": "frozenlake", "seed": seed, "threads": options.threads, **origin("frozenlake"),
             "overrides": {**COMMON, **changes, **quick},
         }
         for seed in range(seeds)

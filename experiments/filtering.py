@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import report
 from experiments.cells import RESULTS, run_cells
-from experiments.policies import base_fingerprint, train_cell
+from experiments.policies import origin, train_cell
 
 ENVIRONMENTS: dict[str, dict[str, Any]] = {
     "lake": {"recipe": "frozenlake", "overrides": {"training.steps": 30}},
@@ -62,7 +62,7 @@ def main() -> int:
     cells = {
         f"{name}-{arm}-{seed}": {
             "recipe": ENVIRONMENTS[name]["recipe"], "seed": seed, "threads": options.threads,
-            "base": base_fingerprint(),
+            **origin(ENVIRONMENTS[name]["recipe"]),
             "overrides": {**COMMON, **ENVIRONMENTS[name]["overrides"], **ARMS[arm], **quick},
         }
         for seed in range(seeds)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import report
 from experiments.cells import RESULTS, run_cells
-from experiments.policies import base_fingerprint
+from experiments.policies import origin, train_cell
 from rehearsal.trajectory import Group
 
 SEEDS = {"frozenlake": 5, "bandit": 5, "sokoban": 3}
@@ -46,10 +45,7 @@ def deal_rewards(groups: Sequence[Group], rng: np.random.Generator) -> None:
 
 def play(settings: Mapping[str, Any]) -> dict[str, Any]:
     """One training run; ``deal_rewards`` in the settings makes it a control."""
-    import torch
-
     from rehearsal.training.loop import Batch, Trainer
-    from rehearsal.training.recipe import resolve_recipe
 
     class Control(Trainer):
         def play(self) -> Batch:
@@ -57,25 +53,12 @@ def play(settings: Mapping[str, Any]) -> dict[str, Any]:
             deal_rewards(batch.groups, np.random.default_rng([self.recipe.seed, self.steps_done]))
             return batch
 
-    torch.set_num_threads(int(settings["threads"]))
-    recipe = resolve_recipe(settings["recipe"], {"seed": settings["seed"], **settings["overrides"]})
-    trainer = (Control if settings.get("deal_rewards") else Trainer)(recipe)
-    began = time.monotonic()
-    trainer.run()
-    held_out = [(step, figures) for step, split, figures in trainer.evaluations if split == "test"]
-    curve = [[step, round(figures["success"], 4)] for step, _, figures in trainer.evaluations]
-    return {
-        "before": held_out[0][1]["success"],
-        "after": held_out[-1][1]["success"],
-        "after_low": held_out[-1][1]["success_low"],
-        "after_high": held_out[-1][1]["success_high"],
-        "best_on_validation": max(
-            [figures["success"] for _, split, figures in trainer.evaluations if split == "validation"], default=None
-        ),
-        "dead_groups_at_the_end": trainer.history[-1]["signal/dead_groups"],
-        "entropy_at_the_end": trainer.history[-1].get("policy/entropy"),
-        "seconds": time.monotonic() - began,
-        "curve": curve,
+    trainer, figures = train_cell(settings, Control if settings.get("deal_rewards") else None)
+    last = trainer.history[-1]
+    return figures | {
+        "dead_groups_at_the_end": last["signal/dead_groups"],
+        "entropy_at_the_end": last.get("policy/entropy"),
+        "curve": [[step, round(told["success"], 4)] for step, _, told in trainer.evaluations],
     }
 
 
@@ -89,22 +72,16 @@ def main() -> int:
     options = parser.parse_args()
     names = options.only or list(SEEDS)
     cells: dict[str, dict[str, Any]] = {}
-    base = base_fingerprint()
     for name in names:
         seeds = 1 if options.quick else options.seeds or SEEDS[name]
+        common: dict[str, Any] = {"recipe": name, "threads": options.threads, **origin(name)}
         quick = {"training.steps": 3, "evaluation.episodes": 32} if options.quick else {}
         for seed in range(seeds):
-            common = {"recipe": name, "seed": seed, "threads": options.threads, "base": base}
-            cells[f"{name}-{seed}"] = {**common, "overrides": quick}
-        cells[f"{name}-control"] = {
-            "recipe": name, "seed": 0, "threads": options.threads, "base": base, "overrides": quick,
-            "deal_rewards": True,
-        }  # fmt: skip
+            cells[f"{name}-{seed}"] = common | {"seed": seed, "overrides": quick}
+        cells[f"{name}-control"] = common | {"seed": 0, "overrides": quick, "deal_rewards": True}
         if name == "bandit":
             names_apart = {"environment.params.held_out": "names", **quick}
-            cells["bandit-unknown_names"] = {
-                "recipe": name, "seed": 0, "threads": options.threads, "base": base, "overrides": names_apart,
-            }  # fmt: skip
+            cells["bandit-unknown_names"] = common | {"seed": 0, "overrides": names_apart}
     played = run_cells("main_job", cells, play, None if options.quick else RESULTS, options.workers)
 
     from rehearsal.evaluation.statistics import mean_interval

@@ -10,16 +10,23 @@ from typing import Any
 
 
 def base_fingerprint() -> str:
-    """Digest of the shipped base's weights. Part of a cell's settings, so that another base makes other cells."""
+    """Digest of the shipped base's weights."""
     weights = resources.files("rehearsal") / "models" / "base" / "model.safetensors"
     return hashlib.blake2b(weights.read_bytes(), digest_size=6).hexdigest()
 
 
-def train_cell(settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def origin(recipe: str) -> dict[str, str]:
+    """What a cell is made from, for its settings: digests of the shipped base and of a built-in recipe's file."""
+    text = (resources.files("rehearsal") / "recipes" / f"{recipe}.toml").read_bytes()
+    return {"base": base_fingerprint(), "recipe_file": hashlib.blake2b(text, digest_size=6).hexdigest()}
+
+
+def train_cell(settings: Mapping[str, Any], kind: Any = None) -> tuple[Any, dict[str, Any]]:
     """One training run.
 
     Args:
         settings: ``recipe``, ``seed``, ``threads`` and ``overrides``.
+        kind: of trainer, if not the usual one.
 
     Returns:
         the trainer, and figures: held-out success before and after with its interval, seconds, updates, episodes played
@@ -32,7 +39,7 @@ def train_cell(settings: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
     torch.set_num_threads(int(settings["threads"]))
     recipe = resolve_recipe(settings["recipe"], {"seed": settings["seed"], **settings["overrides"]})
-    trainer = Trainer(recipe)
+    trainer = (kind or Trainer)(recipe)
     began = time.monotonic()
     trainer.run()
     held_out = [figures for _, split, figures in trainer.evaluations if split == "test"]

@@ -186,6 +186,8 @@ class LocalEngine:
         self._limit = np.zeros(S, dtype=np.int64)
         self._keys = np.zeros(S, dtype=np.uint64)
         self._params_index = np.zeros(S, dtype=np.int64)
+        self._adapters_index = np.zeros(S, dtype=np.int64)
+        self._adapters: list[tuple[str, ...] | None] = [None]
         self._last_ids = np.zeros(S, dtype=np.int64)
         self._new_ids = np.zeros((S, L), dtype=np.int32)
         self._new_logprobs = np.zeros((S, L), dtype=np.float32)
@@ -251,6 +253,9 @@ class LocalEngine:
             self._params.append(distribution)
             self._stops.append(np.array(distribution.stop_token_ids, dtype=np.int64))
         self._params_index[slot] = self._params.index(distribution)
+        if session.adapters not in self._adapters:
+            self._adapters.append(session.adapters)
+        self._adapters_index[slot] = self._adapters.index(session.adapters)
         self._length[slot] = session.length
         self._computed[slot] = session.computed
         self._limit[slot] = min(session.length + session.params.max_tokens, self.max_context)
@@ -406,18 +411,12 @@ class LocalEngine:
 
     def _step(self, runner: BlockRunner) -> None:
         slots = np.nonzero(self._active)[0]
-        kinds = {session.adapters for slot in slots if (session := self._sessions[slot]) is not None}
-        if kinds <= {None}:
-            self._read(runner, slots)
-            return
-        for kind in sorted(kinds, key=str):
-            own = [slot for slot in slots if (s := self._sessions[slot]) is not None and s.adapters == kind]
-            with active_adapters(self.model, kind):
-                self._read(runner, np.array(own, dtype=np.int64))
+        kinds = self._adapters_index[slots]
+        for kind in np.unique(kinds):
+            with active_adapters(self.model, self._adapters[kind]):
+                self._read(runner, slots[kinds == kind])
 
     def _read(self, runner: BlockRunner, slots: np.ndarray) -> None:
-        if len(slots) == 0:
-            return
         new = self._length[slots] - self._computed[slots]
         single = slots[new == 1]
         runs: list[Run] = []

@@ -166,6 +166,8 @@ def trained_parameters(model: Any, name: str) -> list[nn.Parameter]:
 
 def active_names(model: Any) -> tuple[str, ...]:
     """The adapters that a forward pass goes through now."""
+    if not adapter_names(model):
+        return ()  # asked in every step of an engine: no walk through a model that has none
     for module in model.modules():
         if is_low_rank(module):
             return () if module.disable_adapters else tuple(module.active_adapters)

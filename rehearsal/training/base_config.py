@@ -55,7 +55,8 @@ SCENES = (
     Scene("rehearsal.training.base_scenes:MadeUpBandit", {}, 12.0),
     Scene("countdown", {}, 14.0),
 )
-"""The four built-in environments: mostly as they are by default, with other sizes, slips, views and names beside it."""
+"""FrozenLake, Sokoban, the bandit and Countdown, mostly as they are by default; other sizes, slips, views and names
+beside it."""
 
 
 @dataclass(frozen=True)

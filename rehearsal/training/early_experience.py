@@ -41,7 +41,7 @@ from rehearsal.training.recipe import Recipe
 from rehearsal.training.reflection import reflect
 from rehearsal.training.sequences import collect_situations
 from rehearsal.training.tasks import TaskSource
-from rehearsal.training.world import WorldModel, world_model
+from rehearsal.training.world import WorldModel, policy_parameters, world_model
 from rehearsal.trajectory import Kind
 
 
@@ -177,10 +177,11 @@ class _Course:
         world = world_model(mode, adapters, learning_rate_ratio=recipe.world.learning_rate_ratio)
         assert world is not None
         # Nothing else is in the loss, so no weight has a meaning.
-        self.world = replace(world, policy=None, hindsight=1.0)
-        own = POLICY if POLICY in adapters else "all"
+        self.world = replace(world, policy=False, hindsight=1.0)
         # The same loss as that on the environment's words: to the learner both are what another said.
-        self.imitation = WorldModel(ObservationLoss(name="imitation", parameters=own), policy=None)
+        self.imitation = WorldModel(
+            ObservationLoss(name="imitation", parameters=policy_parameters(adapters)), policy=False
+        )
         self.tasks = TaskSource(recipe)
         self.figures: dict[str, float] = {}
 

@@ -24,7 +24,7 @@ from rehearsal.algorithms.objectives import CISPOLoss, PolicyLoss
 from rehearsal.algorithms.presets import Algorithm
 from rehearsal.algorithms.variance import group_variance
 from rehearsal.errors import TrainingDiverged
-from rehearsal.models.adapters import WORLD, active_adapters
+from rehearsal.models.adapters import WORLD, active_adapters, adapter_names
 from rehearsal.models.packed import causal_lm
 from rehearsal.models.packing import Pack, PackItem, make_packs
 from rehearsal.models.parallel import accumulate_gradients, map_packs, pack_workers
@@ -37,7 +37,7 @@ from rehearsal.training.recipe import TrainingOptions
 from rehearsal.training.sequences import collect
 from rehearsal.training.terms import WEIGHT, WEIGHT_SQUARED, PackFigures, term_of
 from rehearsal.training.works import Work, parameter_sets, world_works
-from rehearsal.training.world import WorldModel
+from rehearsal.training.world import WorldModel, policy_objectives
 from rehearsal.trajectory import SAMPLED_KINDS, Group, rewards_matrix
 
 
@@ -67,9 +67,9 @@ class Learner:
         self.temperature = temperature
         self.device = next(causal_lm(model).parameters()).device
         self.world = world
-        self.policy_objectives: tuple[Objective, ...] = algorithm.objectives
-        if world is not None:
-            self.policy_objectives = world.policy_objectives(algorithm)
+        self.policy_objectives: tuple[Objective, ...] = ()
+        if world is None or world.policy:
+            self.policy_objectives = policy_objectives(algorithm, adapter_names(model))
         everyone = [*self.policy_objectives, *([world.objective] if world is not None else [])]
         self._trained = parameter_sets(model, everyone)
         self.optimisers = {name: make_optimiser(trained, options) for name, trained in self._trained.items()}

@@ -75,6 +75,7 @@ _SCALARS: dict[str, tuple[pa.DataType, Callable[[Trajectory], Any]]] = {
     "seed": (pa.int64(), lambda one: int(one.seed)),
     "split": (pa.string(), lambda one: one.split),
     "task": (pa.string(), lambda one: one.task),
+    "topic": (pa.string(), lambda one: one.topic),
     "reward": (pa.float64(), lambda one: None if one.failed else one.reward),
     "success": (pa.bool_(), lambda one: None if one.success is None else bool(one.success)),
     "stop_reason": (pa.string(), lambda one: one.stop_reason.value),
@@ -84,7 +85,7 @@ _SCALARS: dict[str, tuple[pa.DataType, Callable[[Trajectory], Any]]] = {
     "n_sampled": (pa.int32(), lambda one: one.n_sampled),
     "policy_step": (pa.int64(), lambda one: int(one.policy_step)),
 }
-_STORED = ("environment", "seed", "split", "task", "success", "error", "policy_step", "final_observation")
+_STORED = ("environment", "seed", "split", "task", "topic", "success", "error", "policy_step", "final_observation")
 """The fields of a trajectory that are read back as they are."""
 
 

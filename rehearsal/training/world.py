@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from rehearsal.algorithms.batch import Objective
 from rehearsal.algorithms.observation import ObservationLoss
@@ -41,7 +41,7 @@ class WorldModel:
         shuffled: whether the answers are dealt out among the episodes first.
         adapters: what its own passes run through; None for the adapters that are active anyway.
         learning_rate_ratio: learning rate of the world adapter over that of the policy.
-        policy: what the policy's objectives update; None where the policy does not learn.
+        policy: whether the policy learns.
         hindsight: weight of the true answers to what was rehearsed.
     """
 
@@ -50,17 +50,23 @@ class WorldModel:
     shuffled: bool = False
     adapters: tuple[str, ...] | None = None
     learning_rate_ratio: float = 1.0
-    policy: str | None = POLICY
+    policy: bool = True
     hindsight: float = 1.0
 
-    def policy_objectives(self, algorithm: Algorithm) -> tuple[Objective, ...]:
-        """The algorithm's objectives with the parameters that they update here."""
-        if self.policy is None:
-            return ()
-        return tuple(
-            replace(objective, parameters=self.policy) if objective.parameters == "all" else objective  # type: ignore[type-var]
-            for objective in algorithm.objectives
-        )
+
+def policy_parameters(adapters: Sequence[str]) -> str:
+    """What a policy's objectives update in a model with these adapters, unless they say otherwise."""
+    return POLICY if POLICY in adapters else "all"
+
+
+def policy_objectives(algorithm: Algorithm, adapters: Sequence[str]) -> tuple[Objective, ...]:
+    """The algorithm's objectives with the parameters that they update in a model with these adapters."""
+    own = policy_parameters(adapters)
+    # Objectives are dataclasses, which their protocol cannot say.
+    return tuple(
+        replace(cast(Any, objective), parameters=own) if objective.parameters == "all" else objective
+        for objective in algorithm.objectives
+    )
 
 
 def world_model(
@@ -80,7 +86,7 @@ def world_model(
     Raises:
         RecipeError: if an adapter is missing that the mode needs.
     """
-    own = POLICY if POLICY in adapters else "all"
+    own = policy_parameters(adapters)
     world = WORLD if WORLD in adapters else own
     if mode == "policy_only":
         return None
@@ -97,17 +103,17 @@ def world_model(
     if mode == "shared":
         weight = SHARED_COEFFICIENT if coefficient is None else coefficient
         share = weight * hindsight  # relative to the policy's loss, as the weight of the answers is
-        return WorldModel(ObservationLoss(weight, parameters=own), policy=own, hindsight=share)
+        return WorldModel(ObservationLoss(weight, parameters=own), hindsight=share)
     objective = ObservationLoss(1.0 if coefficient is None else coefficient, parameters=world)
     everyone = tuple(adapters)
     if mode == "dual":
-        return WorldModel(objective, learning_rate_ratio=learning_rate_ratio, policy=own, hindsight=hindsight)
+        return WorldModel(objective, learning_rate_ratio=learning_rate_ratio, hindsight=hindsight)
     if mode == "world_only":
         # No policy's passes to share, and no advantages to work out.
         return WorldModel(
-            objective, apart=True, learning_rate_ratio=learning_rate_ratio, policy=None, hindsight=hindsight
+            objective, apart=True, learning_rate_ratio=learning_rate_ratio, policy=False, hindsight=hindsight
         )
     return WorldModel(
         objective, apart=True, shuffled=mode == "placebo", adapters=everyone, learning_rate_ratio=learning_rate_ratio,
-        policy=own, hindsight=hindsight,
+        hindsight=hindsight,
     )  # fmt: skip

@@ -58,6 +58,7 @@ AN_EPISODE = st.builds(
     seed=st.integers(-(2**63), 2**63 - 1),
     split=TEXT,
     task=TEXT,
+    topic=TEXT,
     sample=st.integers(0, 1000),
     segments=st.lists(a_segment(), max_size=3),
     turns=st.lists(A_TURN, max_size=3),

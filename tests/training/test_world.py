@@ -282,6 +282,14 @@ def test_environments_that_never_answer(
     assert mode == "shared" or same(before, weights(model, WORLD))
 
 
+def test_rewards_alone_leave_a_world_adapter_as_it_is(build: Callable[..., Any], make_groups: MakeGroups) -> None:
+    model = build()
+    before = {name: weights(model, name) for name in (POLICY, WORLD)}
+    learner_of(model, "policy_only").step(make_groups(model), 0)
+    assert moved(before[POLICY], weights(model, POLICY))
+    assert same(before[WORLD], weights(model, WORLD))
+
+
 # The placebo
 
 
@@ -357,9 +365,9 @@ def test_objectives_that_name_a_missing_adapter(build: Callable[..., Any], tiny_
 
 
 def test_one_for_all_and_one_for_a_part_is_refused(build: Callable[..., Any]) -> None:
-    objectives = (*preset("grpo").objectives, replace(preset("cispo", parameters=POLICY).objectives[0], name="other"))
+    objectives = (*preset("grpo").objectives, replace(preset("cispo", parameters=WORLD).objectives[0], name="other"))
     with pytest.raises(RecipeError, match=r"is a part of them"):
-        Learner(build(3, 0), replace(preset("grpo"), objectives=objectives), TrainingOptions())
+        Learner(build(0, 3), replace(preset("grpo"), objectives=objectives), TrainingOptions())
 
 
 @pytest.mark.parametrize(
