@@ -67,7 +67,8 @@ def model_card(config: BaseConfig, figures: Mapping[str, float]) -> str:
     total = sum(scene.weight for scene in config.scenes)
     scenes = [
         f"- {scene.title}: {scene.weight / total:.1%}"
-        + (f" (boldness up to {scene.boldness_high:g})" if scene.boldness_high is not None else "")
+        + (f", rehearsed in {scene.rehearse:.0%} of the episodes" if scene.rehearse else "")
+        + "".join(f", {name.replace('_', ' ')} {value:g}" for name, value in scene.skill.items())
         for scene in config.scenes
     ]
     players = [f"- {f.name.replace('_', ' ')}: {getattr(config.mix, f.name):g}" for f in fields(config.mix)]

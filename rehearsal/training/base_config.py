@@ -20,13 +20,15 @@ class Scene:
         environment: a name for :func:`rehearsal.environments.make`.
         params: its parameters.
         weight: share of the episodes, relative to the other scenes.
-        boldness_high: as in :class:`SkillMix`, for this scene; None for that of the mix.
+        skill: what differs from the mix of players in this scene, by the names in :class:`SkillMix`.
+        rehearse: share of the episodes with thoughts in which the players rehearse.
     """
 
     environment: str
     params: Mapping[str, Any] = field(default_factory=dict)
     weight: float = 1.0
-    boldness_high: float | None = None
+    skill: Mapping[str, float] = field(default_factory=dict)
+    rehearse: float = 0.0
 
     @property
     def title(self) -> str:
@@ -35,28 +37,35 @@ class Scene:
         return f"{self.environment}({params})"
 
 
+_BOLD = {"boldness_high": 0.9}
+"""Plans in Sokoban are longer than the turns of an episode, so its players move more than once a turn."""
+_CAREFUL = {"wavering": 0.85, "blind": 0.0, "random": 0.15, "epsilon_low": 0.0, "epsilon_high": 0.3}
+"""At the help desk one wrong action spoils an episode; what its players lack is knowledge, not skill."""
+_MADE = {"world": 1}
+"""Companies of a world of their own: those that people train on and test with are not among them."""
+
 SCENES = (
-    Scene("frozenlake", {"slip": 0.0}, 24.0),
-    Scene("frozenlake", {"slip": 0.2}, 7.0),
+    Scene("frozenlake", {"slip": 0.0}, 24.0, rehearse=0.2),
+    Scene("frozenlake", {"slip": 0.2}, 7.0, rehearse=0.3),
     Scene("frozenlake", {"slip": 0.0, "frozen": 0.75}, 16.0),
-    Scene("frozenlake", {"size": 3}, 4.0),
+    Scene("frozenlake", {"size": 3}, 4.0, rehearse=0.2),
     Scene("frozenlake", {"size": 5}, 5.0),
     Scene("frozenlake", {"size": 5, "slip": 0.2}, 2.0),
-    Scene("frozenlake", {"view": "coordinates"}, 4.0),
+    Scene("frozenlake", {"view": "coordinates"}, 4.0, rehearse=0.2),
     Scene("frozenlake", {"view": "coordinates", "slip": 0.2}, 1.0),
-    # Plans are longer than the turns of an episode, so its players move more than once a turn.
-    Scene("sokoban", {}, 22.0, boldness_high=0.9),
-    Scene("sokoban", {"size": 5}, 5.0, boldness_high=0.9),
-    Scene("sokoban", {"size": 7}, 3.0, boldness_high=0.9),
-    Scene("sokoban", {"view": "coordinates"}, 2.0, boldness_high=0.9),
+    Scene("sokoban", {}, 22.0, _BOLD, rehearse=0.2),
+    Scene("sokoban", {"size": 5}, 5.0, _BOLD),
+    Scene("sokoban", {"size": 7}, 3.0, _BOLD),
+    Scene("sokoban", {"view": "coordinates"}, 2.0, _BOLD),
     # Not the pairs of the environment's default: some of them are held out where any two names may meet.
     Scene("bandit", {"held_out": "pairs"}, 14.0),
     Scene("bandit", {"held_out": "pairs", "reversed": True}, 6.0),
     Scene("rehearsal.training.base_scenes:MadeUpBandit", {}, 12.0),
-    Scene("countdown", {}, 14.0),
+    Scene("countdown", {}, 14.0, rehearse=0.1),
+    Scene("helpdesk", {**_MADE, "companies": 2000}, 14.0, _CAREFUL, rehearse=0.6),
+    Scene("helpdesk", {**_MADE, "companies": 2000, "dependent": 0.0}, 4.0, _CAREFUL, rehearse=0.6),
 )
-"""FrozenLake, Sokoban, the bandit and Countdown, mostly as they are by default; other sizes, slips, views and names
-beside it."""
+"""The five built-in environments: mostly as they are by default, with other sizes, slips, views and names beside it."""
 
 
 @dataclass(frozen=True)

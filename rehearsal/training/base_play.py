@@ -26,6 +26,9 @@ SETTINGS = {
     "bandit_reversed": Scene("bandit", {"held_out": "pairs", "reversed": True}),
     "bandit_unknown_names": Scene("bandit"),
     "countdown": Scene("countdown"),
+    "helpdesk": Scene("helpdesk"),
+    "helpdesk_rehearsed": Scene("helpdesk", rehearse=1.0),
+    "frozenlake_rehearsed": Scene("frozenlake", rehearse=1.0),
 }
 """What is played, by the name that its rate gets."""
 
@@ -59,7 +62,7 @@ def sampled_play(
         scene = SETTINGS[name]
         make_env = partial(make, scene.environment, **scene.params)
         limits = Limits.for_env(make_env(), max_tokens_per_turn=_MAX_TOKENS, max_context=_MAX_CONTEXT)
-        rollout = Rollout(make_env, engine, policy.renderer, Protocol(), limits)
+        rollout = Rollout(make_env, engine, policy.renderer, Protocol(rehearse=scene.rehearse > 0), limits)
         try:
             played = evaluate(rollout, held_out_tasks(0, split, episodes))
         finally:

@@ -58,7 +58,7 @@ class TranscriptSource:
         weights = np.array([scene.weight for scene in config.scenes])
         self._shares = weights / weights.sum()
         self._mixes = [_mix_of(config.mix, scene) for scene in config.scenes]
-        self._openings: dict[tuple[int, Limits, bool], int] = {}
+        self._openings: dict[tuple[int, Limits, bool, bool], int] = {}
 
     def episode(self, index: int) -> tuple[Trajectory, Transcript]:
         """Episode number ``index`` of the stream that seed and split name."""
@@ -68,13 +68,14 @@ class TranscriptSource:
         env = self._environments[scene]
         limits = self._limits(env, rng)
         thinking = bool(rng.random() >= config.thoughtless)
+        rehearse = thinking and bool(rng.random() < config.scenes[scene].rehearse)
         player = self._mixes[scene].draw(rng)
         trajectory = scripted_episode(
             env, player, self.renderer, rng, seed=int(rng.integers(2**31)), split=self.split,
-            protocol=Protocol(thinking=thinking), limits=limits,
+            protocol=Protocol(thinking=thinking, rehearse=rehearse), limits=limits,
         )  # fmt: skip
         segment = trajectory.segments[0]
-        opening = self._openings.setdefault((scene, limits, thinking), len(self._openings))
+        opening = self._openings.setdefault((scene, limits, thinking, rehearse), len(self._openings))
         return trajectory, Transcript(segment.token_ids, segment.kinds, segment.turns, opening)
 
     def transcripts(self, start: int = 0) -> Iterator[Transcript]:
@@ -94,7 +95,7 @@ class TranscriptSource:
 
 
 def _mix_of(mix: SkillMix, scene: Scene) -> SkillMix:
-    return mix if scene.boldness_high is None else replace(mix, boldness_high=scene.boldness_high)
+    return replace(mix, **scene.skill)
 
 
 def make_tokenizer(config: BaseConfig) -> Any:
