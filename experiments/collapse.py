@@ -59,7 +59,8 @@ KEPT = tuple(
     {
         *(rule.needs for rule in RULES), "train/success", "train/reward", "signal/dead_groups_solved",
         "signal/dead_groups_failed", "policy/grad_norm", "information/first/sequence/conditional_entropy",
-        "information/first/sequence/retrieval", "gradient/policy/norm", "gradient/kl/norm", "gradient/entropy/norm",
+        "information/first/sequence/retrieval", "policy/kl_sampling", "policy/clipped_low", "policy/clipped_high",
+        "gradient/policy/norm", "gradient/kl/norm", "gradient/entropy/norm",
     }
 )  # fmt: skip
 """The metrics that the rules read: what a cell stores, so that thresholds can be judged again."""
@@ -102,11 +103,13 @@ def play(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fall_of(rows: Sequence[Mapping[str, Any]]) -> int | None:
-    """The first step at which success has fallen by a fifth from its best; None if it never has."""
+    """The first step at which success has fallen by a fifth from its best, by more than chance; None if it never
+    has."""
     whole = Series(rows)
     for count in range(5, len(rows) + 1):
         series = whole.until(count)
-        if series.recent("train/success") < (1 - FALL) * series.best("train/success"):
+        fallen = series.recent("train/success") < (1 - FALL) * series.best("train/success")
+        if fallen and series.fall("train/success") > Thresholds().certain:
             return series.step
     return None
 
