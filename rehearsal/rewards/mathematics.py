@@ -1,0 +1,197 @@
+"""Answers that are numbers or formulas."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from rehearsal.errors import RewardError
+from rehearsal.rewards.answers import answer_of, reference_texts
+from rehearsal.rewards.verifier import Score, Task, VerificationError
+
+# --- formulas ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mathematics:
+    """Equality of formulas, by math-verify (github.com/huggingface/Math-Verify): 1/2 is 0.5 is ``\\frac{1}{2}``.
+
+    The answer is the last boxed expression, or else the last formula or number. It is parsed, and compared with the
+    reference numerically and symbolically. Value 1 or 0. Percentages follow the library: 18% matches 18.
+
+    It has no time limit of its own, since that of the library is a signal, which works in no thread but the main one:
+    run it in a :class:`rehearsal.rewards.pool.VerifierPool`, which has one.
+
+    Departures from the library's defaults: an expression that cannot be parsed is not compared as a text, an error in
+    a comparison is an error and not a wrong answer, and a reference needs no dollar signs.
+
+    Attributes:
+        boxed: only an answer in ``\\boxed{}`` counts.
+
+    Raises:
+        RewardError: if the library is not installed.
+        VerificationError: for a reference that is no formula, or a comparison that fails.
+    """
+
+    boxed: bool = False
+    name: str = "math"
+
+    def __post_init__(self) -> None:
+        if importlib.util.find_spec("math_verify") is None:
+            raise RewardError("Checking formulas needs the library math-verify: pip install 'rehearsal[math]'.")
+
+    def warm_up(self) -> None:
+        _gold("1")
+        _parsed("\\boxed{1}", self.boxed)
+
+    def verify(self, completion: str, task: Task) -> Score:
+        from math_verify import verify
+
+        golds = [_gold(text) for text in reference_texts(task)]
+        answer = answer_of(completion)
+        try:
+            found = _parsed(answer, self.boxed)
+            right = bool(found) and any(verify(list(gold), found, timeout_seconds=None, raise_on_error=True)
+                                        for gold in golds)  # fmt: skip
+        except Exception as problem:
+            told = f"{type(problem).__name__}: {problem}"[:200]
+            raise VerificationError(f"The formula {answer[-80:]!r} could not be compared ({told}).") from problem
+        if not found:
+            return Score(0.0, False, evidence="there is no formula in the answer")
+        return Score(float(right), right, evidence=f"{_shown(found)} {'is' if right else 'is not'} {_shown(golds[0])}")
+
+
+def _shown(expressions: Sequence[Any]) -> str:
+    try:
+        return str(expressions[0])[:200]
+    except Exception:  # printing a huge number may fail
+        return "a formula too large to print"
+
+
+@functools.lru_cache(maxsize=4096)
+def _gold(text: str) -> tuple[Any, ...]:
+    """A parsed reference. The answers of a group share it, and parsing takes as long as comparing."""
+    marked = text if "$" in text or "\\boxed" in text else f"\\boxed{{{text}}}"
+    try:
+        found = _parsed(marked, boxed=False)
+    except Exception as problem:
+        raise VerificationError(f"The reference {text[:80]!r} cannot be parsed ({problem}).") from problem
+    if not found:
+        raise VerificationError(
+            f"The reference {text[:80]!r} is no formula; write it in LaTeX or compare it by exact match."
+        )
+    return tuple(found)
+
+
+@functools.cache
+def _configurations(boxed: bool) -> tuple[Any, ...]:
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig
+
+    # It warns that there is no time limit; the pool has one.
+    for module in ("parser", "grader"):
+        logging.getLogger(f"math_verify.{module}").setLevel(logging.ERROR)
+    latex = LatexExtractionConfig(boxed_match_priority=0)
+    return (latex,) if boxed else (latex, ExprExtractionConfig())
+
+
+def _parsed(text: str, boxed: bool) -> list[Any]:
+    from math_verify import parse
+
+    if boxed and "\\boxed" not in text:
+        return []
+    return list(parse(text, _configurations(boxed), fallback_mode="no_fallback", parsing_timeout=None,
+                      raise_on_error=True))  # fmt: skip
+
+
+# --- last numbers -----------------------------------------------------------------------------------------------------
+
+_MINUS = "-\N{MINUS SIGN}\N{EN DASH}"
+_NUMBER = re.compile(
+    # A sign that is not an operator: nothing that could be subtracted from stands before it.
+    rf"(?:(?<![\w).%])(?P<sign>[{_MINUS}+]))?"
+    r"(?P<currency>[$€£¥]\s?)?"
+    rf"(?P<inner>(?<=[$€£¥])[{_MINUS}])?"
+    r"(?<![A-Za-z_\d.,])(?P<digits>\.?\d[\d.,]*)(?P<exponent>[eE][+-]?\d{1,4}(?!\w))?"
+    r"(?P<below>(?:\s?/\s?\d[\d.,]*)*)"
+)
+_PLAIN = re.compile(r"\d+(?:\.\d+)?|\.\d+")
+_GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+_MOST_DIGITS = 400
+"""A number of more digits is not read: it is no answer to anything, and reading it would take for ever."""
+
+
+@dataclass(frozen=True)
+class LastNumber:
+    """The last number of the answer, as GSM8K is scored (github.com/openai/grade-school-math).
+
+    Numbers may have a sign, a currency, thousands separated by commas, decimals, an exponent, a dot behind them, or be
+    a fraction such as 3/4; they are compared exactly. What only looks like a number (1,2,3 or 3.14.15) is no answer,
+    and neither is a digit inside a word (CO2). The gold answer stands after ``####`` where the reference has that.
+
+    Only the last number counts, so that listing guesses gains nothing. Value 1 or 0.
+
+    Raises:
+        VerificationError: for a reference without a number.
+    """
+
+    name: str = "gsm8k"
+
+    def verify(self, completion: str, task: Task) -> Score:
+        golds = []
+        for text in reference_texts(task):
+            gold = last_number(text.rpartition("####")[2])
+            if gold is None:
+                raise VerificationError(f"The reference {text[-80:]!r} has no number in it.")
+            golds.append(gold)
+        answer = answer_of(completion)
+        found = last_number(answer)
+        if found is None:
+            return Score(0.0, False, evidence="the answer does not end in a number that can be read")
+        right = found in golds
+        return Score(
+            float(right), right, evidence=f"{_decimal(found)} {'is' if right else 'is not'} {_decimal(golds[0])}"
+        )
+
+
+def last_number(text: str) -> Fraction | None:
+    """The last number of a text, exactly; None if there is none or it cannot be read."""
+    last = None
+    for last in _NUMBER.finditer(text):
+        pass
+    if last is None:
+        return None
+    value = _value(last["digits"])
+    if value is None:
+        return None
+    if last["exponent"]:
+        exponent = int(last["exponent"][1:])
+        if abs(exponent) > _MOST_DIGITS:
+            return None
+        value *= Fraction(10) ** exponent
+    for digits in last["below"].split("/")[1:]:
+        below = _value(digits.strip())
+        if not below:
+            return None
+        value /= below
+    signs = (last["sign"] or "") + (last["inner"] or "")
+    return -value if any(sign in _MINUS for sign in signs) else value
+
+
+def _value(digits: str) -> Fraction | None:
+    digits = digits.rstrip(".,")
+    if len(digits) > _MOST_DIGITS:
+        return None
+    if _GROUPED.fullmatch(digits):
+        digits = digits.replace(",", "")
+    # Other scripts have digits too, which Fraction would take.
+    return Fraction(digits) if digits.isascii() and _PLAIN.fullmatch(digits) else None
+
+
+def _decimal(value: Fraction) -> str:
+    return str(value) if value.denominator == 1 or len(str(value)) < 12 else f"{float(value):g}"
