@@ -20,7 +20,7 @@ def exact_match(answer: str, gold: str) -> bool:
 
 def token_f1(answer: str, gold: str, *, closed: bool = True) -> float:
     """Harmonic mean of precision and recall of the words of two normalised answers, counted with multiplicity (SQuAD,
-    arXiv:1606.05250, section 6.1).
+    arXiv:1606.05250).
 
     Args:
         answer: of the agent.
