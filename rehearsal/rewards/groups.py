@@ -23,8 +23,8 @@ def normalised_apart(
     much it counts, and parts that do not vary count nothing.
 
     What it does not cure: a part that is rare keeps its full strength. A lone format pass in a group where nobody
-    solves anything gets weight x (G - 1) / sqrt(G), which is what a lone solve gets times its weight. Gate such parts on
-    success (:class:`rehearsal.rewards.composition.Gate`) if that is too much.
+    solves anything gets weight x (G - 1) / sqrt(G), which is what a lone solve gets times its weight. Gate such parts
+    on success (:class:`rehearsal.rewards.composition.Gate`) if that is too much.
 
     The sum has mean 0 in each group already, so give it to an estimator that does not divide again (such as
     ``dr_grpo``, which leaves it as it is), or whiten it over the batch, as the paper does to keep its scale apart from

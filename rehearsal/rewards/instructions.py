@@ -64,9 +64,7 @@ class InstructionFollowing:
             raise RewardError(f'The value of instruction following is "share" or "all", not {self.value!r}.')
         missing = [library for library in _LIBRARIES if importlib.util.find_spec(library) is None]
         if missing:
-            raise RewardError(
-                f"Checking instructions needs {' and '.join(missing)}: pip install 'rehearsal[ifeval]'."
-            )
+            raise RewardError(f"Checking instructions needs {' and '.join(missing)}: pip install 'rehearsal[ifeval]'.")
 
     def warm_up(self) -> None:
         _checkers()
@@ -114,7 +112,9 @@ class InstructionFollowing:
         try:
             return bool(instruction.check_following(text))
         except Exception as problem:
-            raise VerificationError(f"The checker of {kind} failed with {type(problem).__name__}: {problem}") from problem
+            raise VerificationError(
+                f"The checker of {kind} failed with {type(problem).__name__}: {problem}"
+            ) from problem
 
 
 def instruction_types() -> list[str]:

@@ -94,7 +94,9 @@ class JudgeClient:
         if api_key_env is not None:
             self._key = os.environ.get(api_key_env, "").strip()
             if not self._key:
-                raise RewardError(f"The environment variable {api_key_env} is not set; put the judge's API key into it.")
+                raise RewardError(
+                    f"The environment variable {api_key_env} is not set; put the judge's API key into it."
+                )
         self._max_retries = max_retries
         self._backoff = backoff
         self._prices = prices or (0.0, 0.0)

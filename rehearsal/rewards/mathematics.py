@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib.util
 import logging
@@ -161,11 +162,10 @@ class LastNumber:
 
 def last_number(text: str) -> Fraction | None:
     """The last number of a text, exactly; None if there is none or it cannot be read."""
-    last = None
-    for last in _NUMBER.finditer(text):
-        pass
-    if last is None:
+    matches = collections.deque(_NUMBER.finditer(text), maxlen=1)
+    if not matches:
         return None
+    last = matches[0]
     value = _value(last["digits"])
     if value is None:
         return None

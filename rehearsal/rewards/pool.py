@@ -22,19 +22,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from rehearsal.errors import RewardError
+from rehearsal.rewards.driver import Batch, Driver, Item, Limits
 from rehearsal.rewards.threads import check_in_threads
 from rehearsal.rewards.verifier import Failure, Score, Task, Verifier
-from rehearsal.rewards.worker import WorkerEndedError, WorkerProcess
 
 Result = Score | Failure
-
-_START_TRIES = 3
-"""Processes that may die in a row before they have begun a check; after that the pool gives up."""
-_SLOW_START = 30.0
-"""Seconds that a process may take to begin a chunk, over and above the time limit of a check."""
 
 
 @dataclass
@@ -64,37 +58,6 @@ class Counters:
         return {field.name: float(getattr(self, field.name)) for field in fields(self)}
 
 
-class _Batch:
-    """What one call waits for."""
-
-    def __init__(self, size: int) -> None:
-        self.results: list[Result | None] = [None] * size
-        self.broken: Exception | None = None
-        self._open = size
-        self._lock = threading.Lock()
-        self.done = threading.Event()
-
-    def put(self, index: int, result: Result) -> None:
-        with self._lock:
-            if self.results[index] is not None:
-                return
-            self.results[index] = result
-            self._open -= 1
-            if self._open == 0:
-                self.done.set()
-
-    def fail(self, problem: Exception) -> None:
-        self.broken = problem
-        self.done.set()
-
-
-@dataclass
-class _Item:
-    batch: _Batch
-    index: int
-    content: bytes
-
-
 class VerifierPool:
     """Checks completions in warm processes, several at once. May be called from several threads; close it after use.
 
@@ -112,7 +75,6 @@ class VerifierPool:
 
     Attributes:
         counters: by name of a verifier.
-        restarts: processes that had to be replaced.
 
     Raises:
         RewardError: for limits that are not above 0, and for verifiers that cannot be sent to a process.
@@ -137,19 +99,14 @@ class VerifierPool:
         self.verifiers = named
         self.timeout = timeout
         self.counters = {name: Counters() for name in named}
-        self.restarts = 0
         self._chunk = chunk
-        self._memory = memory
         self._threads = threads
         self._thread_timeout = thread_timeout
-        self._start_timeout = start_timeout
         self._lock = threading.Lock()
         self._closed = False
-        self._queue: queue.SimpleQueue[list[_Item] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[Item] | None] = queue.SimpleQueue()
         self._sent = {name: v for name, v in named.items() if getattr(v, "runs_in", "process") != "thread"}
-        self._drivers: list[threading.Thread] = []
-        self._warm: list[threading.Event] = []
-        self._broken: Exception | None = None
+        self._drivers: list[Driver] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         if self._sent:
             try:
@@ -162,13 +119,13 @@ class VerifierPool:
             self._folder = tempfile.TemporaryDirectory(prefix="rehearsal-verifiers-")
             for number in range(int(limits["workers"] or 1)):
                 place = Path(self._folder.name) / str(number)
-                warm = threading.Event()
-                driver = threading.Thread(
-                    target=self._drive, args=(place, warm), daemon=True, name=f"verifiers-{number}"
-                )
-                self._warm.append(warm)
-                self._drivers.append(driver)
-                driver.start()
+                allowed = Limits(timeout, memory, start_timeout)
+                self._drivers.append(Driver(self._queue, self._sent, allowed, place))
+
+    @property
+    def restarts(self) -> int:
+        """Processes that had to be replaced."""
+        return sum(driver.restarts for driver in self._drivers)
 
     def verify(
         self, completions: Sequence[str], tasks: Sequence[Task], names: Sequence[str] | str | None = None
@@ -193,15 +150,15 @@ class VerifierPool:
         if self._closed:
             raise RewardError("This pool of verifiers is closed; make another one.")
         started = time.perf_counter()
-        batch = _Batch(len(completions))
-        items: list[_Item] = []
+        batch = Batch(len(completions))
+        items: list[Item] = []
         threaded: dict[str, list[int]] = {}
         for index, (name, completion, task) in enumerate(zip(chosen, completions, tasks, strict=True)):
             if name not in self._sent:
                 threaded.setdefault(name, []).append(index)
                 continue
             try:
-                items.append(_Item(batch, index, pickle.dumps((name, completion, task), protocol=5)))
+                items.append(Item(batch, index, pickle.dumps((name, completion, task), protocol=5)))
             except Exception as problem:
                 words = f"The task cannot be sent to another process ({type(problem).__name__}: {problem})."
                 batch.put(index, Failure("error", words))
@@ -228,10 +185,10 @@ class VerifierPool:
         Raises:
             RewardError: if they cannot.
         """
-        for warm in self._warm:
-            warm.wait()
-        if self._broken is not None:
-            raise self._broken
+        for driver in self._drivers:
+            driver.warm.wait()
+            if driver.broken is not None:
+                raise driver.broken
 
     def close(self) -> None:
         """End the processes. Checks that other threads still wait for are finished first."""
@@ -242,7 +199,7 @@ class VerifierPool:
         for _ in self._drivers:
             self._queue.put(None)
         for driver in self._drivers:
-            driver.join()
+            driver.thread.join()
         if self._folder is not None:
             self._folder.cleanup()
 
@@ -271,7 +228,7 @@ class VerifierPool:
             raise RewardError(f"There are {len(chosen)} names of verifiers for {count} completions.")
         return chosen
 
-    def _chunks(self, items: list[_Item]) -> list[list[_Item]]:
+    def _chunks(self, items: list[Item]) -> list[list[Item]]:
         """Small enough that every process gets several: checks differ in length, and none should end long after the
         others."""
         size = max(1, min(self._chunk, len(items) // (4 * max(len(self._drivers), 1))))
@@ -289,122 +246,3 @@ class VerifierPool:
                 else:
                     plural = {"timeout": "timeouts", "crash": "crashes", "error": "errors"}[result.kind]
                     setattr(counters, plural, getattr(counters, plural) + 1)
-
-    # --- one thread for each process
-
-    def _drive(self, place: Path, warm: threading.Event) -> None:
-        try:
-            worker = self._start(place)
-        except (RewardError, OSError) as problem:
-            self._broken = problem
-            warm.set()
-            self._refuse(problem)
-            return
-        warm.set()
-        while (chunk := self._queue.get()) is not None:
-            try:
-                worker = self._check(worker, chunk, place)
-            except (RewardError, OSError) as problem:
-                for item in chunk:
-                    item.batch.fail(problem)
-                self._refuse(problem)
-                return
-        worker.close()
-
-    def _start(self, place: Path) -> WorkerProcess:
-        for attempt in range(_START_TRIES):
-            worker = WorkerProcess(self._sent, place, self.timeout, self._memory, self._start_timeout)
-            try:
-                worker.wait_until_ready()
-                return worker
-            except RewardError:
-                worker.kill()
-                raise
-            except WorkerEndedError as problem:
-                worker.kill()
-                if attempt == _START_TRIES - 1:
-                    raise RewardError(
-                        f"A process for verifiers {problem} {_START_TRIES} times in a row; "
-                        "give it more memory or check its libraries."
-                    ) from problem
-        raise AssertionError("unreachable: the last attempt returns or raises")
-
-    def _refuse(self, problem: Exception) -> None:
-        """What becomes of all further chunks once processes cannot be started."""
-        while (chunk := self._queue.get()) is not None:
-            for item in chunk:
-                item.batch.fail(problem)
-
-    def _check(self, worker: WorkerProcess, chunk: list[_Item], place: Path) -> WorkerProcess:
-        """Let a process check a chunk, and as many others as it takes; returns the last one."""
-        left = list(chunk)
-        idle_deaths = 0
-        while left:
-            done, failure = self._watch(worker, left)
-            left = left[done:]
-            if failure is None:
-                continue
-            worker.kill()
-            with self._lock:
-                self.restarts += 1
-            if failure.message:
-                left[0].batch.put(left[0].index, failure)
-                left = left[1:]
-                idle_deaths = 0
-            else:
-                idle_deaths += 1
-                if idle_deaths == _START_TRIES:
-                    raise RewardError("Processes for verifiers die before they begin a check; look at the memory left.")
-            worker = self._start(place)
-        return worker
-
-    def _watch(self, worker: WorkerProcess, items: list[_Item]) -> tuple[int, Failure | None]:
-        """Send items and take in results until all are there or the process must be replaced.
-
-        Returns:
-            how many have their results, and the failure of the item after those; its message is empty where no item is
-            to blame.
-        """
-        worker.send_chunk([item.content for item in items])
-        tick = min(max(self.timeout / 20, 0.005), 0.25)
-        done = 0
-
-        def take(results: Sequence[Result]) -> int:
-            for item, result in zip(items[done:], results, strict=False):
-                item.batch.put(item.index, result)
-            return done + len(results)
-
-        seen, since = 0, time.monotonic()
-        while done < len(items):
-            try:
-                results = worker.receive(tick)
-            except WorkerEndedError as problem:
-                return self._blamed(worker, items, done, f"The process of the verifier {problem}.", "crash")
-            done = take(results)
-            begun, now = worker.begun, time.monotonic()
-            if begun != seen or results:
-                seen, since = begun, now
-            elif now - since > self.timeout + (0.0 if 0 < begun <= len(items) else _SLOW_START):
-                worker.kill()
-                # What was on its way when it was killed is still good.
-                try:
-                    while more := worker.receive(1.0):
-                        done = take(more)
-                except WorkerEndedError:
-                    pass
-                return self._blamed(worker, items, done, f"The check took longer than {self.timeout:g} s.", "timeout")
-        return done, None
-
-    def _blamed(
-        self, worker: WorkerProcess, items: list[_Item], done: int, message: str, kind: Any
-    ) -> tuple[int, Failure | None]:
-        begun = worker.begun
-        if done < begun <= len(items):
-            # Those between what was received and the one to blame had scores that were lost with the process; they are
-            # checked again, after it has been put aside.
-            guilty = items.pop(begun - 1)
-            items.insert(done, guilty)
-            return done, Failure(kind, message)
-        return done, Failure(kind, "")
-
-

@@ -71,9 +71,7 @@ def verifier(name: str, **options: Any) -> Verifier:
         known, takes_any = [*known, *_CLIENT_OPTIONS], False
     for option in options:
         if option not in known and not takes_any:
-            raise RewardError(
-                f"The verifier {name} has no option {option!r}; {_hint(option, known) or 'it has none.'}"
-            )
+            raise RewardError(f"The verifier {name} has no option {option!r}; {_hint(option, known) or 'it has none.'}")
     try:
         made: object = factory(**options)
     except RehearsalError:

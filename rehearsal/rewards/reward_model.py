@@ -37,7 +37,8 @@ class RewardModel:
 
     def __init__(
         self, folder: str | Path, *, label: int | str | None = None, threshold: float = 0.0, batch_size: int = 16,
-        max_tokens: int | None = None, device: str | None = None, with_thought: bool = False, name: str = "reward-model",
+        max_tokens: int | None = None, device: str | None = None, with_thought: bool = False,
+        name: str = "reward-model",
     ) -> None:  # fmt: skip
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -63,7 +64,9 @@ class RewardModel:
         self._model = model.to(device or "cpu").eval()
         self._label = _label(model.config, label, folder)
         self._batch_size = batch_size
-        self._longest = max_tokens or getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+        self._longest = (
+            max_tokens or getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+        )
         self._with_thought = with_thought
         self._lock = threading.Lock()
 
@@ -108,7 +111,9 @@ class RewardModel:
         if not tokens:
             return Failure("error", "There is nothing to rate: prompt and completion are empty.")
         if len(tokens) > self._longest:
-            return Failure("error", f"A text of {len(tokens)} tokens is too long for a reward model of {self._longest}.")
+            return Failure(
+                "error", f"A text of {len(tokens)} tokens is too long for a reward model of {self._longest}."
+            )
         return None
 
 

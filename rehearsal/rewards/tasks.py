@@ -78,7 +78,7 @@ def load_tasks(
             installed.
     """
     fields = Fields(prompt, reference, data)
-    tasks = []
+    tasks: list[Task] = []
     for where, row in _rows(source, split, config):
         if limit is not None and len(tasks) >= limit:
             break

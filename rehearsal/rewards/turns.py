@@ -20,7 +20,7 @@ class TurnCredits:
     succeed (the paper's variant c4), while violations always cost.
 
     Four rules of the paper: punish only what can be checked; keep the outcome primary (with penalties alone an agent
-    learns to do nothing: success went to 0); pair each penalty with a credit; and make sure that a compliant way exists.
+    learns to do nothing: success went to 0); pair each penalty with a credit; and see that a compliant way exists.
 
     Group-normalised: summed into the reward of an episode, these tell apart episodes of equal outcome, so groups in
     which all fail, or all succeed, teach compliance. Added up they compete with the outcome in the same standard

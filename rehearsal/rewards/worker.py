@@ -193,7 +193,9 @@ def serve() -> None:
                 _check_chunk(pickle.load(inbox), verifiers, count, timeout, tell)
 
 
-def _check_chunk(items: list[bytes], verifiers: dict[str, Verifier], count: mmap.mmap, timeout: float, tell: Any) -> None:
+def _check_chunk(
+    items: list[bytes], verifiers: dict[str, Verifier], count: mmap.mmap, timeout: float, tell: Any
+) -> None:
     results: list[Result] = []
     flushed = time.monotonic()
     for number, item in enumerate(items, 1):
@@ -239,4 +241,3 @@ def as_result(result: object, name: str) -> Result:
 
 def _words(problem: BaseException) -> str:
     return " ".join(f"{type(problem).__name__}: {problem}".split())[:300].rstrip(": .")
-
