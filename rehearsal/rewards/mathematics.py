@@ -19,18 +19,36 @@ from rehearsal.rewards.verifier import Score, Task, VerificationError
 # --- formulas ---------------------------------------------------------------------------------------------------------
 
 
+_ANCHOR = re.compile(r"\banswer\b[^.\n]{0,40}?(?:\bis\b|\bbe\b|[:=])", re.IGNORECASE)
+_CURRENCY = re.compile(r"\$(?=\d[^$]*?(?<![\\A-Za-z])[A-Za-z]{2,}[^$]*\$)")
+"""A dollar sign before a number whose partner is behind words: money, not mathematics."""
+
+_SIGNED = r"[-+\N{MINUS SIGN}(]*[$€£¥]?\s?-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+_CANDIDATE = re.compile(
+    r"\$\$(?P<display>.+?)\$\$|\\\[(?P<bracket>.+?)\\\]|(?<!\\)\$(?P<inline>[^$\n]+)\$|\\\((?P<round>.+?)\\\)"
+    r"|(?P<fraction>-?\\[dt]?frac\{[^{}]*\}\{[^{}]*\})"
+    rf"|(?<![\w.,])(?P<plain>{_SIGNED}(?:\)*\s?[-+*/^×÷]+\s?{_SIGNED})*\)*(?:\s?\\?%)?)",
+    re.DOTALL,
+)
+_GOES_ON = re.compile(r"[.,]?\d|\s?[*/^×÷]+\s?[\w(]|_\w")
+"""What must not follow a plain expression: then it is a piece of something else, such as the 3.14 of 3.14.15."""
+
+
 @dataclass(frozen=True)
 class Mathematics:
     """Equality of formulas, by math-verify (github.com/huggingface/Math-Verify): 1/2 is 0.5 is ``\\frac{1}{2}``.
 
-    The answer is the last boxed expression, or else the last formula or number. It is parsed, and compared with the
-    reference numerically and symbolically. Value 1 or 0. Percentages follow the library: 18% matches 18.
+    The answer is what is boxed (several boxes are a set); or else the first formula or number behind the last "answer
+    is" or "answer:"; or else the last one. It is parsed and compared with the reference numerically and symbolically.
+    Value 1 or 0. Percentages follow the library: 18% matches 18.
 
     It has no time limit of its own, since that of the library is a signal, which works in no thread but the main one:
     run it in a :class:`rehearsal.rewards.pool.VerifierPool`, which has one.
 
-    Departures from the library's defaults: an expression that cannot be parsed is not compared as a text, an error in
-    a comparison is an error and not a wrong answer, and a reference needs no dollar signs.
+    What differs from the library's own extraction: that takes 98 out of "answer: **98/3**" and out of "98/(3", since
+    its pattern for a number may end anywhere; here an expression is read as a whole or not at all. What cannot be
+    parsed is not compared as a text, an error in a comparison is an error and not a wrong answer, and a reference
+    needs no dollar signs.
 
     Attributes:
         boxed: only an answer in ``\\boxed{}`` counts.
@@ -48,24 +66,48 @@ class Mathematics:
             raise RewardError("Checking formulas needs the library math-verify: pip install 'rehearsal[math]'.")
 
     def warm_up(self) -> None:
-        _gold("1")
-        _parsed("\\boxed{1}", self.boxed)
+        self.verify("\\boxed{\\frac{1}{2}}", Task("", "0.5"))
 
     def verify(self, completion: str, task: Task) -> Score:
         from math_verify import verify
 
         golds = [_gold(text) for text in reference_texts(task)]
-        answer = answer_of(completion)
+        answer = formula_in(answer_of(completion), self.boxed)
         try:
-            found = _parsed(answer, self.boxed)
-            right = bool(found) and any(verify(list(gold), found, timeout_seconds=None, raise_on_error=True)
-                                        for gold in golds)  # fmt: skip
+            found = _parsed(answer) if answer else []
+            right = bool(found) and any(
+                verify(list(gold), found, timeout_seconds=None, raise_on_error=True) for gold in golds
+            )
         except Exception as problem:
             told = f"{type(problem).__name__}: {problem}"[:200]
-            raise VerificationError(f"The formula {answer[-80:]!r} could not be compared ({told}).") from problem
+            raise VerificationError(f"The formula {answer[:80]!r} could not be compared ({told}).") from problem
         if not found:
-            return Score(0.0, False, evidence="there is no formula in the answer")
+            return Score(0.0, False, evidence="there is no formula in the answer that can be read")
         return Score(float(right), right, evidence=f"{_shown(found)} {'is' if right else 'is not'} {_shown(golds[0])}")
+
+
+def formula_in(answer: str, boxed: bool = False) -> str:
+    """The formula of an answer as boxed LaTeX, "" if there is none; see :class:`Mathematics`.
+
+    Args:
+        answer: without thought and tags.
+        boxed: whether it must be boxed already.
+    """
+    if "\\boxed" in answer:
+        return answer
+    if boxed:
+        return ""
+    text = _CURRENCY.sub("", answer.replace("**", "").replace("`", ""))
+    anchors = list(_ANCHOR.finditer(text))
+    behind = _CANDIDATE.search(text, anchors[-1].end()) if anchors else None
+    chosen = behind or next(iter(collections.deque(_CANDIDATE.finditer(text), maxlen=1)), None)
+    if chosen is None or (chosen["plain"] and _GOES_ON.match(text, chosen.end())):
+        return ""
+    content = next(group for group in chosen.groups() if group is not None)
+    if chosen["plain"]:
+        content = re.sub(r"[$€£¥]", "", content).replace("\N{MINUS SIGN}", "-").rstrip(", ")
+        content = re.sub(r"\\?%", r"\\%", content)
+    return f"\\boxed{{{content}}}"
 
 
 def _shown(expressions: Sequence[Any]) -> str:
@@ -80,7 +122,7 @@ def _gold(text: str) -> tuple[Any, ...]:
     """A parsed reference. The answers of a group share it, and parsing takes as long as comparing."""
     marked = text if "$" in text or "\\boxed" in text else f"\\boxed{{{text}}}"
     try:
-        found = _parsed(marked, boxed=False)
+        found = _parsed(marked)
     except Exception as problem:
         raise VerificationError(f"The reference {text[:80]!r} cannot be parsed ({problem}).") from problem
     if not found:
@@ -91,23 +133,19 @@ def _gold(text: str) -> tuple[Any, ...]:
 
 
 @functools.cache
-def _configurations(boxed: bool) -> tuple[Any, ...]:
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig
+def _configuration() -> tuple[Any, ...]:
+    from math_verify import LatexExtractionConfig
 
     # It warns that there is no time limit; the pool has one.
     for module in ("parser", "grader"):
         logging.getLogger(f"math_verify.{module}").setLevel(logging.ERROR)
-    latex = LatexExtractionConfig(boxed_match_priority=0)
-    return (latex,) if boxed else (latex, ExprExtractionConfig())
+    return (LatexExtractionConfig(boxed_match_priority=0),)
 
 
-def _parsed(text: str, boxed: bool) -> list[Any]:
+def _parsed(text: str) -> list[Any]:
     from math_verify import parse
 
-    if boxed and "\\boxed" not in text:
-        return []
-    return list(parse(text, _configurations(boxed), fallback_mode="no_fallback", parsing_timeout=None,
-                      raise_on_error=True))  # fmt: skip
+    return list(parse(text, _configuration(), fallback_mode="no_fallback", parsing_timeout=None, raise_on_error=True))
 
 
 # --- last numbers -----------------------------------------------------------------------------------------------------
@@ -118,7 +156,7 @@ _NUMBER = re.compile(
     rf"(?:(?<![\w).%])(?P<sign>[{_MINUS}+]))?"
     r"(?P<currency>[$€£¥]\s?)?"
     rf"(?P<inner>(?<=[$€£¥])[{_MINUS}])?"
-    r"(?<![A-Za-z_\d.,])(?P<digits>\.?\d[\d.,]*)(?P<exponent>[eE][+-]?\d{1,4}(?!\w))?"
+    r"(?<![A-Za-z_\d.,])(?P<digits>\.?\d[\d.,]*)(?P<exponent>[eE][+-]?\d+(?!\w))?"
     r"(?P<below>(?:\s?/\s?\d[\d.,]*)*)"
 )
 _PLAIN = re.compile(r"\d+(?:\.\d+)?|\.\d+")
@@ -170,10 +208,10 @@ def last_number(text: str) -> Fraction | None:
     if value is None:
         return None
     if last["exponent"]:
-        exponent = int(last["exponent"][1:])
-        if abs(exponent) > _MOST_DIGITS:
+        digits = last["exponent"][1:].lstrip("+-0")
+        if len(digits) > 4 or int(digits or 0) > _MOST_DIGITS:
             return None
-        value *= Fraction(10) ** exponent
+        value *= Fraction(10) ** int(last["exponent"][1:])
     for digits in last["below"].split("/")[1:]:
         below = _value(digits.strip())
         if not below:
