@@ -30,7 +30,7 @@ _CANDIDATE = re.compile(
     rf"|(?<![\w.,])(?P<plain>{_SIGNED}(?:\)*\s?[-+*/^×÷]+\s?{_SIGNED})*\)*(?:\s?\\?%)?)",
     re.DOTALL,
 )
-_GOES_ON = re.compile(r"[.,]?\d|\s?[*/^×÷]+\s?[\w(]|_\w")
+_GOES_ON = re.compile(r"[.,]?\d|\s?[*/^×÷]+\s?[\w(]|_\w|[xyzπ](?![A-Za-z])")
 """What must not follow a plain expression: then it is a piece of something else, such as the 3.14 of 3.14.15."""
 
 
@@ -97,7 +97,9 @@ def formula_in(answer: str, boxed: bool = False) -> str:
         return answer
     if boxed:
         return ""
-    text = _CURRENCY.sub("", answer.replace("**", "").replace("`", ""))
+    # Two stars between numbers are a power, all others are emphasis.
+    text = re.sub(r"(?<=[\d)])\s?\*\*\s?(?=[\d(-])", "^", answer)
+    text = _CURRENCY.sub("", text.replace("**", "").replace("`", ""))
     anchors = list(_ANCHOR.finditer(text))
     behind = _CANDIDATE.search(text, anchors[-1].end()) if anchors else None
     chosen = behind or next(iter(collections.deque(_CANDIDATE.finditer(text), maxlen=1)), None)

@@ -181,7 +181,8 @@ def test_gold_after_the_hashes_and_of_several_kinds() -> None:
         ("$2\\sqrt{2}$", ["\\boxed{\\sqrt{8}}"]),
         ("0.333333", ["1/3"]),
         ("-5", ["x = -5"]),
-        ("18", ["18%", "36/2"]),
+        ("18", ["18%", "36/2", "We have $x+1=19$. So the answer is 18.", "**18**", "I had $2 and then got $18", "18 km!"]),
+        ("8", ["2**3", "**8**", "2**3 = **8**"]),
     ],
 )
 def test_equal_formulas(gold: str, answers: list[str]) -> None:
@@ -193,7 +194,9 @@ def test_equal_formulas(gold: str, answers: list[str]) -> None:
     [
         ("\\frac{1}{2}", ["1", "2", "12", "\\boxed{\\frac{2}{1}}", "\\boxed{-\\frac12}", ""]),
         ("x^2+2x+1", ["$(x+1)^3$", "$(y+1)^2$"]),
-        ("18", ["0.18", "1818", "\\boxed{17,18}", "\\boxed{18}\\boxed{19}", "\\boxed{\\pm 18}", "eighteen", "x", "18,000"]),
+        ("98", ["answer: **98/3**", "98/(3", "98/3km", "answer: 98/3!", "98x", "98.5.1", "`98/3`", "98 / 7"]),
+        ("23", ["2**3"]),
+        ("18", ["$18$ at first. The answer is 17", "0.18", "1818", "\\boxed{17,18}", "\\boxed{18}\\boxed{19}", "\\boxed{\\pm 18}", "eighteen", "x", "18,000"]),
         ("(1,2)", ["\\boxed{(2,1)}", "\\boxed{[1,2]}"]),
         ("\\{1,2\\}", ["\\boxed{\\{1,2,3\\}}", "\\boxed{1}"]),
     ],
