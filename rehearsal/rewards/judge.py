@@ -9,7 +9,6 @@ not see.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from rehearsal.rewards.structure import parse_json
 from rehearsal.rewards.verifier import Score, Task, VerificationError
 
 _OBJECT = re.compile(r"\{.*\}", re.DOTALL)
-_TRIES = 2
-"""How often a judge is asked whose answer cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ class RubricJudge:
                 f"{_quoted('response', without_thought(completion))}\n\nCriteria:\n{listed}"
             )},
         ]  # fmt: skip
-        met, why = _ask(self.client, messages, lambda found: _decisions(found, len(criteria)))
+        met, why = self.client.ask(messages, lambda text: _decisions(text, len(criteria)))
         value = sum(c.weight for c, yes in zip(criteria, met, strict=True) if yes)
         value /= sum(c.weight for c in criteria if c.weight > 0)
         parts = {str(number): float(yes) for number, yes in enumerate(met, 1)}
@@ -163,7 +160,7 @@ class PairJudge:
                 f"{self.question}"
             )},
         ]  # fmt: skip
-        return _ask(self.client, messages, _preference)
+        return self.client.ask(messages, _preference)
 
 
 def _quoted(what: str, text: str) -> str:
@@ -195,28 +192,31 @@ def _criteria(given: object) -> tuple[Criterion, ...]:
     return tuple(found)
 
 
-def _ask(client: JudgeClient, messages: Sequence[Mapping[str, str]], read: Any) -> Any:
-    """Ask until the answer can be read."""
-    for attempt in range(_TRIES):
-        answer = client.ask(messages, fresh=attempt > 0)
-        found = _OBJECT.search(without_thought(answer))
-        try:
-            return read(parse_json(found[0] if found else ""))
-        except (ValueError, KeyError, TypeError, json.JSONDecodeError):
-            continue
-    raise VerificationError(f"The judge's answer cannot be read: {' '.join(answer.split())[:200]!r}")
+def _object_in(text: str) -> Any:
+    """The JSON object in a judge's answer, behind its thought and whatever it says around it."""
+    found = _OBJECT.search(without_thought(text))
+    return parse_json(found[0] if found else "")
 
 
-def _decisions(found: Any, count: int) -> tuple[list[bool], list[str]]:
+def _decisions(text: str, count: int) -> tuple[list[bool], list[str]]:
     """Whether each criterion is met, and why; ValueError unless each is decided exactly once."""
-    rows = {row["number"]: row for row in found["criteria"]}
-    if len(found["criteria"]) != count or set(rows) != set(range(1, count + 1)):
-        raise ValueError("not every criterion once")
-    ordered = [rows[number] for number in range(1, count + 1)]
-    if not all(isinstance(row["met"], bool) for row in ordered):
+    try:
+        given = list(_object_in(text)["criteria"])
+        rows = {row["number"]: row for row in given}
+        if len(given) != count or set(rows) != set(range(1, count + 1)):
+            raise ValueError("not every criterion once")
+        ordered = [rows[number] for number in range(1, count + 1)]
+        met = [row["met"] for row in ordered]
+    except (KeyError, TypeError) as problem:
+        raise ValueError("not of the form that was asked for") from problem
+    if not all(isinstance(yes, bool) for yes in met):
         raise ValueError("met is true or false")
-    return [row["met"] for row in ordered], [str(row.get("why", ""))[:200] for row in ordered]
+    return met, [str(row.get("why", ""))[:200] for row in ordered]
 
 
-def _preference(found: Any) -> tuple[float, str]:
-    return {"A": 1.0, "B": 0.0, "tie": 0.5}[found["better"]], str(found.get("why", ""))[:200]
+def _preference(text: str) -> tuple[float, str]:
+    found = _object_in(text)
+    try:
+        return {"A": 1.0, "B": 0.0, "tie": 0.5}[found["better"]], str(found.get("why", ""))[:200]
+    except (KeyError, TypeError) as problem:
+        raise ValueError("not of the form that was asked for") from problem

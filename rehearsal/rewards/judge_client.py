@@ -9,10 +9,10 @@ import random
 import sqlite3
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -26,6 +26,7 @@ _PASSING = frozenset({408, 425, 429})
 _BACKOFF_LIMIT = 30.0
 
 Message = Mapping[str, str]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -112,34 +113,45 @@ class JudgeClient:
         """What it has cost so far."""
         return self._cost
 
-    def ask(self, messages: Sequence[Message], *, fresh: bool = False) -> str:
-        """The model's answer to a chat.
+    def ask(self, messages: Sequence[Message], read: Callable[[str], T], *, tries: int = 2) -> T:
+        """The model's answer to a chat, as ``read`` makes it out.
 
         Args:
             messages: the chat.
-            fresh: ask even where the cache has an answer, and put the new one in its place.
+            read: takes the answer's text; raises a ValueError where it cannot be read. Only what can be read is kept.
+            tries: how often the model is asked for an answer that can be read.
 
         Raises:
             VerificationError: if there is none, in a sentence that says why.
         """
         body = {"model": self.model, "messages": [dict(message) for message in messages], **self._extra}
         key = hashlib.sha256(json.dumps([self.base_url, body], sort_keys=True).encode()).hexdigest()
-        known = None if fresh else self._cache.get(key)
+        known = self._cache.get(key)
         if known is not None:
             self._add(cached=1)
-            return known
-        answer = self._post(body)
-        try:
-            content = answer["choices"][0]["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            content = None
+            return read(known)
+        text = ""
+        for _ in range(tries):
+            text = self._text(self._post(body))
+            try:
+                found = read(text)
+            except ValueError:
+                continue
+            self._cache.put(key, text)
+            return found
+        raise VerificationError(f"The judge's answer cannot be read: {' '.join(text.split())[:200]!r}")
+
+    def _text(self, answer: dict[str, Any]) -> str:
         usage = answer.get("usage")
         counts = usage if isinstance(usage, dict) else {}
         prompt, completion = (_count(counts.get(name)) for name in ("prompt_tokens", "completion_tokens"))
         self._add(requests=1, prompt_tokens=prompt, completion_tokens=completion)
+        try:
+            content = answer["choices"][0]["message"]["content"]
+        except (KeyError, IndexError, TypeError):
+            content = None
         if not isinstance(content, str):
             raise VerificationError(f"The judge at {self.base_url} answered without a text.")
-        self._cache.put(key, content)
         return content
 
     def close(self) -> None:

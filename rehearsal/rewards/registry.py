@@ -50,7 +50,7 @@ def register_verifier(name: str, factory: str | Factory) -> None:
     _registered[name] = factory
 
 
-def verifier(name: str, **options: Any) -> Verifier:
+def verifier(name: str, /, **options: Any) -> Verifier:
     """Make a verifier.
 
     Args:
@@ -61,12 +61,7 @@ def verifier(name: str, **options: Any) -> Verifier:
         RewardError: for an unknown name or option, a library that is not installed, or a value that the class refuses.
     """
     factory = _factory(name)
-    known = [
-        parameter.name
-        for parameter in inspect.signature(factory).parameters.values()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    ]
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(factory).parameters.values())
+    known, takes_any = _options(factory)
     if name in ("rubric", "pair"):
         known, takes_any = [*known, *_CLIENT_OPTIONS], False
     for option in options:
@@ -118,6 +113,16 @@ def _factory(name: str) -> Factory:
         raise RewardError(f"{name} is neither a class nor a function that makes a verifier.")
     made: Factory = found
     return made
+
+
+def _options(factory: Factory) -> tuple[list[str], bool]:
+    """The names that a class or function takes, and whether it takes any others."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):  # of something not written in Python
+        return [], True
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _hint(name: str, known: list[str]) -> str:

@@ -91,7 +91,9 @@ def test_every_gold_answer_of_gsm8k_verifies_against_itself() -> None:
             for wording in ("{}", "The answer is {}.", "\\boxed{{{}}}"):
                 texts = [wording.format(gold) for gold in golds()]
                 results = pool.verify(texts, [Task("", gold) for gold in golds()], name)
-                wrong = [text for text, r in zip(texts, results, strict=True) if not (isinstance(r, Score) and r.passed)]
+                wrong = [
+                    text for text, r in zip(texts, results, strict=True) if not (isinstance(r, Score) and r.passed)
+                ]
                 assert wrong == [], name
 
 
@@ -120,7 +122,7 @@ def test_none_of_5000_perturbed_answers_passes() -> None:
     ("text", "number"),
     [
         ("18", "18"), ("18.", "18"), ("18.0", "18"), ("$1,234.50.", "2469/2"), ("is -5", "-5"), ("-$5", "-5"),
-        ("$-5", "-5"), ("\N{MINUS SIGN}5", "-5"), ("+5", "5"), ("x = 5", "5"), ("7 - 5", "5"), ("7-5", "5"), ("7 + 5", "5"),
+        ("$-5", "-5"), ("\N{MINUS SIGN}5", "-5"), ("+5", "5"), ("x = 5", "5"), ("7 - 5", "5"), ("7-5", "5"),
         ("1/2", "1/2"), ("3 / 4 of it", "3/4"), ("8/2/2", "2"), ("2e3", "2000"), ("1.5e-1", "3/20"), (".5", "1/2"),
         ("50%", "50"), ("18 dollars", "18"), ("**18**", "18"), ("(18)", "18"), ("\\boxed{18}", "18"), ("10:30", "30"),
         ("first 3, then 4", "4"), ("18 kg of CO2", "18"), ("US$18", "18"), ("20\N{EURO SIGN}", "20"), ("0018", "18"),
@@ -181,7 +183,10 @@ def test_gold_after_the_hashes_and_of_several_kinds() -> None:
         ("$2\\sqrt{2}$", ["\\boxed{\\sqrt{8}}"]),
         ("0.333333", ["1/3"]),
         ("-5", ["x = -5"]),
-        ("18", ["18%", "36/2", "We have $x+1=19$. So the answer is 18.", "**18**", "I had $2 and then got $18", "18 km!"]),
+        (
+            "18",
+            ["18%", "36/2", "We have $x+1=19$. So the answer is 18.", "**18**", "I had $2 and then got $18", "18 km!"],
+        ),
         ("8", ["2**3", "**8**", "2**3 = **8**"]),
     ],
 )
@@ -196,7 +201,8 @@ def test_equal_formulas(gold: str, answers: list[str]) -> None:
         ("x^2+2x+1", ["$(x+1)^3$", "$(y+1)^2$"]),
         ("98", ["answer: **98/3**", "98/(3", "98/3km", "answer: 98/3!", "98x", "98.5.1", "`98/3`", "98 / 7"]),
         ("23", ["2**3"]),
-        ("18", ["$18$ at first. The answer is 17", "0.18", "1818", "\\boxed{17,18}", "\\boxed{18}\\boxed{19}", "\\boxed{\\pm 18}", "eighteen", "x", "18,000"]),
+        ("18", ["$18$ at first. The answer is 17", "0.18", "1818", "18,000", "x", "eighteen"]),
+        ("18", ["\\boxed{17,18}", "\\boxed{18}\\boxed{19}", "\\boxed{\\pm 18}"]),
         ("(1,2)", ["\\boxed{(2,1)}", "\\boxed{[1,2]}"]),
         ("\\{1,2\\}", ["\\boxed{\\{1,2,3\\}}", "\\boxed{1}"]),
     ],
@@ -221,7 +227,7 @@ def test_a_reference_that_is_no_formula() -> None:
 
 @BOTH
 def test_gold_and_answer_are_not_exchanged(verifier: Any) -> None:
-    """A library's function that takes the gold answer first was given the completion first (open-r1's length reward)."""
+    """The library takes the gold answer first; open-r1's length reward gave it the completion first."""
     assert not passes(verifier, "12 or 13 or 18 or 20", "18")
     assert passes(verifier, "12 or 13 or 20 or 18", "18")
 
