@@ -215,7 +215,7 @@ def test_answers_are_kept_by_content_in_memory_and_in_a_file(server: FakeServer,
         for response in ("one", "one", "two", "one"):
             judge.verify(response, Task("Say hello."))
         assert len(server.requests) == 2
-        RubricJudge(asked, CRITERIA[:2] + [Criterion("is short")]).verify("one", Task("Say hello."))
+        RubricJudge(asked, [*CRITERIA[:2], Criterion("is short")]).verify("one", Task("Say hello."))
         assert len(server.requests) == 3
         asked.close()
         again = client(server, cache=cache)

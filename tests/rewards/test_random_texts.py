@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-for library in ("math_verify", "lm_eval", "jsonschema"):
-    pytest.importorskip(library)
+pytest.importorskip("math_verify")
+pytest.importorskip("lm_eval")
+pytest.importorskip("jsonschema")
 
 from rehearsal.rewards.answers import answer_of
 from rehearsal.rewards.instructions import InstructionFollowing
@@ -25,8 +26,8 @@ from rehearsal.rewards.verifier import Failure, Score, Task
 # Texts of any characters, and texts made of what verifiers look at.
 PIECES = st.sampled_from(
     ["<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "}", "{", "$", "$$", "\\frac", "\\sqrt", "\\(", "\\)",
-     "18", "-", ".", ",", "1e9", "/", "^", "=", "%", "####", "```json\n", "```", '"', "[", "]", ":", "null", "NaN", "\n",
-     " ", "***", "******", "P.S.", "Section 1", "<<", ">>", "yes", "the", "é", "\N{MINUS SIGN}", "\x00", "\ud800",
+     "18", "-", ".", ",", "1e9", "/", "^", "=", "%", "####", "```json\n", "```", '"', "[", "]", ":", "null", "NaN",
+     "\n", " ", "***", "******", "P.S.", "Section 1", "<<", ">>", "yes", "the", "é", "\N{MINUS SIGN}", "\x00", "\ud800",
      "\u0661", "(", ")", "+", "x", "*", "A", "Answer: "]
 )  # fmt: skip
 TEXTS = st.one_of(st.text(st.characters(codec=None, exclude_categories=())), st.lists(PIECES, max_size=25).map("".join))

@@ -124,7 +124,7 @@ def test_tasks_of_a_split(tmp_path: Path) -> None:
     given: dict[str, Any] = {"prompt": "question", "reference": "answer"}
     assert load_tasks(tmp_path, **given)[0].reference == 8
     assert load_tasks(str(tmp_path), split="test", **given)[0].reference == 7
-    with pytest.raises(RewardError, match="no split 'validation' in .*; files of JSON lines there: test, train"):
+    with pytest.raises(RewardError, match=r"no split 'validation' in .*; files of JSON lines there: test, train"):
         load_tasks(tmp_path, split="validation", **given)
 
 
@@ -170,7 +170,7 @@ def test_tasks_from_a_data_set_on_disk(tmp_path: Path) -> None:
     assert load_tasks(tmp_path / "both", split="test", **given) == load_tasks(tmp_path / "one", **given)
     with pytest.raises(RewardError, match="no split 'validation'; it has: train, test"):
         load_tasks(tmp_path / "both", split="validation", **given)
-    with pytest.raises(RewardError, match="Row 0 of .* has no field 'reference'"):
+    with pytest.raises(RewardError, match=r"Row 0 of .* has no field 'reference'"):
         load_tasks(tmp_path / "one", prompt="question")
 
 
