@@ -2,9 +2,9 @@
 
 Every text is an answer with a formula in it, checked against a reference. Three ways, each timed in turn:
 
-- ``loop``: math-verify's own ``parse`` and ``verify`` in a loop of this process, with its time limits (signals), as its
-  documentation shows. The reference is parsed with every answer, as there.
-- ``one``: our pool with one process, which is what isolation costs: ``one_over_loop`` is its time over that of the loop.
+- ``loop``: math-verify's own ``parse`` and ``verify`` in a loop of this process, with its time limits (signals), as
+  its documentation shows. The reference is parsed with every answer, as there.
+- ``one``: our pool with one process, which is what isolation costs: ``one_over_loop`` is its time over the loop's.
 - ``pool``: our pool with one process for each of two cores: ``pool_over_loop`` is what a user waits.
 
 Both sides give the same verdicts, which is checked first. A pool's overhead shows best where checks are cheap, so the
