@@ -56,6 +56,9 @@ class WeightedSum:
     Attributes:
         weights: by name of a verifier; may be negative.
         success: which must pass; all of positive weight if empty.
+
+    Raises:
+        RewardError: for a success that is not among the weights, or where nothing would have to pass.
     """
 
     weights: Mapping[str, float]
@@ -63,6 +66,8 @@ class WeightedSum:
 
     def __post_init__(self) -> None:
         _check_known("WeightedSum", self.success, self.weights)
+        if not self.success and not any(weight > 0 for weight in self.weights.values()):
+            raise RewardError("A weighted sum without positive weights needs to be told what counts as success.")
 
     @property
     def names(self) -> frozenset[str]:

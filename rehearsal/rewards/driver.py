@@ -16,6 +16,8 @@ from rehearsal.rewards.worker import WorkerEndedError, WorkerProcess
 
 Result = Score | Failure
 
+CLOSED = "This pool of verifiers is closed; make another one."
+
 _START_TRIES = 3
 """Processes that may die in a row before they have begun a check; after that nothing more is tried."""
 _SLOW_START = 30.0
@@ -72,6 +74,7 @@ class Driver:
         warm: set once the process is ready, or cannot be.
         broken: why no process can be had, if so.
         restarts: processes that were replaced.
+        stop: set it to have the present chunk given up.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Driver:
         self.warm = threading.Event()
         self.broken: Exception | None = None
         self.restarts = 0
+        self.stop = threading.Event()
         self._chunks = chunks
         self._verifiers = verifiers
         self._limits = limits
@@ -178,6 +182,9 @@ class Driver:
             except WorkerEndedError as problem:
                 return self._blamed(worker, items, done, f"The process of the verifier {problem}.", "crash")
             done = take(results)
+            if self.stop.is_set():
+                worker.kill()
+                raise RewardError(CLOSED)
             begun, now = worker.begun, time.monotonic()
             if begun != seen or results:
                 seen, since = begun, now

@@ -12,6 +12,7 @@ What cannot be scored is a :class:`Failure`, never a 0, and is counted.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import queue
@@ -24,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 
 from rehearsal.errors import RewardError
-from rehearsal.rewards.driver import Batch, Driver, Item, Limits
+from rehearsal.rewards.driver import CLOSED, Batch, Driver, Item, Limits
 from rehearsal.rewards.threads import check_in_threads
 from rehearsal.rewards.verifier import Failure, Score, Task, Verifier
 
@@ -147,8 +148,6 @@ class VerifierPool:
         chosen = self._names(names, len(completions))
         if len(completions) != len(tasks):
             raise RewardError(f"There are {len(completions)} completions for {len(tasks)} tasks; each needs its own.")
-        if self._closed:
-            raise RewardError("This pool of verifiers is closed; make another one.")
         started = time.perf_counter()
         batch = Batch(len(completions))
         items: list[Item] = []
@@ -162,8 +161,11 @@ class VerifierPool:
             except Exception as problem:
                 words = f"The task cannot be sent to another process ({type(problem).__name__}: {problem})."
                 batch.put(index, Failure("error", words))
-        for chunk in self._chunks(items):
-            self._queue.put(chunk)
+        with self._lock:  # so that nothing comes behind what close() puts there
+            if self._closed:
+                raise RewardError(CLOSED)
+            for chunk in self._chunks(items):
+                self._queue.put(chunk)
         for name, indices in threaded.items():
             results = check_in_threads(
                 self.verifiers[name], [completions[i] for i in indices], [tasks[i] for i in indices],
@@ -190,14 +192,25 @@ class VerifierPool:
             if driver.broken is not None:
                 raise driver.broken
 
-    def close(self) -> None:
-        """End the processes. Checks that other threads still wait for are finished first."""
+    def close(self, *, now: bool = False) -> None:
+        """End the processes.
+
+        Args:
+            now: give up what other threads still wait for, which raises there; it is finished first otherwise.
+        """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-        for _ in self._drivers:
-            self._queue.put(None)
+            if now:
+                for driver in self._drivers:
+                    driver.stop.set()
+                with contextlib.suppress(queue.Empty):
+                    while True:
+                        for item in self._queue.get_nowait() or ():
+                            item.batch.fail(RewardError(CLOSED))
+            for _ in self._drivers:
+                self._queue.put(None)
         for driver in self._drivers:
             driver.thread.join()
         if self._folder is not None:
@@ -209,7 +222,8 @@ class VerifierPool:
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        # After Ctrl-C, nobody wants to wait for the rest.
+        self.close(now=kind is not None)
 
     # --- the caller's side
 

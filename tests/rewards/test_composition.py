@@ -107,6 +107,9 @@ def test_combinations_refuse_what_does_not_fit() -> None:
         SUM({"math": Score(1.0, True)})
     with pytest.raises(RewardError, match="has no part 'form'; there are: math"):
         WeightedSum({"math": 1.0}, success=("form",))
+    # What all of nothing passed has not passed: a peer's check of no results was a success.
+    with pytest.raises(RewardError, match="what counts as success"):
+        WeightedSum({"format": -1.0})
     for level in (1.0, -0.1, 2.0):
         with pytest.raises(RewardError, match="at least 0 and below 1"):
             PartialCredit("math", {"format": level})

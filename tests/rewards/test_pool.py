@@ -168,6 +168,27 @@ def test_nothing_is_left_after_closing() -> None:
         check(pool, "fine")
 
 
+def test_an_exception_does_not_wait_for_the_rest() -> None:
+    problems: list[Exception] = []
+
+    def work(pool: VerifierPool) -> None:
+        try:
+            check(pool, *["sleep 5"] * 40)
+        except RewardError as problem:
+            problems.append(problem)
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), VerifierPool(Strange(), workers=2, timeout=60) as pool:
+        pool.wait_until_warm()
+        thread = threading.Thread(target=work, args=(pool,))
+        thread.start()
+        time.sleep(0.5)
+        raise KeyboardInterrupt
+    thread.join(10)
+    assert time.monotonic() - started < 15
+    assert "closed" in str(problems[0])
+
+
 def test_processes_end_when_their_parent_is_killed() -> None:
     """Even one that hangs: it carries an alarm of its own."""
     script = textwrap.dedent(f"""
