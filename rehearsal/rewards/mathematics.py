@@ -48,7 +48,8 @@ class Mathematics:
     What differs from the library's own extraction: that takes 98 out of "answer: **98/3**" and out of "98/(3", since
     its pattern for a number may end anywhere; here an expression is read as a whole or not at all. What cannot be
     parsed is not compared as a text, an error in a comparison is an error and not a wrong answer, and a reference
-    needs no dollar signs.
+    needs no dollar signs. And the library holds the square of infinity and its like for equal to every number: what is
+    not finite equals nothing that is, and what would also equal the reference plus 1 is no answer.
 
     Attributes:
         boxed: only an answer in ``\\boxed{}`` counts.
@@ -69,15 +70,11 @@ class Mathematics:
         self.verify("\\boxed{\\frac{1}{2}}", Task("", "0.5"))
 
     def verify(self, completion: str, task: Task) -> Score:
-        from math_verify import verify
-
         golds = [_gold(text) for text in reference_texts(task)]
         answer = formula_in(answer_of(completion), self.boxed)
         try:
             found = _parsed(answer) if answer else []
-            right = bool(found) and any(
-                verify(list(gold), found, timeout_seconds=None, raise_on_error=True) for gold in golds
-            )
+            right = bool(found) and any(_equal(gold, found) for gold in golds)
         except Exception as problem:
             told = f"{type(problem).__name__}: {problem}"[:200]
             raise VerificationError(f"The formula {answer[:80]!r} could not be compared ({told}).") from problem
@@ -94,7 +91,7 @@ def formula_in(answer: str, boxed: bool = False) -> str:
         boxed: whether it must be boxed already.
     """
     if "\\boxed" in answer:
-        return answer
+        return ", ".join(f"\\boxed{{{content}}}" for content in _boxes(answer))
     if boxed:
         return ""
     # Two stars between numbers are a power, all others are emphasis.
@@ -110,6 +107,42 @@ def formula_in(answer: str, boxed: bool = False) -> str:
         content = re.sub(r"[$€£¥]", "", content).replace("\N{MINUS SIGN}", "-").rstrip(", ")
         content = re.sub(r"\\?%", r"\\%", content)
     return f"\\boxed{{{content}}}"
+
+
+def _boxes(text: str) -> list[str]:
+    """What is boxed, without dollar signs; nothing where a box is not closed or holds another one."""
+    contents = []
+    for start in re.finditer(r"\\boxed\s*\{", text):
+        depth = 1
+        for brace in re.finditer(r"(?<!\\)[{}]", text[start.end() :]):
+            depth += 1 if brace[0] == "{" else -1
+            if depth == 0:
+                contents.append(text[start.end() : start.end() + brace.start()].replace("$", ""))
+                break
+        else:
+            return []
+    return [] if any("\\boxed" in content for content in contents) else contents
+
+
+def _equal(gold: Sequence[Any], found: Sequence[Any]) -> bool:
+    """Whether the library holds them for equal, and does not hold the answer for equal to anything."""
+    from math_verify import verify
+    from sympy import Expr, Integer, Number, nan, oo, zoo
+
+    def same(one: Any) -> bool:
+        return bool(verify([one], list(found), timeout_seconds=None, raise_on_error=True))
+
+    def is_finite(one: Any) -> bool:
+        return not one.has(oo, -oo, zoo, nan)
+
+    if all(map(is_finite, gold)) and not all(map(is_finite, found)):
+        return False  # and comparing them may take minutes
+    if not any(same(one) for one in gold):
+        return False
+    if all(isinstance(expression, Number) for expression in found):
+        return True
+    # Some expressions compare equal to every number. A control that they cannot equal as well gives them away.
+    return not any(same(one + 1 if isinstance(one, Expr) else Integer(-98765)) for one in gold)
 
 
 def _shown(expressions: Sequence[Any]) -> str:

@@ -211,6 +211,36 @@ def test_unequal_formulas(gold: str, answers: list[str]) -> None:
     assert [answer for answer in answers if passes(Mathematics(), answer, gold)] == []
 
 
+@pytest.mark.parametrize("gold", ["18", "7", "0", "-3", "\\frac{1}{2}", "2.5", "\\sqrt{2}"])
+def test_no_answer_is_equal_to_every_number(gold: str) -> None:
+    """The square of infinity is, for the library: an agent that finds it has solved all tasks."""
+    keys = [
+        "\\infty^2", "\\frac1e9^\\infty", "\\infty", "\\frac{0}{0}", "\\frac{1}{0}", "\\infty-\\infty", "e^{\\infty^2}",
+        "0^{-1}", "x^{\\infty}", "\\ln(0)", "\\infty^2+18", "\\pm\\infty^2", "2\\infty^2", "\\emptyset",
+        "\\frac{1}{2-2}",
+    ]  # fmt: skip
+    assert [key for key in keys if passes(Mathematics(), f"\\boxed{{{key}}}", gold)] == []
+
+
+def test_infinity_where_it_belongs() -> None:
+    assert passes(Mathematics(), "\\boxed{(-\\infty, 3)}", "(-\\infty,3)")
+    assert passes(Mathematics(), "\\boxed{\\infty}", "\\infty")
+    assert not passes(Mathematics(), "\\boxed{(-\\infty, 3)}", "(-\\infty,4)")
+
+
+def test_only_the_content_of_a_box_counts() -> None:
+    assert passes(Mathematics(), "It is $19$, no, \\boxed{$18$} I mean", "18")
+    assert passes(Mathematics(), "\\boxed{\\frac{36}{2}}", "18")
+    for broken in (
+        "\\boxed{(<17-$18$}",
+        "\\boxed{18",
+        "\\boxed{\\boxed{18}",
+        "\\boxed{17\\boxed{18}}",
+        "$18$ \\boxed{}",
+    ):
+        assert not passes(Mathematics(), broken, "18"), broken
+
+
 def test_a_box_can_be_asked_for() -> None:
     assert passes(Mathematics(boxed=True), "so \\boxed{18}", "18")
     assert not passes(Mathematics(boxed=True), "so 18", "18")
