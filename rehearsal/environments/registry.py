@@ -24,6 +24,8 @@ _GYMNASIUM_IDS = {
     "rehearsal/Bandit-v0": "rehearsal.environments.bandit:Bandit",
     "rehearsal/Countdown-v0": "rehearsal.environments.countdown:Countdown",
     "rehearsal/Helpdesk-v0": "rehearsal.environments.helpdesk:Helpdesk",
+    "rehearsal/Calculate-v0": "rehearsal.environments.calculate:Calculate",
+    "rehearsal/Lookup-v0": "rehearsal.environments.lookup:Lookup",
 }
 
 _registered: dict[str, str | Factory] = {
@@ -32,6 +34,8 @@ _registered: dict[str, str | Factory] = {
     "bandit": _GYMNASIUM_IDS["rehearsal/Bandit-v0"],
     "countdown": _GYMNASIUM_IDS["rehearsal/Countdown-v0"],
     "helpdesk": _GYMNASIUM_IDS["rehearsal/Helpdesk-v0"],
+    "calculate": _GYMNASIUM_IDS["rehearsal/Calculate-v0"],
+    "lookup": _GYMNASIUM_IDS["rehearsal/Lookup-v0"],
     "reasoning-gym": "rehearsal.environments.adapters:ReasoningGymEnv",
 }
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from rehearsal.agents.agent import Agent, Limits
@@ -37,11 +37,14 @@ class Task:
         seed: the environment is reset with it.
         split: "train", "validation" or "test".
         environment: which of the rollout's environments.
+        options: what the environment is reset with beside split and chance, such as ``{"company": 51}`` at the help
+            desk.
     """
 
     seed: int
     split: str = "train"
     environment: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 def tasks_of_step(seed: int, step: int, count: int, split: str = "train", first: int = 0) -> list[Task]:
@@ -232,7 +235,7 @@ class Rollout:
         def reset() -> tuple[dict[str, Any], Rendered | None]:
             # The members of a group share their task and not their luck: with the same slips and payouts for all, a
             # group would learn that the lucky action of this one seed is the better one.
-            returned = env.reset(seed=task.seed, options={"split": task.split, "chance": sample})
+            returned = env.reset(seed=task.seed, options={**task.options, "split": task.split, "chance": sample})
             observation, info = check_reset(env, returned)
             # Rules and legal actions are the environment's own code too, which may be slow or hang.
             return info, agent.opening(env.instructions, observation, str(info.get("state", "")), env)

@@ -209,6 +209,10 @@ class WorldOptions(_Options):
         default=0, ge=0,
         description="turns after a rehearsal in which its action may be taken for the answer to count",
     )  # fmt: skip
+    updates: int = Field(
+        default=1, ge=1,
+        description="updates of the world adapter in a step; those after the first learn from what was rehearsed alone",
+    )  # fmt: skip
     replay: int = Field(
         default=0, ge=0, description="past situations that are learnt again in every step, with agent.rehearse"
     )
@@ -320,6 +324,11 @@ class Recipe(_Options):
         if self.world.replay and not (self.agent.rehearse and self.world.mode != "policy_only"):
             raise ValueError(
                 "world.replay replays what was rehearsed: set agent.rehearse, and a world.mode that learns"
+            )
+        if self.world.updates > 1 and (self.world.mode in ("policy_only", "shared") or not self.agent.rehearse):
+            raise ValueError(
+                "world.updates above 1 learns from what was rehearsed, in its own adapter: set agent.rehearse, and "
+                "world.mode to dual"
             )
         apart = self.world.mode in ("dual", "inactive", "placebo")
         if apart and self.adapters.world_rank == 0 and self.adapters.world_folder is None:
