@@ -28,6 +28,10 @@ class GenerationError(RehearsalError):
     """Sampling cannot go on: a context or a memory budget is too small, or a server does not answer."""
 
 
+class RewardError(RehearsalError):
+    """A verifier, a combination of rewards or a file of tasks that cannot be used as it was asked for."""
+
+
 class CheckpointError(RehearsalError):
     """A checkpoint or run folder that cannot be read or written."""
 

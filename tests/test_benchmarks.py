@@ -179,6 +179,15 @@ def test_the_cost_of_diagnostics_is_measured() -> None:
 
 
 @pytest.mark.slow
+def test_verifications_are_measured() -> None:
+    pytest.importorskip("math_verify")
+    result = run_script("verifiers", "--quick")
+    check_result(result)
+    assert all(value > 0 for value in result["figures"].values())
+    assert set(result["goals"]) == {"one_over_loop", "pool_over_loop"}
+
+
+@pytest.mark.slow
 def test_the_gpu_script_walks_its_path_on_a_processor() -> None:
     result = run_script("on_gpu", "--device", "cpu", "--tiny", "--trl-engines", "generate")
     check_result(result)

@@ -33,6 +33,7 @@ FLOORS = {
 
 SAME_FLOOR = {
     ("rewards", "trajectory"),
+    ("environments", "rewards"),  # tasks with verifiable answers
     ("generation", "models"),  # the engine runs the model
     ("training", "evaluation"),  # the loop plays held-out tasks on its way
     ("evaluation", "training"),  # evaluating a run by name reads its recipe and its checkpoint

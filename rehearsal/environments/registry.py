@@ -36,6 +36,7 @@ _registered: dict[str, str | Factory] = {
     "helpdesk": _GYMNASIUM_IDS["rehearsal/Helpdesk-v0"],
     "calculate": _GYMNASIUM_IDS["rehearsal/Calculate-v0"],
     "lookup": _GYMNASIUM_IDS["rehearsal/Lookup-v0"],
+    "tasks": "rehearsal.environments.tasks:VerifiedTasks",
     "reasoning-gym": "rehearsal.environments.adapters:ReasoningGymEnv",
 }
 
