@@ -28,6 +28,10 @@ class GenerationError(RehearsalError):
     """Sampling cannot go on: a context or a memory budget is too small, or a server does not answer."""
 
 
+class SandboxError(RehearsalError):
+    """A sandbox that cannot be had as it was asked for, or that cannot go on."""
+
+
 class CheckpointError(RehearsalError):
     """A checkpoint or run folder that cannot be read or written."""
 
