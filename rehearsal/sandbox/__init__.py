@@ -8,7 +8,8 @@ this system.
 from rehearsal.sandbox.interpreter import Interpreter, InterpreterPool
 from rehearsal.sandbox.isolation import Isolation, available, require, strongest
 from rehearsal.sandbox.limits import CallResult, Limits, Outcome, ProgramResult
-from rehearsal.sandbox.program import run_program
+from rehearsal.sandbox.program import ProgramRunner, run_program
+from rehearsal.sandbox.remote import RemoteSandbox
 
 __all__ = [
     "CallResult",
@@ -18,6 +19,8 @@ __all__ = [
     "Limits",
     "Outcome",
     "ProgramResult",
+    "ProgramRunner",
+    "RemoteSandbox",
     "available",
     "require",
     "run_program",

@@ -20,7 +20,8 @@ from rehearsal.sandbox.cell import Answer, Cell, CellGone
 from rehearsal.sandbox.inside import plain
 from rehearsal.sandbox.inside.framing import Message
 from rehearsal.sandbox.isolation import Isolation, require
-from rehearsal.sandbox.limits import CallResult, Limits, Outcome
+from rehearsal.sandbox.limits import CallResult, Limits, Outcome, ProgramResult
+from rehearsal.sandbox.program import run_in
 from rehearsal.sandbox.zygote import Zygote
 
 
@@ -60,7 +61,7 @@ class Interpreter:
 
     def call(
         self, function: str, arguments: Sequence[Any] = (), named: Mapping[str, Any] | None = None, *,
-        seconds: float | None = None,
+        seconds: float | None = None, answer: Answer | None = None,
     ) -> CallResult:  # fmt: skip
         """Call a function that an earlier call defined. ``value`` of the result is what it says in plain data.
 
@@ -75,7 +76,7 @@ class Interpreter:
             coded = plain.encode((list(arguments), dict(named or {})))
         except plain.PlainError as error:
             raise SandboxError(f"Only plain data can be given to a function in a sandbox, not {error}.") from error
-        result = self._request({"do": "call", "function": function, "arguments": coded}, seconds, None)
+        result = self._request({"do": "call", "function": function, "arguments": coded}, seconds, answer)
         return CallResult(**{**result.__dict__, "value": _read(result.value)})
 
     def close(self) -> None:
@@ -197,6 +198,13 @@ class InterpreterPool:
         with self.take() as taken:
             yield taken
 
+    def run_program(
+        self, source: str, *, stdin: str = "", files: Mapping[str, str | bytes] | None = None,
+        limits: Limits | None = None,
+    ) -> ProgramResult:  # fmt: skip
+        """As :func:`rehearsal.sandbox.run_program`, with the packages of this pool and, if None, its limits."""
+        return run_in(self._running(), source, stdin=stdin, files=files, limits=limits or self.limits)
+
     def close(self) -> None:
         """End every interpreter and the zygote."""
         with self._lock:
@@ -212,6 +220,14 @@ class InterpreterPool:
         self.close()
 
     def _new_cell(self) -> Cell:
+        self._running()
+        with self._lock:
+            cell = self._spare.popleft() if self._spare else self._started()
+            self._fill()
+            return cell
+
+    def _running(self) -> Zygote:
+        """The zygote; a new one if it was ended from outside."""
         with self._lock:
             if self._closed:
                 raise SandboxError("The pool of interpreters was closed.")
@@ -221,9 +237,8 @@ class InterpreterPool:
                     self._spare.pop().close()
                 self._zygote.close()
                 self._zygote = Zygote(self.isolation, **self._options)
-            cell = self._spare.popleft() if self._spare else self._started()
-            self._fill()
-            return cell
+                self._fill()
+            return self._zygote
 
     def _fill(self) -> None:
         while len(self._spare) < self._wanted_spare:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import PurePosixPath
+from typing import Protocol
 
 from rehearsal.errors import SandboxError
 from rehearsal.sandbox.cell import Cell, CellGone
@@ -19,6 +20,17 @@ from rehearsal.sandbox.zygote import Zygote
 
 _lock = threading.Lock()
 _zygotes: dict[tuple[Isolation, str | None], Zygote] = {}
+
+
+class ProgramRunner(Protocol):
+    """What runs programs: a pool of interpreters, or a service."""
+
+    def run_program(
+        self, source: str, *, stdin: str = "", files: Mapping[str, str | bytes] | None = None,
+        limits: Limits | None = None,
+    ) -> ProgramResult:  # fmt: skip
+        """Run a Python program that is not to be trusted."""
+        ...
 
 
 def run_program(
