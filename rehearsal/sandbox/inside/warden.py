@@ -303,9 +303,9 @@ class Warden:
 
     def _beyond_limits(self) -> str | None:
         used = processes.usage(self._pid_in_proc, self._proc)
-        if used.memory_bytes > self._limits["memory_bytes"] + self._limits["own"]:
-            return "memory"
-        return "processes" if used.tasks > self._limits["processes"] + 1 else None
+        if used.tasks > self._limits["processes"] + 1:
+            return "processes"
+        return "memory" if used.memory_bytes > self._limits["memory_bytes"] + self._limits["own"] else None
 
     def _finish(self, outcome: str, *, forever: bool) -> _Guest:
         """After a call: stop the cell or, after a bad end, end it. What was written is read either way."""
