@@ -38,7 +38,7 @@ from typing import Any
 
 from rehearsal.errors import SandboxError
 from rehearsal.rewards import code_judge
-from rehearsal.rewards.code_judge import free_names
+from rehearsal.rewards.code_judge import defined_names, free_names
 from rehearsal.rewards.verifier import Score, Task, VerificationError
 from rehearsal.sandbox import Interpreter, InterpreterPool, Isolation, Limits, Outcome, ProgramRunner
 from rehearsal.sandbox.inside import plain
@@ -159,7 +159,7 @@ class CodeVerifier:
     def _names(self, task: Task, tests: str, given: str, check: bool) -> list[str]:
         """The functions that are the candidate's, the one under test first."""
         try:
-            free = free_names(f"{given}\n{tests}")
+            free = [name for name in free_names(tests) if name not in defined_names(given)]
         except SyntaxError as error:
             raise VerificationError(f"The tests are no Python: {error}.") from error
         entry = task.data.get("entry_point")

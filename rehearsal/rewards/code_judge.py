@@ -179,21 +179,44 @@ def free_names(tests: str) -> list[str]:
         SyntaxError: for what is not Python.
     """
     tree = ast.parse(tests)
-    bound = set(dir(builtins))
-    used: dict[str, None] = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name):
-            if isinstance(node.ctx, ast.Load):
-                used.setdefault(node.id)
-            else:
-                bound.add(node.id)
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            bound.add(node.name)
-        elif isinstance(node, ast.arg):
-            bound.add(node.arg)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            bound.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
+    bound = set(dir(builtins)) | _bound(tree)
+    used = {node.id: None for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     return [name for name in used if name not in bound]
+
+
+def defined_names(source: str) -> set[str]:
+    """Names that source gives a meaning: not those of functions that have a docstring and nothing else, as the function
+    that a prompt asks for.
+
+    Raises:
+        SyntaxError: for what is not Python.
+    """
+    tree = ast.parse(source)
+    tree.body = [node for node in tree.body if not _is_stub(node)]
+    return _bound(tree)
+
+
+def _bound(tree: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            names.add(node.id)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
+    return names
+
+
+def _is_stub(node: ast.stmt) -> bool:
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and all(
+        isinstance(part, ast.Pass) or (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))
+        for part in node.body
+    )
 
 
 def _short(text: str) -> str:
