@@ -8,17 +8,18 @@ Three forms of tests, told apart by the task's ``reference``:
 - a list of pairs (input, output), or of mappings with these keys: a program that reads standard input and writes
   standard output.
 
-Assertions belong to the same program as what they check, by nature, and whoever shares a process with them can make them
-pass: by leaving with ``os._exit(0)``, by an ``__eq__`` that always says yes, by patched built-in functions, by reading
-the tests. So here they do not share one. The candidate runs in one sandbox and is only ever asked to call a function with
-plain arguments; the tests run in another one (:mod:`rehearsal.rewards.code_judge`) and see plain values. A program's
-output is compared on the host. Helper functions that stand in the prompt are taken from the prompt and not from the
-candidate, which could have defined them anew.
+Assertions belong to the same program as what they check, by nature, and whoever shares a process with them can make
+them pass: by leaving with ``os._exit(0)``, by an ``__eq__`` that always says yes, by patched built-in functions, by
+reading the tests. So here they do not share one. The candidate runs in one sandbox and is only ever asked to call a
+function with plain arguments; the tests run in another one (:mod:`rehearsal.rewards.code_judge`) and see plain values. A
+program's output is compared on the host. Helper functions that stand in the prompt are taken from the prompt and not
+from the candidate, which could have defined them anew.
 
 What remains possible: a candidate that knows the answers by heart (from its training data, or from examples in the
 prompt), and one that answers by the arguments or the number of calls. No sandbox can tell these from a solution; tests
-that the model has not seen can. What cannot be tested: functions that take or give other things than plain data (numbers,
-texts, bytes, lists, tuples, sets, dictionaries, iterators over these), such as functions or objects of own classes.
+that the model has not seen can. What cannot be tested: functions that take or give other things than plain data
+(numbers, texts, bytes, lists, tuples, sets, dictionaries, iterators over these), such as functions or objects of own
+classes.
 
 Outputs are compared line by line: white space at the end of lines and empty lines at the end do not count, everything
 else does, the number of lines included. The program must end with status 0.
@@ -164,7 +165,7 @@ class CodeVerifier:
             raise VerificationError(f"The tests are no Python: {error}.") from error
         entry = task.data.get("entry_point")
         if check and not isinstance(entry, str):
-            raise VerificationError('A task with a function check names the function under test as data["entry_point"].')
+            raise VerificationError('A task with a function check names the one under test as data["entry_point"].')
         names = list(dict.fromkeys([*([str(entry)] if entry else []), *free]))
         if not names:
             raise VerificationError("The assertions call no function of the completion.")
@@ -226,12 +227,12 @@ class CodeVerifier:
     def _score(self, passed: int, total: int, failure: str, gone: bool = False) -> Score:
         all_pass = passed == total and not gone and not failure
         share = passed / total
-        evidence = " ".join(part for part in (f"{passed} of {total} tests passed.", failure[:_LONGEST_EVIDENCE]) if part)
+        evidence = f"{passed} of {total} tests passed. {failure[:_LONGEST_EVIDENCE]}".rstrip()
         return Score(share if self.partial else float(all_pass), all_pass, {"tests": share}, evidence)
 
 
 def extract_code(completion: str) -> str:
-    """The code of a completion: its last fenced block of Python; the last without a language if there is none; else all.
+    """The code of a completion: its last fenced block of Python; if there is none, the last without a language; else all.
 
     What a model thought first (up to ``</think>``) does not count. A block that never ends goes on to the end.
     """
@@ -287,11 +288,12 @@ def _called(candidate: Interpreter, question: Mapping[str, Any], seconds: float)
 
 
 def _whole(code: str, prompt: str, entry: str) -> str:
-    """The candidate's program. Code that is complete by itself follows the prompt, for its imports and helper functions;
-    code that is not continues it."""
+    """The candidate's program. Code that is complete by itself follows the prompt, for its imports and helper
+    functions; code that is not continues it."""
     if not _parses(prompt):
         return code
-    if _parses(code) and re.search(rf"^(?:async )?(?:def|class) {re.escape(entry)}\b|^{re.escape(entry)}\s*=", code, re.M):
+    name = re.escape(entry)
+    if _parses(code) and re.search(rf"^(?:async )?(?:def|class) {name}\b|^{name}\s*=", code, re.MULTILINE):
         return f"{prompt}\n\n{code}"
     return prompt + code
 

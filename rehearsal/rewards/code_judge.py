@@ -63,8 +63,8 @@ class _Record:
 
 
 class _Marker(ast.NodeTransformer):
-    """Puts each assertion that may fail into its context, so that those after it are tried as well. One whose errors the
-    tests themselves catch stays as it is."""
+    """Puts each assertion that may fail into its context, so that those after it are tried as well. One whose errors
+    the tests themselves catch stays as it is."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -98,7 +98,7 @@ def judge(tests: str, given: str, names: list[str], check: bool) -> dict[str, An
         ``passed`` and ``total`` (assertions), ``failure`` (the first one, in words; empty if all hold), ``unusable``
         (why the tests cannot be used; empty if they can).
     """
-    import host  # type: ignore[import-not-found]  # of the interpreter
+    import host  # a module of the interpreter
 
     report: dict[str, Any] = {"passed": 0, "total": 0, "failure": "", "unusable": ""}
     space: dict[str, Any] = {"__name__": "tests"}
@@ -124,7 +124,8 @@ def judge(tests: str, given: str, names: list[str], check: bool) -> dict[str, An
         return report | {"unusable": str(error)}
     except (CandidateGone, Exception) as error:
         ended = False
-        words = str(error) if isinstance(error, CandidateGone) else f"the tests stopped: {type(error).__name__}: {error}"
+        gone = isinstance(error, CandidateGone)
+        words = str(error) if gone else f"the tests stopped: {type(error).__name__}: {error}"
         record.first_failure = "; ".join(part for part in (record.first_failure, record.last_call, words) if part)
     if ended and not record.passed and record.calls:
         return report | {"passed": 1, "total": 1}  # tests that have a way of their own to fail, and came to their end
@@ -221,5 +222,3 @@ def _is_stub(node: ast.stmt) -> bool:
 
 def _short(text: str) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
-
-

@@ -1,8 +1,8 @@
 """Model-written Python, run so that it can harm nobody: programs, and interpreters that keep their state.
 
 :func:`run_program` runs a program once; :class:`InterpreterPool` hands out an interpreter for each episode;
-:class:`RemoteSandbox` leaves both the work and the risk to a service. :func:`available` says how well a sandbox holds on
-this system.
+:class:`RemoteSandbox` leaves both the work and the risk to a service. :func:`available` says how well a sandbox holds
+on this system.
 """
 
 from rehearsal.sandbox.interpreter import Interpreter, InterpreterPool

@@ -29,7 +29,7 @@ class Interpreter:
     """One interpreter, handed out by :class:`InterpreterPool`. Thread-safe: calls wait for each other.
 
     A call that goes beyond its limits ends the interpreter with everything in it but its files; the next call begins in
-    a new one and says so. So does one that follows the end of the whole sandbox from outside, which also loses the files.
+    a new one and says so. So does one after the end of the whole sandbox from outside, which also loses the files.
 
     Attributes:
         calls: how many calls there were.
@@ -51,8 +51,8 @@ class Interpreter:
         Args:
             source: Python.
             seconds: time limit of this call; that of the pool if None.
-            answer: called when the code calls ``ask(text)`` of the module ``host``, with text that is not to be trusted;
-                its answer is returned there.
+            answer: called when the code calls ``ask(text)`` of the module ``host``, with text that is not to be
+                trusted; its answer is returned there.
 
         Raises:
             SandboxError: if the interpreter or its pool was closed.
@@ -143,7 +143,7 @@ class InterpreterPool:
         size: how many may be in use at one time; who asks for more waits.
         limits: of each call and each interpreter.
         isolation: the level, or its name; the strongest one there is if None.
-        packages: folders of packages that code may import, beside the standard library: they can be read in the sandbox.
+        packages: folders of packages that code may import, beside the standard library: they can be read inside.
         preload: modules that are imported once, so that no interpreter waits for them.
         spare: interpreters that are kept ready.
         python: the Python to run inside; this one if None.

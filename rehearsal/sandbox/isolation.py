@@ -38,9 +38,10 @@ class Isolation(enum.Enum):
 
 
 _HOW_TO_GET = {
-    Isolation.BUBBLEWRAP: "install bubblewrap (on Debian and Ubuntu: apt-get install bubblewrap) and allow user namespaces",
-    Isolation.NAMESPACES: "allow user namespaces (user.max_user_namespaces above 0, no AppArmor or seccomp profile that "
-    "forbids them; in a container, start it with that allowed) on Linux 5.12 or newer",
+    Isolation.BUBBLEWRAP: "install bubblewrap (on Debian and Ubuntu: apt-get install bubblewrap) and allow user "
+    "namespaces",
+    Isolation.NAMESPACES: "allow user namespaces (user.max_user_namespaces above 0, no AppArmor or seccomp profile "
+    "that forbids them; in a container, start it with that allowed) on Linux 5.12 or newer",
     Isolation.FILTERS: "use Linux 5.13 or newer with Landlock switched on, on x86-64 or aarch64",
     Isolation.RLIMITS: "use Linux 5.3 or newer, as an ordinary user or with a Python that every user may read",
 }
@@ -127,8 +128,8 @@ def _probe(level: Isolation, python: str | None) -> str:
         Isolation.NAMESPACES: {"no-network", "no-files", "no-processes"},
         Isolation.BUBBLEWRAP: {"no-network", "no-files", "no-processes"},
     }[level]
-    missing = sorted(promised - seen)
-    return f"a program in it was not kept from: {', '.join(word.removeprefix('no-') for word in missing)}" if missing else ""
+    missing = ", ".join(word.removeprefix("no-") for word in sorted(promised - seen))
+    return f"a program in it was not kept from: {missing}" if missing else ""
 
 
 _LOOK = """

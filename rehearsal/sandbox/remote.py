@@ -1,8 +1,8 @@
 """Programs run by a service over HTTP, so that neither the work nor the risk is on this machine.
 
 The service speaks the API of SandboxFusion (github.com/bytedance/SandboxFusion, ``sandbox/server/sandbox_api.py``:
-``POST /run_code``). How well it isolates is the service's own affair; some start with no isolation at all unless they are
-told otherwise. What comes back is a text and is bounded here like any other output.
+``POST /run_code``). How well it isolates is the service's own affair; some start with no isolation at all unless they
+are told otherwise. What comes back is a text and is bounded here like any other output.
 """
 
 from __future__ import annotations

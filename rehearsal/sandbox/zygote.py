@@ -144,7 +144,8 @@ class Zygote:
         with its:
             command = [*command, str(its.fileno())]
             if self.isolation is Isolation.BUBBLEWRAP:
-                command = [*_bubblewrap(readable, settings["scratch"], privileged=settings["become"] is not None), *command]
+                privileged = settings["become"] is not None
+                command = [*_bubblewrap(readable, settings["scratch"], privileged=privileged), *command]
             try:
                 self._process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,

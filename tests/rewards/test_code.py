@@ -231,7 +231,9 @@ def test_stubs_are_left_to_the_candidate() -> None:
 
 
 def test_names_that_tests_leave_to_the_candidate() -> None:
-    tests = "import math\nfrom a.b import c as d\nx = 1\nfor y in f(x): assert g(y, d, len, z=math.pi)\ndef h(k): return k"
+    tests = (
+        "import math\nfrom a.b import c as d\nx = 1\nfor y in f(x): assert g(y, d, len, z=math.pi)\ndef h(k): return k"
+    )
     assert free_names(tests) == ["f", "g"]
 
 
@@ -349,6 +351,8 @@ def mutated(prompt: str, solution: str, entry: str) -> str:
 @pytest.mark.slow
 def test_all_of_humaneval(verifier: CodeVerifier) -> None:
     rows = humaneval()
+    # None of these takes a second; on a busy machine that may take long, and must not count against them.
+    patient = CodeVerifier(limits=Limits(seconds=60))
 
     def check(row: dict[str, Any]) -> tuple[str, bool, bool, bool]:
         task = Task(row["prompt"], row["test"], {"entry_point": row["entry_point"]})
@@ -356,12 +360,12 @@ def test_all_of_humaneval(verifier: CodeVerifier) -> None:
         wrong = mutated(row["prompt"], solution, row["entry_point"])
         return (
             row["task_id"],
-            verifier.verify(solution, task).passed,
-            verifier.verify(f"Here:\n```python\n{row['prompt']}{solution}```\n", task).passed,
-            verifier.verify(f"```python\n{wrong}\n```", task).passed,
+            patient.verify(solution, task).passed,
+            patient.verify(f"Here:\n```python\n{row['prompt']}{solution}```\n", task).passed,
+            patient.verify(f"```python\n{wrong}\n```", task).passed,
         )
 
-    with ThreadPoolExecutor(4) as threads:
+    with patient, ThreadPoolExecutor(4) as threads:
         results = list(threads.map(check, rows))
     assert len(results) == 164
     assert [name for name, continued, whole, _ in results if not (continued and whole)] == []
@@ -382,7 +386,7 @@ def test_problems_in_the_form_of_mbpp(verifier: CodeVerifier) -> None:
         assert verifier.verify(solution, task).passed
         assert not verifier.verify(solution.replace("return", "return 1 +"), task).passed
     # The whole set can be used: a function that gives nothing fails by its answers and not by the tests.
-    for row in list(rows.values())[::10]:
+    for row in list(rows.values())[::25]:
         task = Task(row["prompt"], row["test"], {"entry_point": row["entry_point"]})
         score = verifier.verify("    return object\n", task)
         assert not score.passed and "First failing: assert" in score.evidence, score

@@ -114,7 +114,7 @@ def test_a_hostile_program(pool: InterpreterPool, host: Host, program: Hostile) 
     with pool.interpreter() as fresh:
         assert fresh.run("kept").outcome is Outcome.RAISED
         look = fresh.run("import os, json, math, random\nprint(os.listdir('.'), len([1]), json.dumps({'a': 1}))")
-        assert look.output == "[] 1 {\"a\": 1}\n", look
+        assert look.output == '[] 1 {"a": 1}\n', look
 
 
 _SPOIL_THEIR_OWN_EPISODE = ("a_daemon_that_talks_on", "patched_built_ins", "output_that_cannot_be_flushed", "hooks_left_for_the_next",

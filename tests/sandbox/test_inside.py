@@ -105,7 +105,12 @@ def test_subclasses_cross_as_what_they_are_made_of() -> None:
     class Colour(enum.IntEnum):
         RED = 4
 
-    for value, wanted in ((Liar(3), 3), (Text("x"), "x"), (Colour.RED, 4), (collections.Counter("aab"), {"a": 2, "b": 1})):
+    for value, wanted in (
+        (Liar(3), 3),
+        (Text("x"), "x"),
+        (Colour.RED, 4),
+        (collections.Counter("aab"), {"a": 2, "b": 1}),
+    ):
         back = plain.decode(plain.encode(value))
         assert back == wanted and type(back) in (int, str, dict)
 

@@ -26,7 +26,9 @@ def test_input_files_output_and_status(pool: InterpreterPool) -> None:
 
 
 def test_a_program_runs_as_a_script(pool: InterpreterPool) -> None:
-    source = "import atexit, sys\natexit.register(print, 'bye')\nif __name__ == '__main__':\n    print(sys.argv, exit)\n"
+    source = (
+        "import atexit, sys\natexit.register(print, 'bye')\nif __name__ == '__main__':\n    print(sys.argv, exit)\n"
+    )
     result = pool.run_program(source)
     assert result.stdout == "['program.py'] Use exit() or Ctrl-D (i.e. EOF) to exit\nbye\n"
     assert (result.outcome, result.exit_status) == (Outcome.FINISHED, 0)

@@ -1,7 +1,7 @@
 """Messages between processes: four bytes of length, then one JSON object.
 
-Whoever reads sets the largest message that it takes, so a writer that lies about a length, floods or sends rubbish makes
-an error and nothing else.
+Whoever reads sets the largest message that it takes, so a writer that lies about a length, floods or sends rubbish
+makes an error and nothing else.
 """
 
 from __future__ import annotations

@@ -157,9 +157,9 @@ def _fresh_main(file: str) -> types.ModuleType:
     main.__dict__.update({"__builtins__": builtins, "__file__": file})
     sys.modules["__main__"] = main
     # New ones, because those of the zygote know what its descriptors were.
-    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="replace", closefd=False)
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        stream = open(number, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
+    options: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "closefd": False}
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = os.fdopen(number, "w" if number else "r", buffering=1, **options)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     return main

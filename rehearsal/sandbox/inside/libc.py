@@ -48,10 +48,8 @@ def unshare(flags: int) -> None:
 
 def mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = "") -> None:
     """As mount(2)."""
-    _checked(
-        _libc.mount(source.encode(), target.encode(), kind.encode() or None, ctypes.c_ulong(flags), data.encode() or None),
-        target,
-    )
+    texts = [text.encode() or None for text in (source, target, kind, data)]
+    _checked(_libc.mount(*texts[:3], ctypes.c_ulong(flags), texts[3]), target)
 
 
 def lock_mount(target: str) -> None:

@@ -1,8 +1,8 @@
 """Values that cross between processes that do not trust each other.
 
 Only plain data crosses: what is read is built from the standard types alone, so no class of the writer, and with it no
-``__eq__``, ``__reduce__`` or ``__repr__`` of its making, ever reaches the reader. Pickle would run code; this cannot. An
-instance of a subclass of a plain type (a ``Counter``, an ``IntEnum``) crosses as that plain type, an iterator as an
+``__eq__``, ``__reduce__`` or ``__repr__`` of its making, ever reaches the reader. Pickle would run code; this cannot.
+An instance of a subclass of a plain type (a ``Counter``, an ``IntEnum``) crosses as that plain type, an iterator as an
 iterator over its first values.
 """
 

@@ -62,14 +62,15 @@ def tasks_of_user(user: int, proc: int) -> int:
     for name in os.listdir(proc):
         if name.isdigit():
             with contextlib.suppress(OSError, ValueError, IndexError):
-                fields = dict(line.split(b":", 1) for line in _read(f"{name}/status", proc).splitlines() if b":" in line)
+                lines = _read(f"{name}/status", proc).splitlines()
+                fields = dict(line.split(b":", 1) for line in lines if b":" in line)
                 if int(fields[b"Uid"].split()[0]) == user:
                     count += int(fields[b"Threads"])
     return count
 
 
 def kill_below(root: int, rounds: int = 50) -> None:
-    """End all that descends from ``root`` in its own namespace. They are stopped first, so that none forks meanwhile."""
+    """End all that descends from ``root`` in its own namespace. All are stopped first, so that none forks meanwhile."""
     proc = os.open(PROC, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for _ in range(rounds):

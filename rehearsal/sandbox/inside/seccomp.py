@@ -1,8 +1,8 @@
 """A filter of system calls, which no process can take off again and every child inherits.
 
-The filter is a deny-list: whatever Python and numerical libraries use stays, and everything that reaches other processes,
-the network, the kernel's configuration or memory that no limit counts is refused with an error. It holds without any
-namespace, so that even the weakest level has no network.
+The filter is a deny-list: whatever Python and numerical libraries use stays, and everything that reaches other
+processes, the network, the kernel's configuration or memory that no limit counts is refused with an error. It holds
+without any namespace, so that even the weakest level has no network.
 
 A program of the classic Berkeley packet filter sees the architecture, the number of the system call and its six
 arguments, and returns what shall happen (see seccomp(2)). An instruction is (code, jump if true, jump if false,

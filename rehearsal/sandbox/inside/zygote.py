@@ -28,9 +28,9 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 def main(descriptor: int) -> None:
     """Build the outer wall, tell the host, and serve.
 
-    The first message is JSON with ``nested`` (cells have walls), ``enclose`` (build the outer wall), ``become`` (user to
-    be, or null), ``landlock``, ``readable`` (paths), ``scratch`` (folder that holds a cell's files), ``packages`` (folders
-    of importable packages) and ``preload`` (modules). The answer is an empty object, or ``failed`` with a reason.
+    The first message is JSON with ``nested`` (cells have walls), ``enclose`` (build the outer wall), ``become`` (user
+    to be, or null), ``landlock``, ``readable`` (paths), ``scratch`` (folder that holds a cell's files), ``packages``
+    (folders of importable packages) and ``preload`` (modules). The answer is an empty object, or ``failed`` with a reason.
 
     Args:
         descriptor: of the control socket.
