@@ -11,8 +11,8 @@ Three forms of tests, told apart by the task's ``reference``:
 Assertions belong to the same program as what they check, by nature, and whoever shares a process with them can make
 them pass: by leaving with ``os._exit(0)``, by an ``__eq__`` that always says yes, by patched built-in functions, by
 reading the tests. So here they do not share one. The candidate runs in one sandbox and is only ever asked to call a
-function with plain arguments; the tests run in another one (:mod:`rehearsal.rewards.code_judge`) and see plain values. A
-program's output is compared on the host. Helper functions that stand in the prompt are taken from the prompt and not
+function with plain arguments; the tests run in another one (:mod:`rehearsal.rewards.code_judge`) and see plain values.
+A program's output is compared on the host. Helper functions that stand in the prompt are taken from the prompt and not
 from the candidate, which could have defined them anew.
 
 What remains possible: a candidate that knows the answers by heart (from its training data, or from examples in the
@@ -232,7 +232,7 @@ class CodeVerifier:
 
 
 def extract_code(completion: str) -> str:
-    """The code of a completion: its last fenced block of Python; if there is none, the last without a language; else all.
+    """The code of a completion: its last fenced block of Python, or else the last without a language, or else all.
 
     What a model thought first (up to ``</think>``) does not count. A block that never ends goes on to the end.
     """

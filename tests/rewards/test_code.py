@@ -67,7 +67,7 @@ def test_the_code_of_a_completion(completion: str, code: str) -> None:
         "    return n + n",
         "```python\ndef double(n):\n    return 2 * n\n```",
         "```python\nfrom math import prod\ndouble = lambda n: prod((2, n))\n```",
-        "    print('noise')\n    return 2 * n\n\nif __name__ == '__main__':\n    raise SystemExit(double(int(input())))\n",
+        "    print('noise')\n    return 2 * n\n\nif __name__ == '__main__':\n    raise SystemExit(double(input()))\n",
     ],
 )
 def test_solutions_pass(verifier: CodeVerifier, completion: str) -> None:
@@ -320,7 +320,8 @@ class Mutation(ast.NodeTransformer):
 
     def visit_Compare(self, node: ast.Compare) -> ast.AST:
         self.generic_visit(node)
-        swaps = {ast.Lt: ast.GtE, ast.LtE: ast.Gt, ast.Gt: ast.LtE, ast.GtE: ast.Lt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+        swaps = {ast.Lt: ast.GtE, ast.LtE: ast.Gt, ast.Gt: ast.LtE, ast.GtE: ast.Lt,
+                 ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
                  ast.In: ast.NotIn, ast.NotIn: ast.In}  # fmt: skip
         if type(node.ops[0]) in swaps and self._now():
             node.ops[0] = swaps[type(node.ops[0])]()

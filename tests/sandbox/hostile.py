@@ -123,7 +123,8 @@ print("HARM")
     Hostile("endless_output", "while True: print('x' * 1000)", (Outcome.TIMEOUT,), 1.0),
     Hostile("endless_error_output", "import os\nwhile True: os.write(2, b'x' * 65536)", (Outcome.TIMEOUT,), 1.0),
     Hostile("a_flood_of_output_at_once", "import sys\nsys.stdout.write('x' * (20 << 20))", (Outcome.OUTPUT,)),
-    Hostile("a_huge_representation", "class A:\n    def __repr__(self): return 'x' * (20 << 20)\nA()", (Outcome.OUTPUT,)),
+    Hostile("a_huge_representation", "class A:\n    def __repr__(self): return 'x' * (20 << 20)\nA()",
+            (Outcome.OUTPUT,)),
     Hostile("a_huge_error", "raise ValueError('x' * (20 << 20))", (Outcome.RAISED,)),
     Hostile("a_huge_integer", "9 ** 9 ** 9", (Outcome.TIMEOUT, Outcome.MEMORY), 1.0),
     Hostile("a_huge_integer_as_text", "import sys\nsys.set_int_max_str_digits(0)\nstr(1 << (1 << 27))", ENDED, 1.0),
@@ -188,7 +189,8 @@ os.link(FILE, "hard")
 print("HARM" + open("hard").read())
 """, (Outcome.RAISED,), same_user=True),
     Hostile("climbing_out_by_dots", "print('HARM' + open('../' * 20 + FILE).read())", (Outcome.RAISED,), gaps=_FILES),
-    Hostile("listing_a_folder_of_the_host", "import os\nprint('HARM', os.listdir(FOLDER))", (Outcome.RAISED,), gaps=_FILES),
+    Hostile("listing_a_folder_of_the_host", "import os\nprint('HARM', os.listdir(FOLDER))", (Outcome.RAISED,),
+            gaps=_FILES),
     Hostile("changing_the_library", """
 import os, json
 with open(json.__file__, "a") as file: pass
@@ -223,7 +225,8 @@ import socket
 socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"HARM", ("127.0.0.1", PORT))
 print("HARM")
 """, (Outcome.RAISED,)),
-    Hostile("asking_for_a_name", "import socket\nsocket.getaddrinfo('example.org', 80)\nprint('HARM')", (Outcome.RAISED,)),
+    Hostile("asking_for_a_name", "import socket\nsocket.getaddrinfo('example.org', 80)\nprint('HARM')",
+            (Outcome.RAISED,)),
     Hostile("a_socket_in_the_file_system", """
 import socket
 socket.socket(socket.AF_UNIX).connect(SOCKET)
@@ -281,7 +284,8 @@ for pid in (1, os.getppid(), HOST, "self"):
     except OSError: continue
     if "SECRET" in text: print("HARM", pid)
 """, RAN),
-    Hostile("looking_at_processes", "print('HARM' + open(f'/proc/{HOST}/stat').read())", (Outcome.RAISED,), gaps=_FILES),
+    Hostile("looking_at_processes", "print('HARM' + open(f'/proc/{HOST}/stat').read())", (Outcome.RAISED,),
+            gaps=_FILES),
     Hostile("its_own_environment", """
 import ctypes, os
 if any("SECRET" in key + value for key, value in os.environ.items()): print("HARM")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rehearsal.sandbox import InterpreterPool, Isolation, Outcome
+from rehearsal.sandbox import InterpreterPool, Outcome
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -117,7 +117,8 @@ def test_a_hostile_program(pool: InterpreterPool, host: Host, program: Hostile) 
         assert look.output == '[] 1 {"a": 1}\n', look
 
 
-_SPOIL_THEIR_OWN_EPISODE = ("a_daemon_that_talks_on", "patched_built_ins", "output_that_cannot_be_flushed", "hooks_left_for_the_next",
+_SPOIL_THEIR_OWN_EPISODE = ("a_daemon_that_talks_on", "patched_built_ins", "output_that_cannot_be_flushed",
+                            "hooks_left_for_the_next",
                                "a_call_that_says_it_is_done")  # fmt: skip
 """Later calls of these episodes may fail; what matters is that no other episode notices."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import enum
 import errno
 import json
@@ -34,10 +35,8 @@ def test_messages_survive_any_cut(messages: list[dict[str, Any]], cuts: list[int
 
 @given(st.binary(max_size=200))
 def test_rubbish_is_an_error_or_nothing(data: bytes) -> None:
-    try:
+    with contextlib.suppress(FramingError):
         assert all(isinstance(message, dict) for message in Unpacker(100).feed(data))
-    except FramingError:
-        pass
 
 
 @pytest.mark.parametrize("body", [b"[]", b"1", b"{", b"\xff", b"[" * 90_000, b'{"a": ' * 10_000])
@@ -132,7 +131,7 @@ def test_too_much_does_not_cross() -> None:
 
 @given(st.recursive(st.one_of(st.none(), st.integers(), st.text(max_size=5), st.floats()),
                     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(
-                        ["set", "dict", "int", "tuple", "range", "decimal", "bytes", "complex", "iterator", "?"]), inner,
+                        ["set", "dict", "int", "tuple", "range", "decimal", "bytes", "complex", "iterator"]), inner,
                         max_size=2)), max_leaves=8))  # fmt: skip
 def test_forged_values_are_read_as_plain_ones_or_refused(coded: Any) -> None:
     try:

@@ -83,8 +83,8 @@ def test_a_call_beyond_its_time_loses_the_state_and_the_next_one_says_so(pool: I
 def test_nothing_runs_on_between_calls(pool: InterpreterPool) -> None:
     with pool.interpreter() as it:
         it.run(
-            "import threading, time\nn = 0\ndef count():\n    global n\n    while True:\n        n += 1; time.sleep(0.001)\n"
-            "threading.Thread(target=count, daemon=True).start()"
+            "import threading, time\nn = 0\ndef count():\n    global n\n    while True:\n        n += 1\n"
+            "        time.sleep(0.001)\nthreading.Thread(target=count, daemon=True).start()"
         )
         before = int(it.run("n").output)
         time.sleep(0.5)
@@ -96,8 +96,9 @@ def test_a_function_is_called_with_plain_values(pool: InterpreterPool) -> None:
         it.run("def add(a, b=1):\n    a.append(b)\n    return {'sum': sum(a), 'pair': (a, {b})}")
         said = it.call("add", [[1, 2]], {"b": 3})
         assert said.value == {"result": {"sum": 6, "pair": ([1, 2, 3], {3})}, "arguments": [[1, 2, 3]]}
-        it.run("def fail(): raise ValueError('no')\ndef strange(): return object()\nclass Always:\n"
-               "    def __eq__(self, other): return True\nclass Liar(int):\n    def __eq__(self, other): return True")  # fmt: skip
+        it.run("def fail(): raise ValueError('no')\ndef strange(): return object()")
+        it.run("class Always:\n    def __eq__(self, other): return True")
+        it.run("class Liar(int):\n    def __eq__(self, other): return True")
         said = it.call("fail")
         assert said.value is not None
         assert (said.value["raised"], said.value["said"]) == ("ValueError", "no")
@@ -210,7 +211,8 @@ def test_packages_can_be_lent(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"seconds": 0}, "time limit"), ({"seconds": float("inf")}, "time limit"), ({"memory_bytes": 10}, "memory_bytes"),
+        ({"seconds": 0}, "time limit"), ({"seconds": float("inf")}, "time limit"),
+        ({"memory_bytes": 10}, "memory_bytes"),
         ({"processes": 0}, "processes"), ({"files": 1}, "files"), ({"output_bytes": 0.5}, "output_bytes"),
     ],
 )  # fmt: skip

@@ -30,7 +30,7 @@ def main(descriptor: int) -> None:
 
     The first message is JSON with ``nested`` (cells have walls), ``enclose`` (build the outer wall), ``become`` (user
     to be, or null), ``landlock``, ``readable`` (paths), ``scratch`` (folder that holds a cell's files), ``packages``
-    (folders of importable packages) and ``preload`` (modules). The answer is an empty object, or ``failed`` with a reason.
+    (folders of importable packages) and ``preload`` (modules). The answer is an empty object, or ``failed`` with why.
 
     Args:
         descriptor: of the control socket.
