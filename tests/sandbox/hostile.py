@@ -93,7 +93,7 @@ if n > 50: print("HARM", n)
 kept = []
 for _ in range(1500): kept.append(bytearray(1 << 20))
 print("HARM")
-""", (Outcome.MEMORY,)),
+""", (Outcome.MEMORY,), 30.0),
     Hostile("memory_of_many_processes", """
 import os, time
 for _ in range(5):
@@ -101,7 +101,7 @@ for _ in range(5):
         kept = bytearray(b"x" * (50 << 20)) ; time.sleep(10); os._exit(0)
 time.sleep(3)
 print("HARM")
-""", (Outcome.MEMORY,)),
+""", (Outcome.MEMORY,), 30.0),
     Hostile("shared_memory_of_many_processes", """
 import mmap, os, time
 for _ in range(5):
@@ -111,7 +111,7 @@ for _ in range(5):
         time.sleep(10); os._exit(0)
 time.sleep(3)
 print("HARM")
-""", (Outcome.MEMORY,)),
+""", (Outcome.MEMORY,), 30.0),
     Hostile("memory_in_nameless_files", """
 import os
 fds = []
@@ -131,10 +131,10 @@ print("HARM")
     Hostile("a_zip_bomb", """
 import zlib
 packer = zlib.compressobj()
-packed = b"".join(packer.compress(bytes(1 << 20)) for _ in range(600)) + packer.flush()
+packed = b"".join(packer.compress(bytes(1 << 20)) for _ in range(300)) + packer.flush()
 zlib.decompress(packed)
 print("HARM")
-""", (Outcome.MEMORY,)),
+""", (Outcome.MEMORY,), 30.0),
     Hostile("deep_recursion", "def f(): f()\nf()", (Outcome.RAISED,)),
     Hostile("deeper_recursion", """
 import sys
