@@ -32,6 +32,10 @@ class RewardError(RehearsalError):
     """A verifier, a combination of rewards or a file of tasks that cannot be used as it was asked for."""
 
 
+class SandboxError(RehearsalError):
+    """A sandbox that cannot be had as it was asked for, or that cannot go on."""
+
+
 class CheckpointError(RehearsalError):
     """A checkpoint or run folder that cannot be read or written."""
 

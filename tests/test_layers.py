@@ -15,6 +15,7 @@ FLOORS = {
     "trajectory": 1,
     "environments": 1,
     "rewards": 1,
+    "sandbox": 1,
     "models": 2,
     "generation": 2,
     "algorithms": 2,
@@ -34,6 +35,7 @@ FLOORS = {
 SAME_FLOOR = {
     ("rewards", "trajectory"),
     ("environments", "rewards"),  # tasks with verifiable answers
+    ("rewards", "sandbox"),  # code is checked by running it
     ("generation", "models"),  # the engine runs the model
     ("training", "evaluation"),  # the loop plays held-out tasks on its way
     ("evaluation", "training"),  # evaluating a run by name reads its recipe and its checkpoint
@@ -45,6 +47,7 @@ KNOWS_NOTHING_OF = {
     "errors": set(FLOORS) - {"errors"},
     "environments": {"models", "trajectory"},
     "rewards": {"models", "training"},
+    "sandbox": set(FLOORS) - {"sandbox", "errors"},
     "models": {"environments"},
     "generation": {"environments"},
     "algorithms": {"environments", "models", "generation"},

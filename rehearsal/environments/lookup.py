@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import string
 from typing import Any
 
 from rehearsal.environments.episode import EpisodeEnv, whole_number
@@ -15,9 +13,7 @@ from rehearsal.environments.lookup_world import (
     lookup_questions,
     lookup_world,
 )
-
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+from rehearsal.rewards.questions import exact_match
 
 
 class Lookup(EpisodeEnv):
@@ -28,7 +24,7 @@ class Lookup(EpisodeEnv):
     world of its own with names of its own. A question takes as many documents as it has hops: each names the next.
 
     The reward is 1 for the right answer and 0 for any other, which ends the episode either way. Answers are compared
-    without regard to case, punctuation and articles.
+    as SQuAD compares them, without regard to case, punctuation and articles.
 
     Args:
         hops: documents that a question takes, 1 to 3.
@@ -74,7 +70,7 @@ class Lookup(EpisodeEnv):
 
     def _act(self, action: str) -> tuple[float, bool, bool, bool]:
         self._answer = action
-        right = plain_answer(action) == plain_answer(self._question.answer)
+        right = exact_match(action, self._question.answer)
         return float(right), True, right, True
 
     def _observation(self) -> str:
@@ -99,8 +95,3 @@ class Lookup(EpisodeEnv):
         """``question``, and ``documents``: the titles that lead to the answer, in order."""
         self._need_reset()
         return {"question": self._question.text, "documents": list(self._question.documents)}
-
-
-def plain_answer(text: str) -> str:
-    """An answer without case, punctuation and articles, as SQuAD's evaluation compares answers."""
-    return " ".join(_ARTICLES.sub(" ", text.casefold().translate(_PUNCTUATION)).split())

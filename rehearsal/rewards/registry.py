@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rehearsal.errors import RehearsalError, RewardError
@@ -17,6 +17,7 @@ _registered: dict[str, str | Factory] = {
     "math": "rehearsal.rewards.mathematics:Mathematics",
     "last-number": "rehearsal.rewards.mathematics:LastNumber",
     "question": "rehearsal.rewards.questions:Question",
+    "code": "rehearsal.rewards.registry:code_tests",
     "instructions": "rehearsal.rewards.instructions:InstructionFollowing",
     "json-schema": "rehearsal.rewards.structure:JsonSchema",
     "pattern": "rehearsal.rewards.structure:Pattern",
@@ -94,6 +95,18 @@ def pair_judge(question: str = "Which response does the task better?", **client:
     from rehearsal.rewards.judge_client import JudgeClient
 
     return PairJudge(JudgeClient(**client), question)
+
+
+def code_tests(
+    partial: bool = False, isolation: str | None = None, seconds: float = 10.0, memory_mib: int = 512,
+    concurrent: int = 4, packages: Sequence[str] = (),
+) -> Verifier:  # fmt: skip
+    """A :class:`rehearsal.rewards.code.CodeVerifier`, from options of plain values."""
+    from rehearsal.rewards.code import CodeVerifier
+    from rehearsal.sandbox import Limits
+
+    limits = Limits(seconds=seconds, memory_bytes=memory_mib << 20)
+    return CodeVerifier(limits=limits, isolation=isolation, partial=partial, concurrent=concurrent, packages=packages)
 
 
 def _factory(name: str) -> Factory:

@@ -15,6 +15,7 @@ pytest.importorskip("jsonschema")
 
 from rehearsal.errors import RewardError
 from rehearsal.rewards import registry
+from rehearsal.rewards.code import CodeVerifier
 from rehearsal.rewards.mathematics import LastNumber
 from rehearsal.rewards.registry import register_verifier, verifier, verifiers
 from rehearsal.rewards.tasks import check_disjoint, load_tasks, overlaps, without_overlap
@@ -60,6 +61,13 @@ def test_judges_by_name() -> None:
     assert verifier("pair", base_url="http://localhost:1/v1", model="judge").name == "pair"
 
 
+def test_code_by_name() -> None:
+    made = verifier("code", partial=True, seconds=2.0, memory_mib=64)
+    assert isinstance(made, CodeVerifier)
+    assert (made.partial, made.limits.seconds, made.limits.memory_bytes) == (True, 2.0, 64 << 20)
+    made.close()
+
+
 def test_every_name_can_be_imported() -> None:
     for name in verifiers():
         assert callable(registry._factory(name))
@@ -69,7 +77,7 @@ def test_every_name_can_be_imported() -> None:
     ("name", "options", "message"),
     [
         ("maths", {}, "There is no verifier 'maths'; did you mean math?"),
-        ("zzz", {}, "There is no verifier 'zzz'; there are: instructions, json-schema, last-number, math"),
+        ("zzz", {}, "There is no verifier 'zzz'; there are: code, instructions, json-schema, last-number, math"),
         ("math", {"box": True}, "The verifier math has no option 'box'; did you mean boxed?"),
         ("question", {"metric": "bleu"}, '"exact" or "f1"'),
         ("rubric", {"model": "judge"}, "missing 1 required"),
