@@ -24,6 +24,7 @@ class Thresholds:
         entropy_rise: entropy over what it was at the start, above which the policy is on its way to chance.
         large_step: mean KL divergence, in nats a token, between the policy that played and the one that learns, while
             it learns from what was played.
+        unpaid: correlation of reward and success inside groups, below which the reward pays for something else.
         surer: self-certainty over what it was at the start.
         success_done: a run that succeeds this often may be sure of itself.
         spread_fall: in-group spread over its highest mean.
@@ -45,6 +46,7 @@ class Thresholds:
     entropy_fall: float = 0.15
     entropy_rise: float = 2.5
     large_step: float = 0.01
+    unpaid: float = 0.08
     surer: float = 1.2
     success_done: float = 0.85
     spread_fall: float = 0.5
@@ -171,6 +173,14 @@ def _no_progress(series: Series, limits: Thresholds) -> str | None:
         f"After {series.step} steps the reward is {series.recent('train/reward', 10):.3g}; it was "
         f"{series.start('train/reward', 5):.3g} in the first ones."
     )
+
+
+def _success_unpaid(series: Series, limits: Thresholds) -> str | None:
+    name = "signal/success_correlation"
+    paid = series.recent(name)
+    if len(series.measured(name)) < 5 or not paid < limits.unpaid:
+        return None
+    return f"Inside groups the correlation of reward and success is {paid:.2f}."
 
 
 def _echo_trap(series: Series, limits: Thresholds) -> str | None:
@@ -306,6 +316,12 @@ RULES: tuple[Rule, ...] = (
         "A batch says which way is better nearby; a policy that goes further than that undoes what it learned.",
         "Lower training.learning_rate, or take fewer minibatches and epochs of each batch.",
         "policy/kl_sampling", _large_steps,
+    ),
+    Rule(
+        "success_unpaid", "Success does not pay",
+        "Of the episodes of a task those that succeed get no more than the others: the policy learns something else.",
+        "Look at how the reward is made, or at what success means: one of them is not what you want.",
+        "signal/success_correlation", _success_unpaid,
     ),
     Rule(
         "no_progress", "No progress", "The weights move and the reward does not: what told episodes apart may be luck.",
