@@ -33,6 +33,9 @@ from pydantic.errors import PydanticSchemaGenerationError
 from rehearsal.errors import ToolError
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
+_SECTION = re.compile(r"(Args|Arguments|Parameters|Returns|Yields|Raises|Examples?|Notes?):\s*")
+_PARAMETERS = ("Args", "Arguments", "Parameters")
+_PARAMETER = re.compile(r"\*{0,2}(\w+)(?:\s*\([^)]*\))?:\s*(.*)")
 _MAX_PROBLEMS = 3
 _MAX_QUOTED = 60
 
@@ -60,7 +63,7 @@ class Tool:
             line; any other in a thread with a time limit.
         timeout: seconds that a call may take; None for what the limits of the episode say.
         cost: what a call takes off the reward; None for what the limits of the episode say.
-        close: called once, when the episode is over.
+        close: called once, when the episode is over; must not block.
 
     Raises:
         ToolError: for a name that cannot be used.
@@ -207,11 +210,25 @@ async def _awaited(value: Any) -> Any:
 
 def _docstring(function: Any) -> tuple[str, dict[str, str]]:
     """The beginning of a docstring, up to its first section, on a line; and what it says of each parameter."""
-    from transformers.utils.chat_template_utils import parse_google_format_docstring
-
-    written = inspect.getdoc(function) if inspect.isroutine(function) else inspect.getdoc(type(function))
-    description, told, _ = parse_google_format_docstring(written or "")
-    return " ".join((description or "").split()), {name: text for name, text in (told or {}).items() if text}
+    # inspect.getdoc would give a callable object the docstring of its class, and that of a class's parent.
+    written = inspect.getdoc(function) if inspect.isroutine(function) else type(function).__doc__
+    before: list[str] = []
+    told: dict[str, str] = {}
+    section, name, margin = "", "", 0
+    for line in inspect.cleandoc(written or "").splitlines():
+        if header := _SECTION.fullmatch(line):
+            section, name, margin = header[1], "", 0
+        elif not section:
+            before.append(line)
+        elif section in _PARAMETERS and line.strip():
+            indent = len(line) - len(line.lstrip())
+            margin = margin or indent
+            found = _PARAMETER.fullmatch(line.strip())
+            if found and indent <= margin:
+                name, told[found[1]] = found[1], found[2]
+            elif name:
+                told[name] = f"{told[name]} {line.strip()}".strip()
+    return " ".join(" ".join(before).split()), {name: text for name, text in told.items() if text}
 
 
 def _model(name: str, fields: dict[str, Any]) -> type[BaseModel]:
