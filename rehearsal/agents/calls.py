@@ -26,8 +26,8 @@ MAX_DEPTH = 32
 @dataclass(frozen=True)
 class ParsedCalls:
     """Attributes:
-        calls: in order; empty if something is wrong.
-        problem: what is wrong, as what an answer can *have*; "" if nothing is.
+    calls: in order; empty if something is wrong.
+    problem: what is wrong, as what an answer can *have*; "" if nothing is.
     """
 
     calls: tuple[ToolCall, ...] = ()

@@ -26,8 +26,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from rehearsal.errors import ModelError
-from rehearsal.models.chat_frames import USER_WORD, Message, TemplateRefusalError, find_frames, joined_parts
 from rehearsal.models.chat_calls import shows_json_calls
+from rehearsal.models.chat_frames import USER_WORD, Message, TemplateRefusalError, find_frames, joined_parts
 from rehearsal.models.chat_text import Defuser, Piece, Run, joined, kinds_of_tokens, text_is_visible
 from rehearsal.trajectory import Kind
 

@@ -13,9 +13,7 @@ _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 _PROBE = {"name": "zqtool", "arguments": {"zqplace": "Zqvalue"}}
 
 
-def shows_json_calls(
-    render: Callable[[Sequence[Message], bool], str], tools: Sequence[dict[str, Any]]
-) -> bool:
+def shows_json_calls(render: Callable[[Sequence[Message], bool], str], tools: Sequence[dict[str, Any]]) -> bool:
     """Whether a template writes the names of tools into a conversation, and a call as Hermes and Qwen do:
     ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``.
 

@@ -98,14 +98,18 @@ def test_a_call_then_an_answer(chatml_renderer: ChatRenderer) -> None:
     game = Game(chatml_renderer)
     assert '{"name": "look", "description": "Looks somewhere.", "parameters": {"type": "object"' in game.shown
     assert "Say the number.\nAnswer as <think>...</think><answer>your answer</answer>; or call a tool as" in game.shown
-    assert game.shown.endswith("<|im_start|>user\nA safe.\nTurn 1 of 6, 2 actions left.<|im_end|>\n<|im_start|>assistant\n")
+    assert game.shown.endswith(
+        "<|im_start|>user\nA safe.\nTurn 1 of 6, 2 actions left.<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert game.call(("look", {"where": "safe"})) == (
         "\n<|im_start|>tool\n42\nTurn 2 of 6, 2 actions left.<|im_end|>\n<|im_start|>assistant\n"
     )
     assert game.env.steps == 0  # type: ignore[attr-defined]
     assert game.act("42") == ""
     first, second = game.agent.turns
-    assert [(c.name, dict(c.arguments), c.result, c.error) for c in first.calls] == [("look", {"where": "safe"}, "42", "")]
+    assert [(c.name, dict(c.arguments), c.result, c.error) for c in first.calls] == [
+        ("look", {"where": "safe"}, "42", "")
+    ]
     assert (first.valid, first.actions, first.executed, first.reward, first.state) == (True, [], [], 0.0, "0")
     assert (second.observation, second.state, second.executed, second.reward) == ("42", "0", ["42"], 1.0)
     assert (game.agent.stop_reason, game.agent.success) == (StopReason.TERMINATED, True)
@@ -124,7 +128,11 @@ def test_results_are_observations_and_counts_are_notices(chatml_renderer: ChatRe
     )
     shown = game.call(("nothing", {}), ("look", {"where": "desk"}))
     assert 'Result 1, nothing:\nThere is no tool "nothing".' in shown
-    assert "Result 2, look:\nNo tool calls are left: all 3 are used.\nCall 3 of 3. Turn 3 of 6, 2 actions, 0 tool calls left." in shown
+    assert (
+        "Result 2, look:\nNo tool calls are left: all 3 are used.\n"
+        "Call 3 of 3. Turn 3 of 6, 2 actions, 0 tool calls left."
+        in shown
+    )
     segment = game.agent.transcript.segment()
     text = {kind: chatml_renderer.decode(segment.token_ids[segment.kinds == kind]) for kind in Kind}
     assert text[Kind.OBSERVATION] == "A safe.42Error: OSError: stuck"
@@ -231,7 +239,9 @@ def test_descriptions_cannot_either(chatml_renderer: ChatRenderer) -> None:
             return (look,)
 
     plain, evil = Game(chatml_renderer), Game(chatml_renderer, Evil())
-    ends = [p.token_ids.tolist().count(chatml_renderer.single_token("<|im_end|>")) for p in (plain.prompt, evil.prompt) if p]
+    ends = [
+        p.token_ids.tolist().count(chatml_renderer.single_token("<|im_end|>")) for p in (plain.prompt, evil.prompt) if p
+    ]
     assert ends[0] == ends[1]
 
 

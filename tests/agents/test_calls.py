@@ -28,7 +28,9 @@ arguments = st.dictionaries(st.text(max_size=6), json_values, max_size=3)
 
 
 def test_a_call_behind_a_thought() -> None:
-    parsed = TOOLS.parse('<think>hm</think>\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>')
+    parsed = TOOLS.parse(
+        '<think>hm</think>\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
+    )
     assert (parsed.thought, parsed.valid, parsed.actions, parsed.problem) == ("hm", True, (), "")
     assert [(call.name, call.arguments) for call in parsed.calls] == [("add", {"a": 1})]
 

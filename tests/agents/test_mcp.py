@@ -25,6 +25,7 @@ pytest.importorskip("mcp", reason="needs the extra mcp")
 SERVER = """
 import os, sys
 from mcp.server import MCPServer
+from mcp.server.mcpserver.exceptions import ToolError
 
 server = MCPServer("demo")
 notes = []
@@ -43,7 +44,7 @@ def remember(word: str) -> str:
 @server.tool()
 def fail(word: str) -> str:
     "Fails."
-    raise ValueError("cannot " + word)
+    raise ToolError("cannot " + word)
 
 @server.tool()
 def pid() -> int:
@@ -160,7 +161,9 @@ def test_tools_of_a_server_over_http(script: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-    process = subprocess.Popen([sys.executable, str(script), str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         deadline = time.monotonic() + 120
         while True:
@@ -187,7 +190,8 @@ def test_servers_that_cannot_be_used(script: Path) -> None:
         ({"command": "x", "url": "y"}, "either a command"),
         ({"command": ""}, "empty"),
         ({"command": "no-such-program-at-all"}, "no-such-program-at-all cannot be used"),
-        ({"command": [sys.executable, "-c", "pass"], "start_timeout": 60.0}, "cannot be used"),
+        ({"command": [sys.executable, "-c", "raise OSError('no licence')"], "start_timeout": 60.0}, "no licence"),
+        ({"command": [sys.executable, "-c", "import time; time.sleep(9)"], "start_timeout": 1.0}, "within 1 s"),
         ({"url": "http://127.0.0.1:9/mcp"}, "cannot be used"),
     ):
         with pytest.raises(ToolError, match=told):

@@ -1,7 +1,8 @@
-"""The tools that come along: arithmetic that holds, notes that stay in their episode, search that always says the same."""
+"""The tools that come along: arithmetic that holds, notes that stay in their episode, search that repeats itself."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import threading
@@ -121,12 +122,10 @@ def test_long_chains_of_signs() -> None:
 @given(st.text(alphabet="0123456789+-*/%().,e ^[]abcmosqrtfil", max_size=40) | st.text(max_size=20))
 def test_no_expression_breaks_the_calculator(expression: str) -> None:
     start = time.process_time()
-    try:
+    with contextlib.suppress(ToolFailure):
         value = calculate(expression)
         assert isinstance(value, int) or math.isfinite(value)
         assert len(calculator(expression)) <= 1100
-    except ToolFailure as error:
-        assert str(error)
     assert time.process_time() - start < 0.5
 
 
@@ -200,8 +199,8 @@ def test_ties_go_to_the_earlier_document() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(query=st.text(max_size=30) | st.sampled_from(
-    ['"', 'fox"', "fox AND", "NEAR(", "fox*", "-fox", "title:fox", "(fox OR", "^fox", "fox NOT owl", "'; DROP TABLE keys",
-     "\ud800", "\x00"]))  # fmt: skip
+    ['"', 'fox"', "fox AND", "NEAR(", "fox*", "-fox", "title:fox", "(fox OR", "^fox", "fox NOT owl",
+     "'; DROP TABLE keys", "\ud800", "\x00"]))  # fmt: skip
 def test_no_query_breaks_the_search(query: str) -> None:
     shared = _shared()
     assert shared.search(query) == shared.search(query)

@@ -312,7 +312,9 @@ def test_limits_are_reached_exactly() -> None:
 
 def test_costs() -> None:
     box = Toolbox([as_tool(forecast), tool_from(forecast, name="dear", cost=2.0)], ToolLimits(max_calls=3, cost=0.5))
-    told, results = box.play([ToolCall("forecast", {"city": "x"}), ToolCall("dear", {}), ToolCall("no"), ToolCall("no")])
+    told, results = box.play(
+        [ToolCall("forecast", {"city": "x"}), ToolCall("dear", {}), ToolCall("no"), ToolCall("no")]
+    )
     assert [one.cost for one in told] == [0.5, 2.0, 0.5, 0.0]
     assert [one.result for one in told] == [result.told for result in results]
     assert [one.error for one in told] == ["", "arguments", "unknown", "limit"]

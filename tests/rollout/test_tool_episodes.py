@@ -114,9 +114,7 @@ def play(renderer: ChatRenderer) -> Any:
         **changes: Any,
     ) -> list[Group]:  # fmt: skip
         limits = Limits(max_turns=4, max_actions=4, max_tokens_per_turn=200, max_context=4000)
-        made.append(
-            Rollout(make, ScriptedEngine(renderer, *script), renderer, BARE, limits, toolkit=kit, **changes)
-        )
+        made.append(Rollout(make, ScriptedEngine(renderer, *script), renderer, BARE, limits, toolkit=kit, **changes))
         return made[-1].play([Task(seed) for seed in range(tasks)], size)
 
     yield run
@@ -165,7 +163,9 @@ def test_a_taught_policy_calls_a_tool_and_gets_its_reward(door_model: Any, rende
         calls = segment.token_ids[(segment.turns == 0) & (segment.kinds == Kind.ACTION)]
         assert renderer.decode(calls) == CALL + "<|im_end|>"
         assert np.array_equal(~np.isnan(segment.logprobs), segment.sampled_mask)
-        assert renderer.decode(segment.token_ids[(segment.turns == 1) & (segment.kinds == Kind.OBSERVATION)]) == "Click."
+        assert (
+            renderer.decode(segment.token_ids[(segment.turns == 1) & (segment.kinds == Kind.OBSERVATION)]) == "Click."
+        )
     figures = rollout_metrics(groups)
     assert figures["train/tools/unlock/calls"] == 1.0
     assert figures["train/tools/unlock/failures"] == 0.0
@@ -189,7 +189,11 @@ def test_calls_cost(play: Any) -> None:
     assert group.rewards.tolist() == [0.875]
     assert [call.error for turn in group.trajectories[0].turns for call in turn.calls] == ["", "limit"]
     figures = rollout_metrics([group])
-    assert (figures["train/tools/refused"], figures["train/tools/calls"], figures["train/tools/cost"]) == (1.0, 1.0, 0.125)
+    assert (figures["train/tools/refused"], figures["train/tools/calls"], figures["train/tools/cost"]) == (
+        1.0,
+        1.0,
+        0.125,
+    )
 
 
 def test_tools_of_kit_and_environment_side_by_side(play: Any) -> None:
@@ -330,7 +334,9 @@ def test_a_source_that_cannot_open_fails_its_episodes(play: Any) -> None:
 
 
 def test_figures_by_hand() -> None:
-    def episode(success: bool, calls: dict[str, int], failures: dict[str, int], stop: Any = StopReason.TERMINATED) -> Any:
+    def episode(
+        success: bool, calls: dict[str, int], failures: dict[str, int], stop: Any = StopReason.TERMINATED
+    ) -> Any:
         counters = {f"tool_calls/{n}": float(c) for n, c in calls.items()}
         counters |= {f"tool_failures/{n}": float(c) for n, c in failures.items()}
         told = [ToolCall(n, cost=0.5) for n, count in calls.items() for _ in range(count)]
@@ -352,5 +358,3 @@ def test_figures_by_hand() -> None:
         "x/tools/calls": 1.0, "x/tools/cost": 0.5,
     }  # fmt: skip
     assert tool_metrics(episodes[-1:]) == {}
-
-

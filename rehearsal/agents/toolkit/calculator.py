@@ -109,7 +109,7 @@ def _numbers(arguments: Sequence[ast.AST]) -> list[Number]:
 def _bounded(value: Any) -> Number:
     if isinstance(value, complex):
         raise ToolFailure("the result is no real number")
-    if isinstance(value, int) and value.bit_length() > MAX_BITS or isinstance(value, float) and math.isinf(value):
+    if (isinstance(value, int) and value.bit_length() > MAX_BITS) or (isinstance(value, float) and math.isinf(value)):
         raise ToolFailure("the result is too large")
     if isinstance(value, float) and math.isnan(value):
         raise ToolFailure("the result is no number")

@@ -29,9 +29,9 @@ _VERSION = "1"
 @dataclass(frozen=True)
 class Document:
     """Attributes:
-        key: names it, and no other one.
-        title: in a line; "" if it has none.
-        text: all of it.
+    key: names it, and no other one.
+    title: in a line; "" if it has none.
+    text: all of it.
     """
 
     key: str
@@ -174,7 +174,9 @@ def _document(entry: Any, where: str, number: int) -> Document:
 
 
 def _fill(connection: sqlite3.Connection, documents: Sequence[Document]) -> None:
-    connection.execute("CREATE VIRTUAL TABLE documents USING fts5(key UNINDEXED, title, text, tokenize='porter unicode61')")
+    connection.execute(
+        "CREATE VIRTUAL TABLE documents USING fts5(key UNINDEXED, title, text, tokenize='porter unicode61')"
+    )
     # Looking up a key in a full-text table would read all of it.
     connection.execute("CREATE TABLE keys (number INTEGER PRIMARY KEY, key TEXT UNIQUE, title TEXT)")
     connection.executemany(

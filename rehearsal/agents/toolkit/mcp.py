@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shlex
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -121,6 +122,9 @@ class _Connection:
         self.listed: list[dict[str, Any]] = []
         self._server = server
         self._client: Any = None
+        self._task: asyncio.Task[None] | None = None
+        # What a server says on its standard error would spoil the screen of a run; its last words are told if it fails.
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._loop = asyncio.new_event_loop()
         self._leave = asyncio.Event()
         self._begun: Future[None] = Future()
@@ -131,6 +135,7 @@ class _Connection:
         except Exception as error:
             self.close()
             what = f"did not answer within {seconds:g} s" if isinstance(error, TimeoutError) else _first(error)
+            what += self._last_words()
             raise ToolError(f"The MCP server {told} cannot be used: {what}.") from error
 
     @property
@@ -145,7 +150,7 @@ class _Connection:
     def close(self) -> None:
         """Let it end, without waiting."""
         with contextlib.suppress(RuntimeError):  # it has ended
-            self._loop.call_soon_threadsafe(self._leave.set)
+            self._loop.call_soon_threadsafe(self._end)
 
     def join(self) -> None:
         self._thread.join(_CLOSING_SECONDS)
@@ -153,20 +158,35 @@ class _Connection:
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_until_complete(self._live())
+            self._task = self._loop.create_task(self._live())
+            self._loop.run_until_complete(self._task)
         except BaseException as error:  # told to whoever waits; nobody else could hear it
             if not self._begun.done():
-                self._begun.set_exception(error if isinstance(error, Exception) else RuntimeError(str(error)))
+                self._begun.set_exception(error if isinstance(error, Exception) else RuntimeError("was ended"))
         finally:
             self._loop.close()
 
     async def _live(self) -> None:
-        client_class = _sdk().Client
-        async with client_class(self._server) as client:
+        sdk = _sdk()
+        server = self._server if isinstance(self._server, str) else sdk.stdio_client(self._server, errlog=self._errors)
+        async with sdk.Client(server) as client:
             self._client = client
             self.listed = await _list(client)
             self._begun.set_result(None)
             await self._leave.wait()
+
+    def _end(self) -> None:
+        self._leave.set()
+        if self._task is not None and not self._begun.done():
+            self._task.cancel()  # it is still waiting for the server's first words
+
+    def _last_words(self) -> str:
+        try:
+            self._errors.seek(0)
+            lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
+        except (OSError, ValueError):
+            return ""
+        return f" ({lines[-1][:_MAX_PROBLEM]})" if lines else ""
 
     async def _call(self, name: str, arguments: dict[str, Any]) -> str:
         try:
@@ -238,7 +258,9 @@ def _stdio(command: str | Sequence[str], env: Mapping[str, str] | None) -> Any:
     words = shlex.split(command) if isinstance(command, str) else [str(word) for word in command]
     if not words:
         raise ToolError("The command that starts an MCP server is empty.")
-    return _sdk().StdioServerParameters(command=words[0], args=words[1:], env=dict(env) if env else None, cwd=os.getcwd())
+    return _sdk().StdioServerParameters(
+        command=words[0], args=words[1:], env=dict(env) if env else None, cwd=os.getcwd()
+    )
 
 
 def _sdk() -> Any:

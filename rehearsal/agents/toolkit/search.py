@@ -16,8 +16,8 @@ class Search(ToolSource):
     """The tools ``search(query)`` and ``open(document, page)``. All episodes share the corpus, which nothing changes.
 
     Args:
-        corpus: a file of JSON lines, a folder of text files, a list of mappings with "text" (see
-            :func:`~rehearsal.agents.toolkit.corpus.read_corpus`), or a :class:`~rehearsal.agents.toolkit.corpus.Corpus`.
+        corpus: a file of JSON lines, a folder of text files, or a list of mappings with "text" (see ``read_corpus``);
+            or a :class:`~rehearsal.agents.toolkit.corpus.Corpus`.
         results: documents that a search shows at most.
         words: of the snippet of each.
         page: characters of a document that ``open`` shows at a time.
