@@ -124,10 +124,10 @@ def tool_from(
     Raises:
         ToolError: for a function without a docstring, with parameters that have no type or are not fixed in number.
     """
-    inner = function
+    inner: Any = function
     while isinstance(inner, partial):
         inner = inner.func
-    name = name or getattr(inner, "__name__", type(inner).__name__)
+    name = str(name or getattr(inner, "__name__", type(inner).__name__))
     text, told = _docstring(inner)
     description = text if description is None else description
     if not description:
