@@ -14,7 +14,7 @@ from rehearsal.agents import toolkit
 from rehearsal.agents.tools import tool_from
 from rehearsal.environments import make
 from rehearsal.errors import RecipeError, ToolError
-from rehearsal.models.load import load_policy
+from rehearsal.models.load import load_policy, save_policy
 from rehearsal.training.early_experience import early_experience
 from rehearsal.training.plan import describe_plan
 from rehearsal.training.playing import episode_limits, make_rollout, make_toolkit, policy_of, processes_for
@@ -25,18 +25,34 @@ from rehearsal.training.trajectory_store import read_trajectories
 MakeRecipe = Callable[..., Recipe]
 TOOLS: dict[str, Any] = {
     "tools__names": ["calculator", "search"], "tools__max_calls": 3, "tools__cost": 0.01,
-    "agent__max_context": 900, "training__steps": 2,
+    "agent__max_context": 1500, "training__steps": 2,
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def roomy_folder(tmp_path_factory: pytest.TempPathFactory, base_tokenizer: Any, tiny_qwen3: Callable[..., Any]) -> Path:
+    """A model with random weights and room for the rules of several tools."""
+    model = tiny_qwen3(
+        len(base_tokenizer), seed=5, eos_token_id=base_tokenizer.eos_token_id, max_position_embeddings=2048
+    )
+    folder = tmp_path_factory.mktemp("models") / "roomy"
+    save_policy(model, base_tokenizer, folder)
+    return folder
+
+
 @pytest.fixture
-def recipe(small: MakeRecipe, tmp_path: Path) -> MakeRecipe:
+def recipe(small: MakeRecipe, tmp_path: Path, roomy_folder: Path) -> MakeRecipe:
     """A small recipe with a calculator and search over two documents."""
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("\n".join(json.dumps({"id": i, "text": f"holes {i}"}) for i in range(2)))
 
     def build(**changes: Any) -> Recipe:
-        given = {**TOOLS, "tools__options": {"search": {"corpus": str(corpus)}}, **changes}
+        given = {
+            **TOOLS,
+            "model__path": str(roomy_folder),
+            "tools__options": {"search": {"corpus": str(corpus)}},
+            **changes,
+        }
         return small(**{name: value for name, value in given.items() if value is not None})
 
     return build
@@ -139,9 +155,9 @@ def test_only_tools_that_others_can_find_are_played_in_processes(
         processes_for(recipe(engine__processes=2, tools__names=["here"], tools__options={}), policy)
 
 
-def test_early_experience_knows_no_tools(recipe: MakeRecipe, taught_folder: Path) -> None:
+def test_early_experience_knows_no_tools(recipe: MakeRecipe, roomy_folder: Path) -> None:
     with pytest.raises(RecipeError, match="no expert calls tools"):
-        early_experience(load_policy(taught_folder, device="cpu"), recipe())
+        early_experience(load_policy(roomy_folder, device="cpu"), recipe())
 
 
 def test_a_rollout_gives_its_tools_back(recipe: MakeRecipe) -> None:

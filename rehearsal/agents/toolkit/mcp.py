@@ -91,7 +91,7 @@ class Mcp(ToolSource):
         return connection
 
     def _tools(self, connection: _Connection, close: Callable[[], None] | None) -> list[Tool]:
-        tools = []
+        tools: list[Tool] = []
         for listed in connection.listed:
             if self._only is not None and listed["name"] not in self._only:
                 continue
