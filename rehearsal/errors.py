@@ -24,6 +24,10 @@ class EnvironmentFault(RehearsalError):
     """An environment that broke its contract: it raised, hung, or answered with the wrong type."""
 
 
+class ToolError(RehearsalError):
+    """A tool that cannot be made or set up: a function without types, a corpus or a server that cannot be read."""
+
+
 class GenerationError(RehearsalError):
     """Sampling cannot go on: a context or a memory budget is too small, or a server does not answer."""
 

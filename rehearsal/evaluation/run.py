@@ -15,7 +15,7 @@ from rehearsal.generation.remote import RemoteEngine
 from rehearsal.models.load import Policy, load_policy
 from rehearsal.rollout import check_failures
 from rehearsal.training.checkpoint import checkpoints, load_checkpoint, restore_weights
-from rehearsal.training.playing import answer_protocol, episode_limits, make_rollout, policy_of
+from rehearsal.training.playing import answer_protocol, episode_limits, make_rollout, make_toolkit, policy_of
 from rehearsal.training.recipe import Recipe, resolve_recipe
 from rehearsal.training.runs import RunFolder
 from rehearsal.training.tasks import TaskSource, variants_of
@@ -134,6 +134,7 @@ def _evaluate_remote(
     rollout = ChatRollout(
         [variant.maker for variant in variants_of(recipe)], engine, answer_protocol(recipe), episode_limits(recipe),
         seed=recipe.seed, workers=recipe.environment.workers, step_timeout=recipe.environment.step_timeout,
+        toolkit=make_toolkit(recipe),
     )  # fmt: skip
     try:
         tasks = TaskSource(recipe).held_out(recipe.evaluation.seed, split, episodes)
