@@ -342,9 +342,10 @@ def _in_time(function: Callable[[], str], seconds: float) -> str:
 
 def _raised(error: BaseException) -> str:
     try:
-        told = " ".join(clean_text(str(error)).split())[:_MAX_ERROR]
+        said = clean_text(str(error)).strip()
     except Exception:  # a broken __str__ must not hide that it failed
-        told = ""
-    if isinstance(error, ToolFailure) and told:
-        return f"Error: {told}"
+        said = ""
+    if isinstance(error, ToolFailure) and said:
+        return f"Error: {said}"  # the tool's own words, line by line
+    told = " ".join(said.split())[:_MAX_ERROR]
     return f"Error: {type(error).__name__}{': ' + told if told else ''}"

@@ -30,7 +30,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, ValidationError, create_model
 from pydantic.errors import PydanticSchemaGenerationError
 
+from rehearsal.environments.tooling import ToolFailure, clean_text
 from rehearsal.errors import ToolError
+
+__all__ = ["ArgumentError", "Tool", "ToolFailure", "as_tool", "clean_text", "result_text", "tool_from"]
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 _SECTION = re.compile(r"(Args|Arguments|Parameters|Returns|Yields|Raises|Examples?|Notes?):\s*")
@@ -38,10 +41,6 @@ _PARAMETERS = ("Args", "Arguments", "Parameters")
 _PARAMETER = re.compile(r"\*{0,2}(\w+)(?:\s*\([^)]*\))?:\s*(.*)")
 _MAX_PROBLEMS = 3
 _MAX_QUOTED = 60
-
-
-class ToolFailure(Exception):
-    """What a tool raises to tell the agent, in these words alone, that it cannot do what it was asked for."""
 
 
 class ArgumentError(ValueError):
@@ -197,11 +196,6 @@ def result_text(value: Any) -> str:
         except (TypeError, ValueError, RecursionError):
             value = str(value)
     return clean_text(value)
-
-
-def clean_text(text: str) -> str:
-    """Without halves of surrogate pairs, which no tokenizer takes."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 async def _awaited(value: Any) -> Any:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
+from rehearsal.environments import corpus
 from rehearsal.environments.episode import EpisodeEnv, whole_number
 from rehearsal.environments.lookup_world import (
     MAX_HOPS,
@@ -13,6 +16,7 @@ from rehearsal.environments.lookup_world import (
     lookup_questions,
     lookup_world,
 )
+from rehearsal.environments.reading import Reader
 from rehearsal.rewards.questions import exact_match
 
 
@@ -20,8 +24,9 @@ class Lookup(EpisodeEnv):
     """Answer a question about people, firms and places that nobody has heard of.
 
     Everything that can be asked is written in a corpus of short documents, one for each person, firm, town and region;
-    ``documents`` gives it. All of it is made from a seed, so nothing can be known beforehand, and each split has a
-    world of its own with names of its own. A question takes as many documents as it has hops: each names the next.
+    ``documents`` gives it, and an agent has ``search`` and ``open`` to read it with. All of it is made from a seed, so
+    nothing can be known beforehand, and each split has a world of its own with names of its own. A question takes as
+    many documents as it has hops: each names the next.
 
     The reward is 1 for the right answer and 0 for any other, which ends the episode either way. Answers are compared
     as SQuAD compares them, without regard to case, punctuation and articles.
@@ -62,6 +67,12 @@ class Lookup(EpisodeEnv):
         """The corpus of a split; of the present episode's if none is named."""
         return lookup_world(self.world, split or self._split, self.people).documents
 
+    @property
+    def tools(self) -> Sequence[Callable[..., Any]]:
+        """``search`` and ``open``, over the documents of the present split."""
+        reader = _reader(self.world, self._split, self.people)
+        return [reader.search, reader.open]
+
     def _draw(self, split: str) -> str:
         questions = lookup_questions(self.world, split, self.people, self.hops)
         self._question = questions[int(self.np_random.integers(len(questions)))]
@@ -95,3 +106,10 @@ class Lookup(EpisodeEnv):
         """``question``, and ``documents``: the titles that lead to the answer, in order."""
         self._need_reset()
         return {"question": self._question.text, "documents": list(self._question.documents)}
+
+
+@lru_cache(maxsize=16)
+def _reader(world: int, split: str, people: int) -> Reader:
+    """Reads the corpus of a world; one for all episodes, which nothing changes."""
+    documents = lookup_world(world, split, people).documents
+    return Reader(corpus.Corpus(corpus.Document(one.title, "", one.text) for one in documents))

@@ -130,8 +130,7 @@ def test_results_are_observations_and_counts_are_notices(chatml_renderer: ChatRe
     assert 'Result 1, nothing:\nThere is no tool "nothing".' in shown
     assert (
         "Result 2, look:\nNo tool calls are left: all 3 are used.\n"
-        "Call 3 of 3. Turn 3 of 6, 2 actions, 0 tool calls left."
-        in shown
+        "Call 3 of 3. Turn 3 of 6, 2 actions, 0 tool calls left." in shown
     )
     segment = game.agent.transcript.segment()
     text = {kind: chatml_renderer.decode(segment.token_ids[segment.kinds == kind]) for kind in Kind}

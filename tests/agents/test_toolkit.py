@@ -18,10 +18,10 @@ from rehearsal.agents import toolkit
 from rehearsal.agents.toolbox import Toolbox, Toolkit, ToolLimits, ToolSource
 from rehearsal.agents.toolkit import make_source, register_tool, tool_names, tool_path
 from rehearsal.agents.toolkit.calculator import Calculator, calculate, calculator
-from rehearsal.agents.toolkit.corpus import Corpus, Document, read_corpus
 from rehearsal.agents.toolkit.notebook import Notebook
 from rehearsal.agents.toolkit.search import Search
 from rehearsal.agents.tools import ToolFailure, tool_from
+from rehearsal.environments.corpus import Corpus, Document, read_corpus
 from rehearsal.errors import RehearsalError, ToolError
 from rehearsal.trajectory import ToolCall
 

@@ -20,6 +20,7 @@ _registered: dict[str, str | Target] = {
     "calculator": "rehearsal.agents.toolkit.calculator:Calculator",
     "mcp": "rehearsal.agents.toolkit.mcp:Mcp",
     "notebook": "rehearsal.agents.toolkit.notebook:Notebook",
+    "python": "rehearsal.agents.toolkit.python:Python",
     "search": "rehearsal.agents.toolkit.search:Search",
 }
 

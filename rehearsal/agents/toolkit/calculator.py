@@ -89,6 +89,8 @@ def _value(node: ast.AST) -> Number:
             raise ToolFailure("a power is written **, not ^")
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             return _bounded(_OPERATORS[type(op)](_value(left), _value(right)))
+        case ast.Call(func=ast.Name(id=name), args=[]) if name in _FUNCTIONS:
+            raise ToolFailure(f"{name} needs an argument")
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
             return _bounded(_FUNCTIONS[name](*_numbers(arguments)))
         case ast.Call(func=ast.Name(id=name)) | ast.Name(id=name):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rehearsal.agents.tools import clean_text
+from rehearsal.environments.tooling import clean_text
 from rehearsal.errors import ToolError
 
 SUFFIXES = (".txt", ".md")
