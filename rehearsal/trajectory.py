@@ -206,8 +206,6 @@ class Trajectory:
         seed: the seed that the environment was reset with.
         split: "train", "validation" or "test".
         task: key of the task's content, the same for all episodes of a group (info["task"]; "" if none).
-        topic: what the task is about, if the environment says so (info["topic"]): tasks of one topic have in common
-            what is worth remembering about them, such as the company that is called.
         sample: index of the episode in its group.
         segments: the tokens, see :class:`Segment`.
         turns: the exchanges, oldest first.
@@ -217,13 +215,14 @@ class Trajectory:
         final_observation: the environment's last words, after the last action.
         counters: numbers worth adding up over episodes, by name (format errors, illegal actions, seconds, ...).
         policy_step: the optimiser step of the policy that played it.
+        topic: what the task is about, if the environment says so (info["topic"]): tasks of one topic have in common
+            what is worth remembering about them, such as the company that is called.
     """
 
     environment: str
     seed: int
     split: str = "train"
     task: str = ""
-    topic: str = ""
     sample: int = 0
     segments: list[Segment] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
@@ -233,6 +232,7 @@ class Trajectory:
     final_observation: str = ""
     counters: dict[str, float] = field(default_factory=dict)
     policy_step: int = 0
+    topic: str = ""
 
     @property
     def failed(self) -> bool:
