@@ -15,7 +15,7 @@ from rehearsal.agents.tools import tool_from
 from rehearsal.environments import make
 from rehearsal.errors import RecipeError, ToolError
 from rehearsal.models.load import load_policy, save_policy
-from rehearsal.training.early_experience import early_experience
+from rehearsal.training.early_experience import EarlySettings, early_experience
 from rehearsal.training.plan import describe_plan
 from rehearsal.training.playing import episode_limits, make_rollout, make_toolkit, policy_of, processes_for
 from rehearsal.training.recipe import Recipe, resolve_recipe
@@ -132,8 +132,8 @@ def test_the_plan_shows_the_tools(recipe: MakeRecipe) -> None:
 
 def test_a_run_with_tools(recipe: MakeRecipe, tmp_path: Path) -> None:
     result = train(recipe(world__mode="shared"), output=tmp_path / "run")
-    folder = result.path / "trajectories"
-    groups = read_trajectories(folder / "train_000000.parquet")
+    file, *_ = sorted((result.path / "trajectories").glob("train_*.parquet"))
+    groups = read_trajectories(file)
     for group in groups:
         for trajectory in group:
             assert trajectory.counters["tool_calls/search"] == 0.0
@@ -157,7 +157,7 @@ def test_only_tools_that_others_can_find_are_played_in_processes(
 
 def test_early_experience_knows_no_tools(recipe: MakeRecipe, roomy_folder: Path) -> None:
     with pytest.raises(RecipeError, match="no expert calls tools"):
-        early_experience(load_policy(roomy_folder, device="cpu"), recipe())
+        early_experience(load_policy(roomy_folder, device="cpu"), recipe(), EarlySettings(reflect=False))
 
 
 def test_a_rollout_gives_its_tools_back(recipe: MakeRecipe) -> None:
