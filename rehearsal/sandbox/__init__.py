@@ -6,10 +6,12 @@ on this system.
 """
 
 from rehearsal.sandbox.interpreter import Interpreter, InterpreterPool
-from rehearsal.sandbox.isolation import Isolation, available, require, strongest
+from rehearsal.sandbox.isolation import Isolation
 from rehearsal.sandbox.limits import CallResult, Limits, Outcome, ProgramResult
-from rehearsal.sandbox.program import ProgramRunner, run_program
+from rehearsal.sandbox.probing import available, require, strongest
+from rehearsal.sandbox.program import ProgramRunner
 from rehearsal.sandbox.remote import RemoteSandbox
+from rehearsal.sandbox.run import run_program
 
 __all__ = [
     "CallResult",

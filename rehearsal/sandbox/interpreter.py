@@ -19,8 +19,9 @@ from rehearsal.errors import SandboxError
 from rehearsal.sandbox.cell import Answer, Cell, CellGone
 from rehearsal.sandbox.inside import plain
 from rehearsal.sandbox.inside.framing import Message
-from rehearsal.sandbox.isolation import Isolation, require
+from rehearsal.sandbox.isolation import Isolation
 from rehearsal.sandbox.limits import CallResult, Limits, Outcome, ProgramResult
+from rehearsal.sandbox.probing import require
 from rehearsal.sandbox.program import run_in
 from rehearsal.sandbox.zygote import Zygote
 

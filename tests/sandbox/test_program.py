@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import rehearsal.sandbox.isolation as isolation_module
+import rehearsal.sandbox.probing as probing
 from rehearsal.errors import SandboxError
 from rehearsal.sandbox import InterpreterPool, Isolation, Limits, Outcome, available, require, run_program, strongest
 
@@ -81,7 +81,7 @@ def test_levels_are_ordered() -> None:
 @pytest.mark.parametrize("level", Isolation)
 def test_below_the_level_that_is_asked_for_it_refuses(level: Isolation, monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = dict.fromkeys(Isolation, "the kernel says no")
-    monkeypatch.setattr(isolation_module, "available", lambda python=None: nothing)
+    monkeypatch.setattr(probing, "available", lambda python=None: nothing)
     with pytest.raises(SandboxError, match=r"not to be had here \(the kernel says no\); .+, or ask for less\.$"):
         require(level)
     with pytest.raises(SandboxError, match="cannot be run safely"):
@@ -91,8 +91,8 @@ def test_below_the_level_that_is_asked_for_it_refuses(level: Isolation, monkeypa
 
 
 def test_bubblewrap_is_probed_and_not_assumed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isolation_module, "_found", {})
-    monkeypatch.setattr(isolation_module.shutil, "which", lambda name: None)
+    monkeypatch.setattr(probing, "_found", {})
+    monkeypatch.setattr(probing.shutil, "which", lambda name: None)
     assert available()[Isolation.BUBBLEWRAP] == "bwrap is not installed"
 
 
@@ -106,8 +106,8 @@ def test_a_script_that_ends_leaves_no_process(tmp_path: Path) -> None:
         pytest.skip("there is no sandbox here")
     script = tmp_path / "script.py"
     script.write_text(
-        "import os, signal, sys\nfrom rehearsal.sandbox import program, run_program\nrun_program('1')\n"
-        "print(next(iter(program._zygotes.values()))._process.pid, flush=True)\n"
+        "import os, signal, sys\nfrom rehearsal.sandbox import run, run_program\nrun_program('1')\n"
+        "print(next(iter(run._zygotes.values()))._process.pid, flush=True)\n"
         "if sys.argv[1] == 'killed': os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     for how in ("ends", "killed"):
