@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "rehearsal"
 
 FLOORS = {
     "errors": 0,
+    "naming": 0,
     "trajectory": 1,
     "environments": 1,
     "rewards": 1,
@@ -33,6 +34,7 @@ FLOORS = {
 """Rooms, ground floor first. What people type stands above what they see, because it uses it."""
 
 SAME_FLOOR = {
+    ("naming", "errors"),
     ("rewards", "trajectory"),
     ("environments", "rewards"),  # tasks with verifiable answers
     ("rewards", "sandbox"),  # code is checked by running it

@@ -17,7 +17,7 @@ from rehearsal.errors import EnvironmentFault, RecipeError
 from rehearsal.rewards.pool import VerifierPool
 from rehearsal.rewards.registry import verifier as make_verifier
 from rehearsal.rewards.tasks import check_disjoint, load_tasks
-from rehearsal.rewards.verifier import Score, Task
+from rehearsal.rewards.verifier import Score, Task, Verifier
 
 
 class VerifiedTasks(EpisodeEnv):
@@ -67,8 +67,7 @@ class VerifiedTasks(EpisodeEnv):
         self.told = told
         self._pools = (verifier, json.dumps(options or {}, sort_keys=True), real_number("timeout", timeout, 0.01, 3600))
         self._tasks = _split_tasks(source, prompt, reference, None if splits is None else tuple(sorted(splits.items())))
-        # A verifier that cannot be made is told of at once.
-        make_verifier(verifier, **(options or {}))
+        _verifier(*self._pools[:2])  # one that cannot be made is told of at once
         self._now = Task("")
         self._score: Score | None = None
 
@@ -143,6 +142,12 @@ def _split_tasks(
     return {split: tuple(found[split]) for split in SPLITS}
 
 
+@lru_cache(maxsize=8)
+def _verifier(name: str, options: str) -> Verifier:
+    """Made once for all environments of this process: some load a model."""
+    return make_verifier(name, **json.loads(options))
+
+
 _LOCK = threading.Lock()
 _POOLS: dict[tuple[str, str, float], VerifierPool] = {}
 
@@ -152,7 +157,7 @@ def _pool(verifier: str, options: str, timeout: float) -> VerifierPool:
     with _LOCK:
         key = (verifier, options, timeout)
         if key not in _POOLS:
-            made = VerifierPool(make_verifier(verifier, **json.loads(options)), timeout=timeout)
+            made = VerifierPool(_verifier(verifier, options), timeout=timeout)
             _POOLS[key] = made
             atexit.register(made.close, now=True)
         return _POOLS[key]

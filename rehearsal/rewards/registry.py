@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from rehearsal.errors import RehearsalError, RewardError
+from rehearsal.naming import hint, import_named
 from rehearsal.rewards.verifier import Verifier
 
 Factory = Callable[..., Verifier]
@@ -67,7 +66,7 @@ def verifier(name: str, /, **options: Any) -> Verifier:
         known, takes_any = [*known, *_CLIENT_OPTIONS], False
     for option in options:
         if option not in known and not takes_any:
-            raise RewardError(f"The verifier {name} has no option {option!r}; {_hint(option, known) or 'it has none.'}")
+            raise RewardError(f"The verifier {name} has no option {option!r}; {hint(option, known)}")
     try:
         made: object = factory(**options)
     except RehearsalError:
@@ -113,15 +112,11 @@ def _factory(name: str) -> Factory:
     target: str | Factory = name
     if ":" not in name:
         if name not in _registered:
-            raise RewardError(f"There is no verifier {name!r}; {_hint(name, verifiers())}")
+            raise RewardError(f"There is no verifier {name!r}; {hint(name, verifiers())}")
         target = _registered[name]
     if not isinstance(target, str):
         return target
-    module, _, attribute = target.partition(":")
-    try:
-        found: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as problem:
-        raise RewardError(f"The verifier {name} cannot be imported: {problem}.") from problem
+    found = import_named(target, "verifier", RewardError)
     if not callable(found):
         raise RewardError(f"{name} is neither a class nor a function that makes a verifier.")
     made: Factory = found
@@ -136,10 +131,3 @@ def _options(factory: Factory) -> tuple[list[str], bool]:
         return [], True
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-def _hint(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if close:
-        return f"did you mean {' or '.join(close)}?"
-    return f"there are: {', '.join(known)}." if known else ""

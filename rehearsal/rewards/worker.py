@@ -62,7 +62,8 @@ class WorkerProcess:
         self._start_timeout = start_timeout
         one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
         # Where modules are found comes first: what is sent may need it.
-        paths = [os.path.abspath(path) for path in sys.path]
+        # With the present folder, where a verifier of the user's own may come from.
+        paths = list(dict.fromkeys([*map(os.path.abspath, sys.path), os.getcwd()]))
         self._process = subprocess.Popen(
             [sys.executable, "-c", f"import sys; sys.path[:] = {paths!r}; from {__name__} import serve; serve()"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **one_thread}, start_new_session=True,

@@ -1,6 +1,7 @@
 """Tasks from a file: what is drawn, how answers are scored, and what happens where they cannot be."""
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -84,6 +85,27 @@ def test_a_check_that_hangs_fails_the_episode_and_no_other(source):
         env.step("60")
     env.reset(seed=0)
     assert env.step("0")[1] == 1.0
+
+
+def test_a_verifier_of_ones_own_beside_the_data(source, tmp_path, monkeypatch):
+    (tmp_path / "own_verifier.py").write_text(
+        "from rehearsal.rewards.verifier import Score\n\n\nclass Polite:\n    name = 'polite'\n"
+        "    def verify(self, completion, task):\n        return Score(float('please' in completion), True)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    # As for a console script, which does not look into the folder that it was started in.
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])
+    env = make("tasks", source=source, verifier="own_verifier:Polite")
+    env.reset(seed=0)
+    assert env.step("please")[1] == 1.0
+
+
+def test_the_verifier_is_made_once_for_all_environments(source, monkeypatch):
+    made = []
+    monkeypatch.setattr("rehearsal.environments.tasks.make_verifier", lambda name, **_: made.append(name))
+    for _ in range(5):
+        make("tasks", source=source, verifier="never-heard-of")
+    assert made == ["never-heard-of"]
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_every_name_can_be_imported() -> None:
         ("rubric", {"model": "judge"}, "missing 1 required"),
         ("rubric", {"base_url": "http://x/v1", "model": "j", "colour": 1}, "has no option 'colour'"),
         ("no_module:Class", {}, "cannot be imported"),
-        ("rehearsal.errors:Nothing", {}, "cannot be imported"),
+        ("rehearsal.errors:Nothing", {}, "There is no Nothing in rehearsal.errors"),
         ("rehearsal.errors:__name__", {}, "neither a class nor a function"),
         ("rehearsal.errors:RewardError", {}, "which is no verifier"),
         ("reward-model", {"folder": "/nowhere"}, "There is no folder"),

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from rehearsal.agents.toolbox import FunctionTools, ToolSource
 from rehearsal.agents.tools import Tool
 from rehearsal.errors import RehearsalError, ToolError
+from rehearsal.naming import hint, import_named
 
 Target = type[ToolSource] | Tool | Callable[..., Any]
 
@@ -61,7 +58,7 @@ def make_source(name: str, options: Mapping[str, Any] | None = None) -> ToolSour
         ToolError: for an unknown name or option, an import that fails, or values that the source refuses.
     """
     target = _target(name)
-    made = _load(name, target) if isinstance(target, str) else target
+    made = _check(name, import_named(target, "tool", ToolError)) if isinstance(target, str) else target
     options = dict(options or {})
     if not (isinstance(made, type) and issubclass(made, ToolSource)):
         if options:
@@ -71,7 +68,7 @@ def make_source(name: str, options: Mapping[str, Any] | None = None) -> ToolSour
     known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for option in options:
         if option not in known and not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            raise ToolError(_unknown(f"option of the tool {name} called", option, known))
+            raise ToolError(f"There is no option of the tool {name} called {option!r}; {hint(option, known)}")
     for parameter in parameters:
         if parameter.name in known and parameter.default is parameter.empty and parameter.name not in options:
             raise ToolError(f"The tool {name} needs the option {parameter.name}; give it a value.")
@@ -100,35 +97,8 @@ def _target(name: str) -> str | Target:
     if ":" in name:
         return name
     if name not in _registered:
-        raise ToolError(_unknown("tool", name, tool_names()))
+        raise ToolError(f"There is no tool {name!r}; {hint(name, tool_names())}")
     return _registered[name]
-
-
-def _load(name: str, target: str) -> Target:
-    module_name, _, attribute = target.partition(":")
-    if not module_name or not attribute:
-        raise ToolError(f"{target!r} does not name a tool; write package.module:name.")
-    # A console script does not look into the folder that it was started in, where people keep their own modules.
-    here = os.getcwd()
-    added = here not in sys.path and "" not in sys.path
-    if added:
-        sys.path.insert(0, here)
-    try:
-        found: Any = importlib.import_module(module_name)
-    except RehearsalError:
-        raise
-    except Exception as problem:
-        raise ToolError(
-            f"The module {module_name} of the tool {name} cannot be imported: {type(problem).__name__}: {problem}"
-        ) from problem
-    finally:
-        if added:
-            sys.path.remove(here)
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise ToolError(f"There is no {part} in {module_name}; the tool {name} is looked for there.")
-        found = getattr(found, part)
-    return _check(name, found)
 
 
 def _check(name: str, target: Any) -> Target:
@@ -140,9 +110,3 @@ def _check(name: str, target: Any) -> Target:
         )
     kept: Target = target
     return kept
-
-
-def _unknown(what: str, name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(known) or 'none'}."
-    return f"There is no {what} {name!r}; {hint}"
