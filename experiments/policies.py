@@ -21,12 +21,13 @@ def origin(recipe: str) -> dict[str, str]:
     return {"base": base_fingerprint(), "recipe_file": hashlib.blake2b(text, digest_size=6).hexdigest()}
 
 
-def train_cell(settings: Mapping[str, Any], kind: Any = None) -> tuple[Any, dict[str, Any]]:
+def train_cell(settings: Mapping[str, Any], kind: Any = None, policy: Any = None) -> tuple[Any, dict[str, Any]]:
     """One training run.
 
     Args:
         settings: ``recipe``, ``seed``, ``threads`` and ``overrides``.
         kind: of trainer, if not the usual one.
+        policy: that it goes on with, if not the recipe's own.
 
     Returns:
         the trainer, and figures: held-out success before and after with its interval, seconds, updates, episodes played
@@ -39,7 +40,7 @@ def train_cell(settings: Mapping[str, Any], kind: Any = None) -> tuple[Any, dict
 
     torch.set_num_threads(int(settings["threads"]))
     recipe = resolve_recipe(settings["recipe"], {"seed": settings["seed"], **settings["overrides"]})
-    trainer = (kind or Trainer)(recipe)
+    trainer = (kind or Trainer)(recipe, policy=policy)
     began = time.monotonic()
     trainer.run()
     held_out = [figures for _, split, figures in trainer.evaluations if split == "test"]

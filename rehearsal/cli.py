@@ -94,6 +94,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, set[str]]]:
     evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"))
     evaluate.add_argument("--episodes", type=int, default=256)
     evaluate.add_argument("--temperature", type=float, default=1.0)
+    evaluate.add_argument("--samples", type=int, default=1, help="episodes of each task, for pass@k")
+    evaluate.add_argument("--against", help="another policy, compared on the same tasks")
     evaluate.add_argument("--url", help="of a server that speaks the OpenAI API; POLICY is the model's name there")
     evaluate.add_argument(
         "--api-key-env", help="environment variable with the server's key; OPENAI_API_KEY if there is one"
@@ -258,15 +260,30 @@ def _eval(options: argparse.Namespace) -> int:
 
     figures = evaluate_policy(
         options.policy, recipe=options.recipe, overrides=options.dotted, split=options.split, episodes=options.episodes,
-        temperature=options.temperature, url=options.url, api_key_env=options.api_key_env,
+        temperature=options.temperature, samples=options.samples, against=options.against, url=options.url,
+        api_key_env=options.api_key_env,
     )  # fmt: skip
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     if "success" in figures:
         interval = f"({percent(figures['success_low'])} to {percent(figures['success_high'])})"
         table.add_row("success", f"{percent(figures['success'])} {interval}")
     for name, value in figures.items():
-        if not name.startswith("success"):
+        if name.endswith(("/low", "/high")) or name.startswith(("success", "against/")):
+            continue
+        if f"{name}/low" in figures:
+            interval = f"({percent(figures[f'{name}/low'])} to {percent(figures[f'{name}/high'])})"
+            table.add_row(name, f"{percent(value)} {interval}")
+        else:
             table.add_row(name, f"{value:.4g}")
+    if "against/success" in figures:
+        found = {name.removeprefix("against/"): value for name, value in figures.items() if name.startswith("against/")}
+        table.add_row(f"success of {options.against}", percent(found["success"]))
+        table.add_row(
+            "difference",
+            f"{100 * found['difference']:+.1f} points ({100 * found['low']:+.1f} to {100 * found['high']:+.1f}), "
+            f"p = {found['p_value']:.2g}; better in {found['better']:.0f} of {found['tasks']:.0f} tasks, worse in "
+            f"{found['worse']:.0f}",
+        )
     Console().print(table)
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")

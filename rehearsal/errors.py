@@ -24,8 +24,20 @@ class EnvironmentFault(RehearsalError):
     """An environment that broke its contract: it raised, hung, or answered with the wrong type."""
 
 
+class ToolError(RehearsalError):
+    """A tool that cannot be made or set up: a function without types, a corpus or a server that cannot be read."""
+
+
 class GenerationError(RehearsalError):
     """Sampling cannot go on: a context or a memory budget is too small, or a server does not answer."""
+
+
+class RewardError(RehearsalError):
+    """A verifier, a combination of rewards or a file of tasks that cannot be used as it was asked for."""
+
+
+class SandboxError(RehearsalError):
+    """A sandbox that cannot be had as it was asked for, or that cannot go on."""
 
 
 class CheckpointError(RehearsalError):

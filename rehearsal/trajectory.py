@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,6 +132,26 @@ class Prediction:
     position: int
 
 
+@dataclass(frozen=True)
+class ToolCall:
+    """A tool that the agent called, and what came of it.
+
+    Attributes:
+        name: of the tool, as the agent wrote it.
+        arguments: by name, as the agent wrote them: values of JSON.
+        result: what the agent was told, the harness's own words included; "" as long as it was not executed.
+        error: the kind of failure, "" if there is none: "unknown" (there is no such tool), "arguments", "raised",
+            "timeout", "busy" (an earlier call has not come back), or "limit" (no calls were left, so nothing ran).
+        cost: what the call took off the reward; not negative.
+    """
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    result: str = ""
+    error: str = ""
+    cost: float = 0.0
+
+
 @dataclass
 class Turn:
     """One exchange: what the agent was shown, what it answered, what came of it.
@@ -139,18 +159,22 @@ class Turn:
     The texts are for people (reports, memory, logs); training reads the segment's tokens.
 
     Attributes:
-        observation: the environment's words at the start of the turn.
+        observation: the environment's words at the start of the turn; after an answer that called tools, their
+            results.
         notice: what the harness added to them ("" if nothing).
         response: everything that the policy sampled in this turn, decoded.
         thought: the text inside the thought, or "".
         actions: the actions that were parsed out of the answer, at most as many as a turn allows.
         executed: those of them that the environment stepped.
         rewards: the environment's reward of each executed action.
-        penalty: what the harness took off for an answer that could not be parsed or was illegal (zero or negative).
+        penalty: what the harness took off for an answer that could not be parsed or was illegal, and for the cost of
+            tool calls (zero or negative).
         valid: whether the answer kept the format and every executed action was legal.
         stop: why sampling ended.
         state: a key of the environment's state at the start of the turn, if it gives one (info["state"]).
         predictions: what the thought expected of actions, in the rehearse protocol.
+        calls: the tools that the answer called, in order, at most as many as a turn allows. An answer with calls has no
+            actions.
     """
 
     observation: str
@@ -165,6 +189,7 @@ class Turn:
     stop: SampleStop = SampleStop.END
     state: str = ""
     predictions: list[Prediction] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
 
     @property
     def reward(self) -> float:
@@ -181,8 +206,6 @@ class Trajectory:
         seed: the seed that the environment was reset with.
         split: "train", "validation" or "test".
         task: key of the task's content, the same for all episodes of a group (info["task"]; "" if none).
-        topic: what the task is about, if the environment says so (info["topic"]): tasks of one topic have in common
-            what is worth remembering about them, such as the company that is called.
         sample: index of the episode in its group.
         segments: the tokens, see :class:`Segment`.
         turns: the exchanges, oldest first.
@@ -192,13 +215,14 @@ class Trajectory:
         final_observation: the environment's last words, after the last action.
         counters: numbers worth adding up over episodes, by name (format errors, illegal actions, seconds, ...).
         policy_step: the optimiser step of the policy that played it.
+        topic: what the task is about, if the environment says so (info["topic"]): tasks of one topic have in common
+            what is worth remembering about them, such as the company that is called.
     """
 
     environment: str
     seed: int
     split: str = "train"
     task: str = ""
-    topic: str = ""
     sample: int = 0
     segments: list[Segment] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
@@ -208,6 +232,7 @@ class Trajectory:
     final_observation: str = ""
     counters: dict[str, float] = field(default_factory=dict)
     policy_step: int = 0
+    topic: str = ""
 
     @property
     def failed(self) -> bool:

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.common import interleaved, met, ratio, report  # noqa: E402
 from benchmarks.counting import decoder_weights, items_of, packed_counts, training_flops  # noqa: E402
 from rehearsal.models.packing import PackItem, make_packs  # noqa: E402
+from rehearsal.sandbox import available  # noqa: E402
 from rehearsal.training.base_config import BaseConfig  # noqa: E402
 from rehearsal.trajectory import Group, Kind, Segment, Trajectory  # noqa: E402
 
@@ -176,6 +177,25 @@ def test_the_cost_of_diagnostics_is_measured() -> None:
     result = run_script("diagnostics", "--quick")
     assert 0 < result["figures"]["share"] < 1
     assert result["figures"]["steps_with_gradients"] == 1
+
+
+@pytest.mark.slow
+def test_verifications_are_measured() -> None:
+    pytest.importorskip("math_verify")
+    result = run_script("verifiers", "--quick")
+    check_result(result)
+    assert all(value > 0 for value in result["figures"].values())
+    assert set(result["goals"]) == {"one_over_loop", "pool_over_loop"}
+
+
+@pytest.mark.slow
+def test_the_cost_of_the_sandbox_is_measured() -> None:
+    if all(available().values()):
+        pytest.skip("there is no sandbox here")
+    result = run_script("sandbox", "--quick", "--interpreters", "4")
+    check_result(result)
+    assert result["figures"]["sandbox_call_ms"] > 0
+    assert 0 < result["figures"]["memory_each_mib"] < 64
 
 
 @pytest.mark.slow

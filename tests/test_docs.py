@@ -29,7 +29,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # The results are written by a script and name the options of other scripts.
 PAGES = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")} - {ROOT / "docs" / "results.md"})
 KNOWN_OPTIONS = option_names()
-DICTIONARIES = ("environment.params", "model.template_options", "algorithm.options", "filter.options")
+DICTIONARIES = (
+    "environment.params", "model.template_options", "algorithm.options", "filter.options", "tools.options",
+    "tools.per_tool",
+)  # fmt: skip
 
 # Names that a reader is to replace: they need not exist.
 PLACES = ("path/to/your/model", "./my-base", "my_recipe.toml", "MODEL")

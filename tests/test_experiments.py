@@ -96,9 +96,11 @@ def test_every_cell_is_a_recipe() -> None:
         for arm in filtering.ARMS.values():
             recipe = resolve_recipe(environment["recipe"], {**filtering.COMMON, **environment["overrides"], **arm})
             make_filter(recipe.filter.name, **recipe.filter.options)
-    for changes in (*collapse.PUSHED.values(), *collapse.HEALTHY.values()):
-        recipe = resolve_recipe("frozenlake", {**collapse.COMMON, **changes})
-        make(recipe.environment.name, **recipe.environment.params)
+    for arm, changes in {**collapse.PUSHED, **collapse.HEALTHY}.items():
+        recipes = [resolve_recipe("frozenlake", part) for part in collapse.parts_of(arm, changes, {})]
+        assert sum(recipe.training.steps for recipe in recipes) == collapse.STEPS
+        for recipe in recipes:
+            make(recipe.environment.name, **recipe.environment.params)
 
 
 def test_cells_of_another_base_are_not_taken(tmp_path: Path) -> None:

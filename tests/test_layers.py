@@ -12,9 +12,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "rehearsal"
 
 FLOORS = {
     "errors": 0,
+    "naming": 0,
     "trajectory": 1,
     "environments": 1,
     "rewards": 1,
+    "sandbox": 1,
     "models": 2,
     "generation": 2,
     "algorithms": 2,
@@ -32,7 +34,10 @@ FLOORS = {
 """Rooms, ground floor first. What people type stands above what they see, because it uses it."""
 
 SAME_FLOOR = {
+    ("naming", "errors"),
     ("rewards", "trajectory"),
+    ("environments", "rewards"),  # tasks with verifiable answers
+    ("rewards", "sandbox"),  # code is checked by running it
     ("generation", "models"),  # the engine runs the model
     ("training", "evaluation"),  # the loop plays held-out tasks on its way
     ("evaluation", "training"),  # evaluating a run by name reads its recipe and its checkpoint
@@ -44,6 +49,7 @@ KNOWS_NOTHING_OF = {
     "errors": set(FLOORS) - {"errors"},
     "environments": {"models", "trajectory"},
     "rewards": {"models", "training"},
+    "sandbox": set(FLOORS) - {"sandbox", "errors"},
     "models": {"environments"},
     "generation": {"environments"},
     "algorithms": {"environments", "models", "generation"},

@@ -9,27 +9,31 @@ steps the environment; the agent keeps the books:
         session.extend(prompt.token_ids)
         sample = session.sample(max_tokens=agent.tokens_left)
         turn = agent.read(sample.ids, sample.logprobs, sample.stop)
-        result = play_actions(env, turn, agent.protocol, agent.actions_left)
+        result = play_actions(env, turn, agent.protocol, agent.actions_left, agent.toolbox)
         prompt = agent.next_turn(result)
     agent.stop_reason, agent.turns, agent.counters, agent.transcript.segment()
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from rehearsal.agents.play import PlayResult, check_reset, play_actions
 from rehearsal.agents.protocol import THINK_CLOSE, Protocol
 from rehearsal.agents.rehearse import PREDICT_OPEN
+from rehearsal.agents.toolbox import Toolbox, ToolResult
+from rehearsal.agents.tools import clean_text
 from rehearsal.agents.transcript import TranscriptBuilder
 from rehearsal.environments.base import TextEnv
 from rehearsal.errors import RecipeError
 from rehearsal.models.chat import ChatRenderer, Piece, Rendered
-from rehearsal.trajectory import Kind, SampleStop, StopReason, Turn
+from rehearsal.trajectory import Kind, SampleStop, StopReason, ToolCall, Turn
 
 __all__ = ["Agent", "Limits", "PlayResult", "TranscriptBuilder", "check_reset", "play_actions"]
 
@@ -70,11 +74,19 @@ class Limits:
         max_actions: int | None = None,
         max_tokens_per_turn: int = 256,
         max_context: int = 4096,
+        tool_turns: int = 0,
     ) -> Limits:
-        """The environment's own limits where none is given; as many actions as all turns together may hold."""
+        """The environment's own limits where none is given; as many actions as all turns together may hold.
+
+        Args:
+            env: for its limits.
+            max_turns, max_actions_per_turn, max_actions, max_tokens_per_turn, max_context: what is given.
+            tool_turns: turns for tool calls beside those that the environment allows, where no turns are given.
+        """
         turns = env.max_turns if max_turns is None else max_turns
         per_turn = env.max_actions_per_turn if max_actions_per_turn is None else max_actions_per_turn
         actions = turns * per_turn if max_actions is None else max_actions
+        turns += tool_turns if max_turns is None else 0
         return cls(turns, per_turn, actions, max_tokens_per_turn, max_context)
 
 
@@ -91,6 +103,7 @@ class Agent:
 
     Attributes:
         protocol: the format as it is used here.
+        toolbox: the tools that it may call; None if there are none.
         transcript: the tokens so far.
         turns: the turns so far; the last one is filled in as the episode goes on.
         actions_left: actions that the episode has left.
@@ -100,7 +113,10 @@ class Agent:
         counters: by name: ``format_errors`` (answers that could not be read), ``illegal_actions``, ``surplus_actions``
             (left out because an answer or the episode had no room for them), ``skipped_actions`` (left out behind an
             illegal one), ``ineffective_actions``, ``cut_answers`` (ended by a limit, not by the policy),
-            ``defused_tokens`` (special tokens spelled out in messages).
+            ``defused_tokens`` (special tokens spelled out in messages). An agent with tools also counts
+            ``tool_calls/NAME`` and ``tool_failures/NAME`` for each of them, called or not, ``unknown_tools`` (calls of
+            tools that there are not), ``refused_calls`` (beyond the calls that the episode has), ``surplus_calls``
+            (beyond those of an answer) and ``oversized_results`` (results that the context had no room for).
     """
 
     def __init__(
@@ -110,6 +126,7 @@ class Agent:
         self.keep_ending = keep_ending
         self.limits = limits
         self.protocol = protocol_for(renderer, protocol, limits)
+        self.toolbox: Toolbox | None = None
         self.transcript = TranscriptBuilder()
         self.turns: list[Turn] = []
         self.actions_left = limits.max_actions
@@ -119,6 +136,7 @@ class Agent:
         self.counters: Counter[str] = Counter()
         self._sampled_ids: Sequence[int] | np.ndarray = ()
         self._problem = ""
+        self._words = ""
 
     @property
     def tokens_left(self) -> int:
@@ -126,22 +144,26 @@ class Agent:
         return max(0, min(self.limits.max_tokens_per_turn, self.limits.max_context - len(self.transcript)))
 
     def opening(
-        self, env_instructions: str, observation: str, state: str = "", env: TextEnv | None = None
-    ) -> Rendered | None:
-        """The tokens before the first answer: rules, answer format, first observation.
+        self, env_instructions: str, observation: str, state: str = "", env: TextEnv | None = None,
+        toolbox: Toolbox | None = None,
+    ) -> Rendered | None:  # fmt: skip
+        """The tokens before the first answer: rules, answer format, tools, first observation.
 
         Args:
             env_instructions: the environment's rules, ``env.instructions``.
             observation: its first observation.
             state: ``info["state"]`` of the reset, if there is one.
             env: for the wording of the answer format.
+            toolbox: the tools that the agent may call.
 
         Returns:
             None if they leave no room for an answer; ``stop_reason`` is ``CONTEXT_LIMIT`` then, and there is no turn.
         """
-        rules = env_instructions.strip()
-        instructions = self.protocol.format_instructions(env)
-        system = [Piece(f"{rules}\n{instructions}" if rules else instructions, Kind.SYSTEM)]
+        if toolbox is not None:
+            self._equip(toolbox)
+        rules = [env_instructions.strip(), self._tool_lines(), self.protocol.format_instructions(env)]
+        system = [Piece("\n".join(text for text in rules if text), Kind.SYSTEM)]
+        self._words = observation
         turn = Turn(observation, notice=self._status(), state=state)
         return self._show(turn, self.renderer.first(system, self._pieces(turn)))
 
@@ -175,13 +197,16 @@ class Agent:
         ]
         parsed = self.protocol.parse(turn.response, opened)
         turn.thought, turn.actions, turn.valid = parsed.thought, list(parsed.actions), parsed.valid
-        self._problem = f"Your last answer had {parsed.problem}." if parsed.problem else ""
+        turn.calls = list(parsed.calls)
+        self._problem = clean_text(f"Your last answer had {parsed.problem}.") if parsed.problem else ""
         if stop != SampleStop.END:
             self.counters["cut_answers"] += 1
             if not parsed.valid:
                 self._problem = f"Your last answer was cut off after {len(sampled_ids)} tokens."
         self.counters["format_errors"] += not parsed.valid
         self.counters["surplus_actions"] += parsed.surplus
+        if self.toolbox is not None:
+            self.counters["surplus_calls"] += parsed.surplus_calls
         return turn
 
     def next_turn(self, result: PlayResult) -> Rendered | None:
@@ -200,19 +225,67 @@ class Agent:
             self.counters["surplus_actions"] += result.not_executed
         self.counters["ineffective_actions"] += result.ineffective
         self.actions_left -= len(result.executed)
-        observation = turn.observation if result.observation is None else result.observation
-        self.final_observation = observation
+        observation = self._words if result.observation is None else result.observation
+        self.final_observation = self._words = observation
+        if result.calls:
+            return self._told(turn, result)
         if result.executed:
             self.success = result.success
         self.stop_reason = self._stop_reason(result, turn.stop)
         if self.stop_reason is not None:
             if self.keep_ending and result.observation is not None:
-                self._end(result.observation)
+                self._end([Piece(result.observation, Kind.OBSERVATION)], "user")
             return None
         state = turn.state if result.observation is None else (result.state or "")
         notices = [text for text in (self._problem, result.notice, self._status()) if text]
         shown = Turn(observation, notice=" ".join(notices), state=state)
         return self._show(shown, self.renderer.after_answer(self._sampled_ids, self._pieces(shown)))
+
+    def _told(self, turn: Turn, result: PlayResult) -> Rendered | None:
+        """Take the results of tool calls, and give the tokens before the next answer; None when the episode is over."""
+        assert self.toolbox is not None
+        turn.calls = list(result.calls)
+        self._count(result.calls)
+        role: Literal["user", "tool"] = "tool" if self.renderer.has_tool_role else "user"
+        pieces = _result_pieces(result.calls, result.results, named=len(result.calls) > 1 or role == "user")
+        self.stop_reason = self._stop_reason(result, turn.stop)
+        if self.stop_reason is not None:
+            if self.keep_ending:
+                self._end(pieces, role)
+            return None
+        notices = [text for text in (self._problem, self.toolbox.count_notice(result.calls), self._status()) if text]
+        shown = Turn("".join(piece.text for piece in pieces), notice=" ".join(notices), state=turn.state)
+        pieces.append(Piece("\n" + shown.notice, Kind.NOTICE))
+        prompt = self._show(shown, self.renderer.after_answer(self._sampled_ids, pieces, role))
+        if prompt is None:
+            self.counters["oversized_results"] += 1
+        return prompt
+
+    def _count(self, calls: Sequence[ToolCall]) -> None:
+        for call in calls:
+            # By tool only for those that there are: a name that the agent made up is no name of a figure.
+            if call.error == "limit":
+                self.counters["refused_calls"] += 1
+            elif call.error == "unknown":
+                self.counters["unknown_tools"] += 1
+            else:
+                self.counters[f"tool_calls/{call.name}"] += 1
+                self.counters[f"tool_failures/{call.name}"] += bool(call.error)
+
+    def _equip(self, toolbox: Toolbox) -> None:
+        self.toolbox = toolbox
+        self.renderer = self.renderer.with_tools(toolbox.schemas)
+        self.protocol = replace(self.protocol, tools=True, max_calls_per_turn=toolbox.limits.max_calls_per_turn)
+        for name in toolbox.tools:
+            self.counters[f"tool_calls/{name}"] += 0
+            self.counters[f"tool_failures/{name}"] += 0
+
+    def _tool_lines(self) -> str:
+        """The tools, for templates that do not show them, or ask for calls in another form than ours."""
+        if self.toolbox is None or self.renderer.shows_tools:
+            return ""
+        signatures = [json.dumps(schema["function"], ensure_ascii=False) for schema in self.toolbox.schemas]
+        return clean_text("\n".join(["Tools, one JSON signature a line:", *signatures]))
 
     def _stop_reason(self, result: PlayResult, stop: SampleStop) -> StopReason | None:
         if result.terminated:
@@ -227,9 +300,10 @@ class Agent:
             return StopReason.ACTION_LIMIT
         return None
 
-    def _end(self, observation: str) -> None:
-        """Put the last words of the environment into the transcript, as far as they are its own and there is room."""
-        rendered = self.renderer.after_answer(self._sampled_ids, [Piece(observation, Kind.OBSERVATION)])
+    def _end(self, pieces: Sequence[Piece], role: Literal["user", "tool"]) -> None:
+        """Put the last words of environment or tools into the transcript, as far as they are theirs and there is
+        room."""
+        rendered = self.renderer.after_answer(self._sampled_ids, pieces, role)
         spoken = np.flatnonzero(rendered.kinds == Kind.OBSERVATION)
         if len(spoken) and len(self.transcript) + int(spoken[-1]) + 1 <= self.limits.max_context:
             self.transcript.add_rendered(rendered.first(int(spoken[-1]) + 1), len(self.turns))
@@ -246,11 +320,25 @@ class Agent:
 
     def _status(self) -> str:
         actions = "1 action" if self.actions_left == 1 else f"{self.actions_left} actions"
+        calls = None if self.toolbox is None else self.toolbox.calls_left
+        if calls is not None:
+            actions += ", 1 tool call" if calls == 1 else f", {calls} tool calls"
         return f"Turn {len(self.turns) + 1} of {self.limits.max_turns}, {actions} left."
 
     @staticmethod
     def _pieces(turn: Turn) -> list[Piece]:
         return [Piece(turn.observation, Kind.OBSERVATION), Piece("\n" + turn.notice, Kind.NOTICE)]
+
+
+def _result_pieces(calls: Sequence[ToolCall], results: Sequence[ToolResult], named: bool) -> list[Piece]:
+    """The results of one answer's calls as the content of a message: the tools' words and, as notices, ours."""
+    pieces: list[Piece] = []
+    for number, (call, result) in enumerate(zip(calls, results, strict=True), 1):
+        head = f"Result {number}, {' '.join(clean_text(call.name).split())[:64]}:\n" if named else ""
+        pieces.append(Piece(("\n" if number > 1 else "") + head, Kind.NOTICE))
+        pieces.append(Piece(result.text, Kind.OBSERVATION))
+        pieces.append(Piece(("\n" if result.text and result.note else "") + result.note, Kind.NOTICE))
+    return [piece for piece in pieces if piece.text]
 
 
 def protocol_for(renderer: ChatRenderer, protocol: Protocol, limits: Limits) -> Protocol:

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rehearsal.agents.protocol import Protocol
+from rehearsal.agents.toolbox import Toolbox, ToolResult
 from rehearsal.environments.base import TextEnv
 from rehearsal.errors import EnvironmentFault
-from rehearsal.trajectory import Turn, info_success
+from rehearsal.trajectory import ToolCall, Turn, info_success
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ class PlayResult:
         observation: the environment's last words; None if it was not stepped, so that its earlier words still hold.
         executed: the actions that the environment stepped.
         rewards: its reward of each.
-        penalty: what the harness takes off; zero or negative.
+        penalty: what the harness takes off, the cost of tool calls included; zero or negative.
         terminated: whether the environment reached a final state.
         truncated: whether the environment stopped the episode by a limit of its own.
         success: whether the task is solved, as far as the environment told it; None if it did not.
@@ -42,6 +43,8 @@ class PlayResult:
         not_executed: how many actions were left out because of an illegal one before them, or because the actions of
             the episode were used up.
         ineffective: how many executed actions changed nothing, as far as the environment told it.
+        calls: the tool calls of the answer, with what came of them.
+        results: what came of them, in the same order.
     """
 
     observation: str | None = None
@@ -56,6 +59,8 @@ class PlayResult:
     illegal: str = ""
     not_executed: int = 0
     ineffective: int = 0
+    calls: list[ToolCall] = field(default_factory=list)
+    results: list[ToolResult] = field(default_factory=list)
 
     @property
     def over(self) -> bool:
@@ -63,21 +68,24 @@ class PlayResult:
         return self.terminated or self.truncated
 
 
-def play_actions(env: TextEnv, turn: Turn, protocol: Protocol, remaining_actions: int) -> PlayResult:
-    """Step the environment through the actions of one answer.
+def play_actions(
+    env: TextEnv, turn: Turn, protocol: Protocol, remaining_actions: int, toolbox: Toolbox | None = None
+) -> PlayResult:
+    """Step the environment through the actions of one answer, or execute the tools that it calls.
 
     Every action is checked with ``env.parse_action`` before the environment sees it. Actions are executed in order
     until the episode ends, one of them is not legal (it costs ``protocol.format_penalty`` and the rest is left out) or
     ``remaining_actions`` are used up. An answer that could not be read has no actions: it costs the penalty, and the
-    environment is not stepped.
+    environment is not stepped. Nor is it by tool calls, which are no actions: they cost what the toolbox says.
 
-    It changes nothing but the environment and takes as long as the environment does, so it may run in a thread.
+    It changes nothing but environment and tools and takes as long as they do, so it may run in a thread.
 
     Args:
         env: the environment, in the middle of an episode.
         turn: the answer, as :meth:`rehearsal.agents.agent.Agent.read` filled it in.
         protocol: for the penalty.
         remaining_actions: how many actions the episode has left, at least 1.
+        toolbox: the tools of the episode, :attr:`rehearsal.agents.agent.Agent.toolbox`.
 
     Raises:
         EnvironmentFault: if the environment raises or returns something that its contract does not allow.
@@ -85,6 +93,12 @@ def play_actions(env: TextEnv, turn: Turn, protocol: Protocol, remaining_actions
     result = PlayResult()
     if not turn.valid:
         result.penalty = protocol.format_penalty
+        return result
+    if turn.calls:
+        if toolbox is None:
+            raise ValueError("the answer calls tools, so play_actions needs the agent's toolbox")
+        result.calls, result.results = toolbox.play(turn.calls)
+        result.penalty = -math.fsum(call.cost for call in result.calls)
         return result
     planned = turn.actions[: max(0, remaining_actions)]
     for text in planned:

@@ -1,6 +1,7 @@
-"""The format of an agent's answers: a thought, then one or several actions.
+"""The format of an agent's answers: a thought, then one or several actions, or calls of tools.
 
     <think>The goal is to the left.</think><answer>Left || Down</answer>
+    <think>What is a pin code?</think><tool_call>{"name": "search", "arguments": {"query": "pin code"}}</tool_call>
 
 Two things are made of a sampled answer, and they never depend on each other: :meth:`Protocol.parse` reads the text for
 what the agent wants to do, and :meth:`Protocol.kinds_of` says of each sampled token whether it belongs to the thought
@@ -15,10 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rehearsal.agents.calls import CALL_CLOSE, CALL_FORM, CALL_OPEN, parse_calls
 from rehearsal.agents.rehearse import PREDICT_CLOSE, PREDICT_OPEN, find_predictions
 from rehearsal.environments.base import TextEnv
 from rehearsal.errors import RecipeError
-from rehearsal.trajectory import Kind, Prediction
+from rehearsal.trajectory import Kind, Prediction, ToolCall
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
@@ -42,6 +44,8 @@ class Parsed:
         problem: what is wrong with it, as what an answer can *have* ("no <answer> tag"); "" if nothing is. Too many
             actions are told here too, although the answer stays valid.
         surplus: how many actions there were beyond those allowed; they are left out.
+        calls: the tools that are called, in order, at most as many as a turn allows; an answer has actions or calls.
+        surplus_calls: how many calls there were beyond those allowed; they are left out.
     """
 
     thought: str = ""
@@ -49,6 +53,8 @@ class Parsed:
     valid: bool = False
     problem: str = ""
     surplus: int = 0
+    calls: tuple[ToolCall, ...] = ()
+    surplus_calls: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ class Protocol:
         rehearse: whether the agent is asked to foretell, inside its thought, what the environment will answer; see
             :mod:`rehearsal.agents.rehearse`.
         predict_open_id: the id of ``<predict>`` where it is one token.
+        tools: whether an answer may call tools in place of acting. An agent that has tools sets it.
+        max_calls_per_turn: how many calls of one answer count.
 
     Raises:
         RecipeError: for settings that cannot be used.
@@ -84,10 +92,14 @@ class Protocol:
     think_close_id: int | None = None
     rehearse: bool = False
     predict_open_id: int | None = None
+    tools: bool = False
+    max_calls_per_turn: int = 4
 
     def __post_init__(self) -> None:
         if self.max_actions_per_turn < 1:
             raise RecipeError(f"max_actions_per_turn must be at least 1, not {self.max_actions_per_turn}.")
+        if self.max_calls_per_turn < 1:
+            raise RecipeError(f"max_calls_per_turn must be at least 1, not {self.max_calls_per_turn}.")
         if not math.isfinite(self.format_penalty) or self.format_penalty > 0:
             raise RecipeError(f"format_penalty must be zero or negative, not {self.format_penalty}.")
         if self.rehearse and not self.thinking:
@@ -111,6 +123,10 @@ class Protocol:
         if self.rehearse:
             line += f". In the thought rehearse actions, each with the answer on a new line: {PREDICT_OPEN}{word}"
             line += f"\nits answer{PREDICT_CLOSE}"
+        if self.tools:
+            line += f"; or call a tool as {thought}{CALL_FORM}"
+            if self.max_calls_per_turn > 1:
+                line += f", up to {self.max_calls_per_turn} calls"
         return line + "."
 
     def without_end(self, response_text: str) -> str:
@@ -131,7 +147,8 @@ class Protocol:
         """Read an answer. Never raises, whatever the text, and takes time in proportion to its length.
 
         The thought ends at the first ``</think>``; what is in it is not looked at. The answer ends at the first
-        ``</answer>``. Blanks may stand around both, and nothing else.
+        ``</answer>``. Blanks may stand around both, and nothing else. With tools, calls may stand in place of the
+        answer, see :func:`rehearsal.agents.calls.parse_calls`.
 
         Args:
             response_text: the sampled answer, decoded with its special tokens.
@@ -154,15 +171,23 @@ class Protocol:
             text = text.strip()
         elif not text:
             return Parsed(problem="nothing in it")
+        if self.tools and text.startswith(CALL_OPEN):
+            return self._called(thought, text)
         before, opened_answer, rest = text.partition(ANSWER_OPEN)
         if not opened_answer:
+            if self.tools and CALL_OPEN not in text:
+                return Parsed(thought, problem=f"neither {ANSWER_OPEN} nor {CALL_OPEN}")
+            if self.tools:
+                return Parsed(thought, problem="text outside the tags")
             return Parsed(thought, problem=f"no {ANSWER_OPEN} tag")
         answer, closed_answer, after = rest.partition(ANSWER_CLOSE)
+        if self.tools and not before and after.strip().startswith(CALL_OPEN):
+            return Parsed(thought, problem="both an answer and tool calls")
         if before or after.strip():
             return Parsed(thought, problem="text outside the tags")
         if not closed_answer:
             return Parsed(thought, problem="an unclosed answer")
-        if any(tag in answer for tag in TAGS):
+        if any(tag in answer for tag in (*TAGS, CALL_OPEN, CALL_CLOSE) if self.tools or tag in TAGS):
             return Parsed(thought, problem="a tag inside the answer")
         actions = tuple(part.strip() for part in answer.split(self.action_separator) if part.strip())
         if not actions:
@@ -170,6 +195,14 @@ class Protocol:
         surplus = max(0, len(actions) - self.max_actions_per_turn)
         problem = f"too many actions: {len(actions)}, {self.max_actions_per_turn} allowed" if surplus else ""
         return Parsed(thought, actions[: self.max_actions_per_turn], True, problem, surplus)
+
+    def _called(self, thought: str, text: str) -> Parsed:
+        read = parse_calls(text)
+        if read.problem:
+            return Parsed(thought, problem=f"{read.problem}; a call is {CALL_FORM}")
+        surplus = max(0, len(read.calls) - self.max_calls_per_turn)
+        problem = f"too many calls: {len(read.calls)}, {self.max_calls_per_turn} allowed" if surplus else ""
+        return Parsed(thought, (), True, problem, 0, read.calls[: self.max_calls_per_turn], surplus)
 
     def predictions_of(
         self, sampled_ids: Sequence[int] | np.ndarray, decode: Callable[[Sequence[int]], str]

@@ -7,7 +7,7 @@ being turned into tokens. Such an episode has turns and rewards and no segments:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -23,6 +23,8 @@ class _Messages:
     """Stands where a chat renderer does, and collects messages."""
 
     opens_thought = False
+    shows_tools = False
+    has_tool_role = False
     stop_texts: tuple[str, ...] = ()
 
     def __init__(self) -> None:
@@ -33,7 +35,13 @@ class _Messages:
         self.pending.append(("system", "".join(piece.text for piece in system)))
         return self.after_answer((), user)
 
-    def after_answer(self, sampled_ids: Sequence[int] | np.ndarray, pieces: Sequence[Piece]) -> Rendered:
+    def with_tools(self, schemas: Sequence[Any]) -> _Messages:
+        # The agent tells of them in the rules: a server that was given them would take the calls out of the answers.
+        return self
+
+    def after_answer(
+        self, sampled_ids: Sequence[int] | np.ndarray, pieces: Sequence[Piece], role: str = "user"
+    ) -> Rendered:
         self.pending.append(("user", "".join(piece.text for piece in pieces)))
         return _NOTHING
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rehearsal.errors import RecipeError
+from rehearsal.rewards.lengths import overlong_penalty
 from rehearsal.trajectory import SampleStop, StopReason, Trajectory
 
 
@@ -42,8 +43,7 @@ class OverlongPenalty:
 
     def __call__(self, lengths: ArrayLike) -> NDArray[np.float64]:
         """The penalty, between -1 and 0, of answers with the given numbers of tokens; float64 of the same shape."""
-        free = self.max_tokens - self.cache_tokens
-        return np.clip((free - np.asarray(lengths, dtype=np.float64)) / self.cache_tokens, -1.0, 0.0)
+        return overlong_penalty(lengths, self.max_tokens, self.cache_tokens)
 
 
 def was_cut_off(trajectory: Trajectory) -> bool:

@@ -53,12 +53,14 @@ def _token_figures(episodes: Sequence[Trajectory]) -> dict[str, float]:
 def _state_figures(episodes: Sequence[Trajectory]) -> dict[str, float]:
     known = repeated = followed = unchanged = 0
     for trajectory in episodes:
-        states = [turn.state for turn in trajectory.turns]
+        # Calling tools is no step: the state behind it is the one before, and says nothing about the agent.
+        turns = [turn for turn in trajectory.turns if not turn.calls]
+        states = [turn.state for turn in turns]
         if not all(states):
             continue
         known += len(states)
         repeated += len(states) - len(set(states))
-        for turn, after in zip(trajectory.turns, states[1:], strict=False):
+        for turn, after in zip(turns, states[1:], strict=False):
             if turn.valid:
                 followed += 1
                 unchanged += turn.state == after

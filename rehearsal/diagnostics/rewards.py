@@ -20,6 +20,8 @@ def signal_metrics(groups: Sequence[Group]) -> dict[str, float]:
     ``signal/variance_mean`` and ``signal/variance_q10``, ``_q25``, ``_q50``, ``_q75``, ``_q90``: of in-group variances.
     ``signal/variance_spread``: standard deviation of the in-group variances over their mean, which in the published
     runs told whether a filter on variance would help.
+    ``signal/success_correlation``: correlation of reward and success inside groups, over all of them together: what
+    advantages have to do with success. Missing where one of the two does not vary inside any group.
     """
     rated = [group for group in groups if not np.isnan(group.rewards).all()]
     if not rated:
@@ -41,7 +43,26 @@ def signal_metrics(groups: Sequence[Group]) -> dict[str, float]:
         figures[f"signal/variance_q{percentile}"] = float(np.quantile(variance_P, percentile / 100))
     if mean > 0:
         figures["signal/variance_spread"] = float(variance_P.std() / mean)
+    correlation = _success_correlation(rated)
+    if correlation is not None:
+        figures["signal/success_correlation"] = correlation
     return figures
+
+
+def _success_correlation(groups: Sequence[Group]) -> float | None:
+    rewards, outcomes = [], []
+    for group in groups:
+        known = [one for one in group if not one.failed and one.success is not None]
+        if len(known) > 1:
+            # Distances to the group's mean: that some tasks are easier says nothing about what is paid for.
+            own = np.array([[one.reward, float(bool(one.success))] for one in known])
+            rewards.append(own[:, 0] - own[:, 0].mean())
+            outcomes.append(own[:, 1] - own[:, 1].mean())
+    if not rewards:
+        return None
+    reward_N, outcome_N = np.concatenate(rewards), np.concatenate(outcomes)
+    scale = float(np.sqrt((reward_N**2).sum() * (outcome_N**2).sum()))
+    return float((reward_N * outcome_N).sum() / scale) if scale > 1e-9 else None
 
 
 def _cause(group: Group) -> str:

@@ -21,6 +21,10 @@ class Thresholds:
         information_fall: the same over what it was at the start.
         varied: H(Z|X) over what it was at the start, above which thoughts count as varied.
         entropy_fall: entropy over what it was at the start.
+        entropy_rise: entropy over what it was at the start, above which the policy is on its way to chance.
+        large_step: mean KL divergence, in nats a token, between the policy that played and the one that learns, while
+            it learns from what was played.
+        unpaid: correlation of reward and success inside groups, below which the reward pays for something else.
         surer: self-certainty over what it was at the start.
         success_done: a run that succeeds this often may be sure of itself.
         spread_fall: in-group spread over its highest mean.
@@ -31,6 +35,7 @@ class Thresholds:
         invalid: of turns with broken or illegal answers, above what it was at the start.
         mismatch: mean difference of log-probs between generation and learning before the first update, in nats.
         success_fall: fall of success from its highest mean, over that mean.
+        certain: standard errors that a rise or a fall must have to be more than chance.
     """
 
     dead: float = 0.75
@@ -39,6 +44,9 @@ class Thresholds:
     information_fall: float = 0.5
     varied: float = 0.5
     entropy_fall: float = 0.15
+    entropy_rise: float = 2.5
+    large_step: float = 0.01
+    unpaid: float = 0.08
     surer: float = 1.2
     success_done: float = 0.85
     spread_fall: float = 0.5
@@ -50,6 +58,7 @@ class Thresholds:
     invalid: float = 0.15
     mismatch: float = 0.02
     success_fall: float = 0.2
+    certain: float = 3.0
 
 
 Condition = Callable[[Series, Thresholds], "str | None"]
@@ -141,12 +150,48 @@ def _entropy_collapse(series: Series, limits: Thresholds) -> str | None:
     return f"The entropy is {entropy:.3g} nats a token, {_percent(entropy / start)} of what it was at the start."
 
 
+def _entropy_rise(series: Series, limits: Thresholds) -> str | None:
+    entropy, start = series.recent("policy/entropy", 3), series.start("policy/entropy")
+    if not entropy > limits.entropy_rise * start:
+        return None
+    return f"The entropy is {entropy:.3g} nats a token, {entropy / start:.1f} times what it was at the start."
+
+
+def _large_steps(series: Series, limits: Thresholds) -> str | None:
+    moved = series.recent("policy/kl_sampling")
+    if not moved > limits.large_step:
+        return None
+    return f"While it learns from a batch, the policy moves {moved:.3f} nats a token away from the one that played it."
+
+
+def _no_progress(series: Series, limits: Thresholds) -> str | None:
+    if series.recent("signal/dead_groups") >= limits.dead or series.recent("train/success") >= limits.success_done:
+        return None  # that has a name of its own
+    if not series.rise("train/reward") < limits.certain:
+        return None
+    return (
+        f"After {series.step} steps the reward is {series.recent('train/reward', 10):.3g}; it was "
+        f"{series.start('train/reward', 5):.3g} in the first ones."
+    )
+
+
+def _success_unpaid(series: Series, limits: Thresholds) -> str | None:
+    name = "signal/success_correlation"
+    paid = series.recent(name)
+    if len(series.measured(name)) < 5 or not paid < limits.unpaid:
+        return None
+    return f"Inside groups the correlation of reward and success is {paid:.2f}."
+
+
 def _echo_trap(series: Series, limits: Thresholds) -> str | None:
     spread, best_spread = series.recent(_SPREAD), series.best(_SPREAD)
     reward, best_reward = series.recent("train/reward"), series.best("train/reward")
     if not spread < limits.spread_fall * best_spread:
         return None
     if not best_reward - reward > limits.reward_fall * max(best_spread, 1e-12):
+        return None
+    # Alike is what episodes become where a task is solved, too: the reward must have fallen beyond chance.
+    if not series.fall("train/reward") > limits.certain:
         return None
     norms = series.measured("policy/grad_norm")
     spike = float(norms[-5:].max() / max(float(sorted(norms)[len(norms) // 2]), 1e-12)) if len(norms) else math.nan
@@ -204,7 +249,7 @@ def _disagree(series: Series, limits: Thresholds) -> str | None:
 
 def _success_fell(series: Series, limits: Thresholds) -> str | None:
     success, best = series.recent("train/success"), series.best("train/success")
-    if not success < (1 - limits.success_fall) * best:
+    if not success < (1 - limits.success_fall) * best or not series.fall("train/success") > limits.certain:
         return None
     return f"Success fell from {_percent(best)} to {_percent(success)}."
 
@@ -215,6 +260,8 @@ def _sure_and_worse(series: Series, limits: Thresholds) -> str | None:
     if not certainty > limits.surer * start:
         return None
     if not best - reward > limits.reward_fall * max(series.best(_SPREAD), 1e-12):
+        return None
+    if not series.fall("train/reward") > limits.certain:
         return None
     return (
         f"Self-certainty rose from {start:.3g} to {certainty:.3g} nats, and the reward fell from {best:.3g} to "
@@ -257,6 +304,30 @@ RULES: tuple[Rule, ...] = (
         "The policy has stopped trying other things before it was good, and what it does not try it cannot learn.",
         "Raise clip_high, add a small entropy_coefficient or lower the learning rate, and go back to a checkpoint.",
         "policy/entropy", _entropy_collapse,
+    ),
+    Rule(
+        "entropy_rise", "Entropy runs away",
+        "The policy is on its way to answering at random.",
+        "Weaken or drop entropy_coefficient, lower the learning rate, and go back to a checkpoint from before.",
+        "policy/entropy", _entropy_rise,
+    ),
+    Rule(
+        "large_steps", "Steps too large",
+        "A batch says which way is better nearby; a policy that goes further than that undoes what it learned.",
+        "Lower training.learning_rate, or take fewer minibatches and epochs of each batch.",
+        "policy/kl_sampling", _large_steps,
+    ),
+    Rule(
+        "success_unpaid", "Success does not pay",
+        "Of the episodes of a task those that succeed get no more than the others: the policy learns something else.",
+        "Look at how the reward is made, or at what success means: one of them is not what you want.",
+        "signal/success_correlation", _success_unpaid,
+    ),
+    Rule(
+        "no_progress", "No progress", "The weights move and the reward does not: what told episodes apart may be luck.",
+        "Look at how the reward is made: does it depend on what the agent does? Play more episodes of each task, lower "
+        "the chance in the environment, or drop groups of little reward variance.",
+        "train/reward", _no_progress, begins_after=5,
     ),
     Rule(
         "echo_trap", "Echo trap",

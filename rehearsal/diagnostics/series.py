@@ -81,3 +81,33 @@ class Series:
         if len(values) < count:
             return math.nan
         return float(np.convolve(values, np.ones(count) / count, mode="valid").max())
+
+    def fall(self, name: str, count: int = 5) -> float:
+        """How far the recent mean lies below the best one, in standard errors of their difference.
+
+        What a single step scatters by is taken from the differences of neighbouring steps, which a trend hardly
+        touches. The best of many means lies above its expectation, so a few standard errors are nothing yet. NaN before
+        there are ``count`` steps; where nothing scatters at all, any fall is infinitely many.
+        """
+        values = self.measured(name)
+        if len(values) < count:
+            return math.nan
+        return _in_errors(self.best(name, count) - self.recent(name, count), values[-4 * count :], 2 / count)
+
+    def rise(self, name: str, count: int = 10) -> float:
+        """How far the recent mean lies above that of the first steps, in standard errors of their difference.
+
+        NaN before there are twice ``count`` steps.
+        """
+        values = self.measured(name)
+        if len(values) < 2 * count:
+            return math.nan
+        return _in_errors(self.recent(name, count) - self.start(name, count // 2), values, 3 / count)
+
+
+def _in_errors(difference: float, values: Floats, share: float) -> float:
+    """A difference of means over its standard error: the scatter of single values times the root of ``share``."""
+    scatter = math.sqrt(float((np.diff(values) ** 2).mean()) / 2)
+    if scatter == 0.0:
+        return math.copysign(math.inf, difference) if difference else 0.0
+    return difference / (scatter * math.sqrt(share))

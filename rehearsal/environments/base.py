@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -64,6 +65,16 @@ class TextEnv(gym.Env[str, str]):
     def instructions(self) -> str:
         """The rules, told once in the system prompt: goal, symbols, actions. No word about the answer format."""
         return ""
+
+    @property
+    def tools(self) -> Sequence[Callable[..., Any]]:
+        """Functions that the agent may call beside its actions, such as bound methods of this environment: each with
+        types and a docstring, which the agent is told.
+
+        They are asked for after every reset, so tasks may differ in them. A call takes a turn of the agent and is no
+        step: whether the environment's own clock runs on is up to the function.
+        """
+        return ()
 
     @abstractmethod
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:

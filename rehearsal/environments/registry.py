@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,6 +11,7 @@ import gymnasium as gym
 from rehearsal.environments.adapters import GymTextAdapter
 from rehearsal.environments.base import TextEnv
 from rehearsal.errors import EnvironmentFault, RecipeError, RehearsalError
+from rehearsal.naming import hint, import_named
 
 Factory = Callable[..., gym.Env[Any, Any]]
 
@@ -24,6 +21,8 @@ _GYMNASIUM_IDS = {
     "rehearsal/Bandit-v0": "rehearsal.environments.bandit:Bandit",
     "rehearsal/Countdown-v0": "rehearsal.environments.countdown:Countdown",
     "rehearsal/Helpdesk-v0": "rehearsal.environments.helpdesk:Helpdesk",
+    "rehearsal/Calculate-v0": "rehearsal.environments.calculate:Calculate",
+    "rehearsal/Lookup-v0": "rehearsal.environments.lookup:Lookup",
 }
 
 _registered: dict[str, str | Factory] = {
@@ -32,6 +31,9 @@ _registered: dict[str, str | Factory] = {
     "bandit": _GYMNASIUM_IDS["rehearsal/Bandit-v0"],
     "countdown": _GYMNASIUM_IDS["rehearsal/Countdown-v0"],
     "helpdesk": _GYMNASIUM_IDS["rehearsal/Helpdesk-v0"],
+    "calculate": _GYMNASIUM_IDS["rehearsal/Calculate-v0"],
+    "lookup": _GYMNASIUM_IDS["rehearsal/Lookup-v0"],
+    "tasks": "rehearsal.environments.tasks:VerifiedTasks",
     "reasoning-gym": "rehearsal.environments.adapters:ReasoningGymEnv",
 }
 
@@ -131,12 +133,10 @@ def describe_all() -> list[tuple[str, str, str]]:
 
 def check_names(what: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Raise a :class:`RecipeError` for the first name in ``given`` that is not in ``known``, with close matches."""
-    known = sorted(known)
+    known = list(known)
     for name in given:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(known) or 'none'}."
-            raise RecipeError(f"There is no {what} {name!r}; {hint}")
+            raise RecipeError(f"There is no {what} {name!r}; {hint(name, known)}")
 
 
 def _target(name: str) -> str | Factory:
@@ -153,30 +153,7 @@ def _factory(name: str) -> Factory:
 
 
 def _load(target: str) -> Factory:
-    module_name, _, attribute = target.partition(":")
-    if not module_name or not attribute:
-        raise RecipeError(f"{target!r} does not name an environment; write package.module:Class.")
-    # A console script does not look into the folder that it was started in, where people keep their own modules.
-    here = os.getcwd()
-    added = here not in sys.path and "" not in sys.path
-    if added:
-        sys.path.insert(0, here)
-    try:
-        found: object = importlib.import_module(module_name)
-    except Exception as problem:
-        raise RecipeError(
-            f"The module {module_name} of the environment {target} cannot be imported: "
-            f"{type(problem).__name__}: {problem}"
-        ) from problem
-    finally:
-        if added:
-            sys.path.remove(here)
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            close = difflib.get_close_matches(part, dir(found), n=1)
-            hint = f"; did you mean {close[0]}?" if close else "."
-            raise RecipeError(f"There is no {part} in {module_name}{hint}")
-        found = getattr(found, part)
+    found: object = import_named(target, "environment", RecipeError)
     if isinstance(found, type) and not issubclass(found, gym.Env):
         raise EnvironmentFault(f"{target} is a class but not an environment; derive it from rehearsal.TextEnv.")
     if not callable(found):

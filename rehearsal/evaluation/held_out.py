@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rehearsal.evaluation.samples import sample_figures
 from rehearsal.evaluation.statistics import mean_interval, wilson_interval
 from rehearsal.generation.sampling import SamplingParams, stream_key
 from rehearsal.rollout import Player, Task, rollout_metrics
@@ -21,7 +22,7 @@ class Evaluation:
     """What held-out play showed.
 
     Attributes:
-        groups: one episode for each task.
+        groups: the episodes of each task.
         figures: "success" and "reward", each with its 95% interval ("success_low", "success_high"), "episodes",
             "turns", "response_tokens", "format_errors", "failed_episodes" and the shares of stop reasons; where several
             environments were played, "success/NAME" of each.
@@ -36,19 +37,26 @@ class Evaluation:
 
 
 def evaluate(
-    rollout: Player, tasks: Sequence[Task], *, temperature: float = 1.0, step: int = 0,
+    rollout: Player, tasks: Sequence[Task], *, temperature: float = 1.0, step: int = 0, samples: int = 1,
     on_episode: Callable[[Trajectory], None] | None = None,
 ) -> Evaluation:  # fmt: skip
-    """Play one episode of each task.
+    """Play each task, once or several times.
+
+    With several samples the interval of success is over tasks, since episodes of one task are alike, and the figures of
+    :func:`rehearsal.evaluation.samples.sample_figures` come with it.
 
     The sampling noise depends on the task alone and not on the step, so two policies meet the same luck.
     """
     sampling = SamplingParams(temperature=temperature)
-    groups = rollout.play(tasks, 1, step=-1, sampling=sampling, on_episode=on_episode)
+    groups = rollout.play(tasks, samples, step=-1, sampling=sampling, on_episode=on_episode)
     for group in groups:
         for trajectory in group:
             trajectory.policy_step = step
-    return Evaluation(groups, evaluation_figures(groups))
+    figures = evaluation_figures(groups)
+    if samples > 1 and "success" in figures:
+        told = sample_figures(groups)
+        figures |= {"success_low": told["pass@1/low"], "success_high": told["pass@1/high"], **told}
+    return Evaluation(groups, figures)
 
 
 def evaluation_figures(groups: Sequence[Group]) -> dict[str, float]:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from rehearsal.errors import ModelError, RecipeError
-from rehearsal.evaluation.held_out import evaluate
+from rehearsal.evaluation.held_out import Evaluation, evaluate
 from rehearsal.evaluation.remote import ChatRollout
+from rehearsal.evaluation.samples import compare, success_by_task
 from rehearsal.generation.remote import RemoteEngine
 from rehearsal.models.load import Policy, load_policy
 from rehearsal.rollout import check_failures
 from rehearsal.training.checkpoint import checkpoints, load_checkpoint, restore_weights
-from rehearsal.training.playing import answer_protocol, episode_limits, make_rollout, policy_of
+from rehearsal.training.playing import answer_protocol, episode_limits, make_rollout, make_toolkit, policy_of
 from rehearsal.training.recipe import Recipe, resolve_recipe
 from rehearsal.training.runs import RunFolder
 from rehearsal.training.tasks import TaskSource, variants_of
@@ -23,9 +24,10 @@ from rehearsal.training.tasks import TaskSource, variants_of
 def evaluate_policy(
     policy: str | Path, *, recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
     overrides: Mapping[str, Any] | Sequence[str] = (), split: str = "test", episodes: int = 256,
-    temperature: float = 1.0, url: str | None = None, api_key_env: str | None = None,
+    temperature: float = 1.0, samples: int = 1, against: str | Path | None = None, url: str | None = None,
+    api_key_env: str | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Play held-out tasks, one episode each.
+    """Play held-out tasks.
 
     Args:
         policy: a run folder, a Hugging Face folder, a hub name, or "base".
@@ -34,6 +36,9 @@ def evaluate_policy(
         split: of the tasks.
         episodes: how many tasks.
         temperature: of the answers; 0 takes the likeliest token.
+        samples: episodes of each task; with several there are pass@k and pass^k too.
+        against: another policy that plays the same tasks with the same luck. The figures of the comparison, by
+            :func:`rehearsal.evaluation.samples.compare`, begin with ``against/``.
         url: of a server that speaks the OpenAI chat API; ``policy`` is the model's name there.
         api_key_env: environment variable with the server's key. If None, that of OPENAI_API_KEY if it is set, else
             none: a server on one's own machine wants no key.
@@ -46,16 +51,36 @@ def evaluate_policy(
     """
     if episodes < 1:
         raise RecipeError(f"episodes must be 1 or more, not {episodes}.")
+    if samples < 1:
+        raise RecipeError(f"samples must be 1 or more, not {samples}.")
     if url is not None:
+        if against is not None:
+            raise RecipeError(
+                "A policy behind a server cannot be compared here; evaluate both and compare the figures."
+            )
         recipe = resolve_recipe(recipe, overrides)
-        return _evaluate_remote(str(policy), recipe, split, episodes, temperature, url, api_key_env)
+        return _evaluate_remote(str(policy), recipe, split, episodes, temperature, samples, url, api_key_env)
     recipe, loaded = load_for_evaluation(policy, recipe, overrides)
-    rollout = make_rollout(recipe, loaded)
+    if against is None:
+        return _played(recipe, loaded, split, episodes, temperature, samples).figures
+    # Both are looked for before either plays.
+    _, other = load_for_evaluation(against, recipe, ())
+    result = _played(recipe, loaded, split, episodes, temperature, samples)
+    rival = _played(recipe, other, split, episodes, temperature, samples)
+    if "success" not in result.figures or "success" not in rival.figures:
+        raise RecipeError("The environment tells no success, by which the policies could be compared.")
+    found = compare(success_by_task(result.groups), success_by_task(rival.groups))
+    figures = {f"against/{name}": float(value) for name, value in vars(found).items()}
+    return {**result.figures, "against/success": rival.figures["success"], **figures}
+
+
+def _played(recipe: Recipe, policy: Policy, split: str, episodes: int, temperature: float, samples: int) -> Evaluation:
+    rollout = make_rollout(recipe, policy)
     try:
         tasks = TaskSource(recipe).held_out(recipe.evaluation.seed, split, episodes)
-        result = evaluate(rollout, tasks, temperature=temperature)
+        result = evaluate(rollout, tasks, temperature=temperature, samples=samples)
         check_failures(result.groups, recipe.training.abort_failed_share)
-        return result.figures
+        return result
     finally:
         rollout.close()
 
@@ -94,7 +119,14 @@ def load_for_evaluation(
 
 
 def _evaluate_remote(
-    name: str, recipe: Recipe, split: str, episodes: int, temperature: float, url: str, api_key_env: str | None
+    name: str,
+    recipe: Recipe,
+    split: str,
+    episodes: int,
+    temperature: float,
+    samples: int,
+    url: str,
+    api_key_env: str | None,
 ) -> dict[str, float]:
     if api_key_env is None and os.environ.get("OPENAI_API_KEY", "").strip():
         api_key_env = "OPENAI_API_KEY"
@@ -102,10 +134,11 @@ def _evaluate_remote(
     rollout = ChatRollout(
         [variant.maker for variant in variants_of(recipe)], engine, answer_protocol(recipe), episode_limits(recipe),
         seed=recipe.seed, workers=recipe.environment.workers, step_timeout=recipe.environment.step_timeout,
+        toolkit=make_toolkit(recipe),
     )  # fmt: skip
     try:
         tasks = TaskSource(recipe).held_out(recipe.evaluation.seed, split, episodes)
-        result = evaluate(rollout, tasks, temperature=temperature)
+        result = evaluate(rollout, tasks, temperature=temperature, samples=samples)
         check_failures(result.groups, recipe.training.abort_failed_share)
     finally:
         rollout.close()

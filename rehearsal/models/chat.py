@@ -14,7 +14,10 @@ were sampled, and :attr:`ChatRenderer.notes` says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal
@@ -23,6 +26,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from rehearsal.errors import ModelError
+from rehearsal.models.chat_calls import shows_json_calls
 from rehearsal.models.chat_frames import USER_WORD, Message, TemplateRefusalError, find_frames, joined_parts
 from rehearsal.models.chat_text import Defuser, Piece, Run, joined, kinds_of_tokens, text_is_visible
 from rehearsal.trajectory import Kind
@@ -39,6 +43,10 @@ they are special tokens; in observations they are broken like all special tokens
 
 MERGE_SEPARATOR = "\n\n"
 """What stands between the system prompt and the first user message where a template has no system role."""
+
+
+_MOST_EQUIPPED = 64
+_RESPONSE_TAGS = re.compile(r"</?tool_response>")
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,8 @@ class ChatRenderer:
         has_system_role: whether the template has a place for a system prompt. If not, it goes before the first user
             message with an empty line between.
         has_tool_role: whether ``role="tool"`` can be used.
+        shows_tools: whether the template tells the model of the tools that the renderer was made for, see
+            :meth:`with_tools`.
         opens_thought: whether the generation prompt ends inside an open ``<think>``.
         stop_token_ids: ids that end an answer, ascending.
         stop_texts: the same as text.
@@ -139,8 +149,15 @@ class ChatRenderer:
         self._special = {
             token.content for token in self._backend.get_added_tokens_decoder().values() if token.special
         } | set(tokenizer.all_special_tokens)
-        self._frames = find_frames(self._template_text)
+        self._history = history
+        self._extra_stop_ids = tuple(int(index) for index in extra_stop_ids)
+        self._equipped: dict[str, ChatRenderer] = {}
+        self.shows_tools = False
+        self._study()
 
+    def _study(self) -> None:
+        """Find out all about the template, as it is with the present variables."""
+        self._frames = find_frames(self._template_text)
         self.notes: list[str] = list(self._frames.notes)
         self.rewrites_history = bool(self._frames.rewrites)
         self.fast = all(frame.exact for frame in self._frames.frames)
@@ -148,7 +165,7 @@ class ChatRenderer:
         self.has_tool_role = "tool" in self._frames.after
         self.opens_thought = bool(self._frames.opened_thought)
         self._closing = {role: self._closing_of(frame.parts[0]) for role, frame in self._frames.after.items()}
-        self.stop_token_ids: tuple[int, ...] = tuple(sorted(self._find_stops() | {int(i) for i in extra_stop_ids}))
+        self.stop_token_ids: tuple[int, ...] = tuple(sorted(self._find_stops() | set(self._extra_stop_ids)))
         self.stop_texts: tuple[str, ...] = tuple(
             self._backend.id_to_token(i) or "" for i in self.stop_token_ids if self._backend.id_to_token(i)
         )
@@ -159,7 +176,7 @@ class ChatRenderer:
         # Tags are broken too where they are tokens of their own, whether or not the tokenizer calls them special.
         tags = set(ANSWER_TAGS) & set(self._added.values())
         self._defuser = Defuser(self._control_tokens(), self._special | tags)
-        self._note_the_rest(history)
+        self._note_the_rest(self._history)
 
     # --- the conversation ---------------------------------------------------------------------------------------------
 
@@ -222,6 +239,33 @@ class ChatRenderer:
     def single_token(self, text: str) -> int | None:
         """The id of a text that the vocabulary has as one added token, such as ``</think>``; None if it has not."""
         return next((index for index, content in self._added.items() if content == text), None)
+
+    def with_tools(self, schemas: Sequence[dict[str, Any]]) -> ChatRenderer:
+        """The renderer of conversations in which there are tools; made once for each set of them.
+
+        The template's own section for tools is used where it asks for calls in the form that we read, Hermes' JSON in
+        ``<tool_call>``; :attr:`shows_tools` says so. Where it has none, or asks for another form, this renderer itself
+        is returned, and the tools are to be told of in the system prompt.
+
+        Args:
+            schemas: of the tools, in the form of the OpenAI API. Special tokens that are spelled out in them are
+                broken: a description may come from somebody else's server.
+        """
+        key = json.dumps(schemas)
+        if key not in self._equipped:
+            tools = _with_each_text(list(schemas), self.plain)
+            with_them = copy.copy(self)
+            with_them._template_kwargs = {**self._template_kwargs, "tools": tools}
+            with_them._equipped = {}
+            made = self
+            if shows_json_calls(with_them._template_text, tools):
+                with_them.shows_tools = True
+                with_them._study()
+                made = with_them
+            while len(self._equipped) >= _MOST_EQUIPPED:
+                self._equipped.pop(next(iter(self._equipped)))
+            self._equipped[key] = made
+        return self._equipped[key]
 
     # --- how it is done -----------------------------------------------------------------------------------------------
 
@@ -291,6 +335,9 @@ class ChatRenderer:
         fixed = "\n".join([self._frames.end, *(joined_parts(frame) for frame in self._frames.frames)])
         control = {token for token in self._added.values() if token.strip() and token in fixed}
         control |= set(self.stop_texts)
+        if self.shows_tools and "tool" in self._frames.after:
+            # Plain letters in some vocabularies; a result that spells them would pass for another one.
+            control |= set(_RESPONSE_TAGS.findall(joined_parts(self._frames.after["tool"])))
         control |= {token for token in (self.tokenizer.bos_token, self.tokenizer.eos_token) if token}
         return control - set(ANSWER_TAGS)
 
@@ -307,6 +354,8 @@ class ChatRenderer:
                 "runs the template on whole conversations shows the model something else."
             )
         own = default = ""
+        if self.shows_tools:
+            return  # what the template adds is the tools, and the rest was told without them
         opening, opening_system = self._frames.opening, self._frames.opening_system
         if opening_system is None:
             own = self._own_words(opening.parts[0])
@@ -345,6 +394,14 @@ class ChatRenderer:
         runs = [(USER_WORD, Kind.OBSERVATION)]
         text = joined(self._frames.opening.fill([runs])) + "Left" + joined(self._frames.after["user"].fill([runs]))
         return parts == self._backend.encode(text, add_special_tokens=False).ids
+
+
+def _with_each_text(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): _with_each_text(item, change) for key, item in value.items()}
+    return [_with_each_text(item, change) for item in value] if isinstance(value, list | tuple) else value
 
 
 def base_template() -> str:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from rehearsal.errors import EnvironmentFault
-from rehearsal.trajectory import Group, StopReason
+from rehearsal.trajectory import Group, StopReason, Trajectory
+
+_CALLS, _FAILURES = "tool_calls/", "tool_failures/"
 
 
 def check_failures(groups: Sequence[Group], share: float) -> None:
@@ -23,6 +25,43 @@ def check_failures(groups: Sequence[Group], share: float) -> None:
             f"{len(failed)} of {len(episodes)} episodes failed, more than training.abort_failed_share allows; the "
             f"first one: {failed[0].error}"
         )
+
+
+def tool_metrics(episodes: Sequence[Trajectory], prefix: str = "train") -> dict[str, float]:
+    """Figures of each tool that the agents had, also of those that nobody called; none where there were no tools.
+
+    ``PREFIX/tools/NAME/calls``: calls an episode, of the episodes that had the tool. ``failures``: share of the calls
+    that failed; left out without calls. ``used``: share of the episodes that called it. ``success_with`` and
+    ``success_without``: success of those that called it and of those that did not, where success is known; a comparison
+    of what the agent chose, not of what the tool does. ``PREFIX/tools/calls``, ``unknown``, ``refused``, ``surplus``:
+    calls of all tools an episode, and those of tools that there are not, beyond the calls of the episode, and beyond
+    those of an answer; ``cost``: what calls took off the reward of an episode.
+    """
+    equipped = [episode for episode in episodes if any(name.startswith(_CALLS) for name in episode.counters)]
+    if not equipped:
+        return {}
+    figures: dict[str, float] = {}
+    names = sorted({name.removeprefix(_CALLS) for one in equipped for name in one.counters if name.startswith(_CALLS)})
+    for name in names:
+        had = [one for one in equipped if _CALLS + name in one.counters]
+        calls = sum(one.counters[_CALLS + name] for one in had)
+        key = f"{prefix}/tools/{name}"
+        figures[f"{key}/calls"] = calls / len(had)
+        if calls:
+            figures[f"{key}/failures"] = sum(one.counters.get(_FAILURES + name, 0.0) for one in had) / calls
+        users = [one for one in had if one.counters[_CALLS + name] > 0]
+        figures[f"{key}/used"] = len(users) / len(had)
+        others = [one for one in had if one.counters[_CALLS + name] == 0]
+        for which, group in (("with", users), ("without", others)):
+            scored = [one for one in group if not one.failed]
+            if scored and any(one.success is not None for one in had):
+                figures[f"{key}/success_{which}"] = sum(bool(one.success) for one in scored) / len(scored)
+    for which, counter in (("unknown", "unknown_tools"), ("refused", "refused_calls"), ("surplus", "surplus_calls")):
+        figures[f"{prefix}/tools/{which}"] = sum(one.counters.get(counter, 0.0) for one in equipped) / len(equipped)
+    told = [call for one in equipped for turn in one.turns for call in turn.calls]
+    figures[f"{prefix}/tools/calls"] = sum(call.error != "limit" for call in told) / len(equipped)
+    figures[f"{prefix}/tools/cost"] = sum(call.cost for call in told) / len(equipped)
+    return figures
 
 
 def rollout_metrics(groups: Sequence[Group], prefix: str = "train") -> dict[str, float]:
@@ -47,6 +86,7 @@ def rollout_metrics(groups: Sequence[Group], prefix: str = "train") -> dict[str,
         # Where the environment tells success at all, an episode for which it told none has not succeeded.
         if known:
             metrics[f"{prefix}/success"] = sum(bool(value) for value in known) / len(scored)
+    metrics |= tool_metrics(episodes, prefix)
     for reason in StopReason:
         share = sum(trajectory.stop_reason == reason for trajectory in episodes) / len(episodes)
         if share:

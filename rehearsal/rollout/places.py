@@ -100,11 +100,17 @@ def _resolve(future: asyncio.Future[Any], result: Any, error: Exception | None) 
 
 
 class Place:
-    """One environment and, if it is not fast, its thread."""
+    """One environment and, if it or one of its agent's tools is not fast, its thread.
 
-    def __init__(self, env: TextEnv) -> None:
+    Args:
+        env: the environment.
+        threaded: whether it gets a thread; if None, where it is not fast.
+    """
+
+    def __init__(self, env: TextEnv, threaded: bool | None = None) -> None:
         self.env = env
-        self.thread = None if env.fast else _EnvironmentThread(env)
+        needed = not env.fast if threaded is None else threaded
+        self.thread = _EnvironmentThread(env) if needed else None
 
     async def call(self, function: Callable[[], T], timeout: float) -> T:
         if self.thread is None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from rehearsal.agents.agent import Agent, Limits
 from rehearsal.agents.play import check_reset, play_actions
 from rehearsal.agents.protocol import Protocol as AnswerProtocol
+from rehearsal.agents.toolbox import Toolkit
 from rehearsal.environments.base import TextEnv
 from rehearsal.errors import RecipeError, RehearsalError
 from rehearsal.generation.sampling import SamplingParams, stream_key
@@ -37,11 +38,14 @@ class Task:
         seed: the environment is reset with it.
         split: "train", "validation" or "test".
         environment: which of the rollout's environments.
+        options: what the environment is reset with beside split and chance, such as ``{"company": 51}`` at the help
+            desk.
     """
 
     seed: int
     split: str = "train"
     environment: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 def tasks_of_step(seed: int, step: int, count: int, split: str = "train", first: int = 0) -> list[Task]:
@@ -77,13 +81,14 @@ class Rollout:
         step_timeout: seconds that a reset or the actions of one turn may take, for environments that are not fast.
         keep_ending: whether the environment's last words, which no answer follows, are among an episode's tokens; a
             world model learns from them.
+        toolkit: the tools that agents have beside those of their environment; closed with the rollout.
     """
 
     def __init__(
         self, make_env: Callable[[], TextEnv] | Sequence[Callable[[], TextEnv]], engine: Engine,
         renderer: ChatRenderer | None, protocol: AnswerProtocol, limits: Limits | Sequence[Limits], *,
         sampling: SamplingParams | None = None, seed: int = 0, workers: int = 64, step_timeout: float = 60.0,
-        keep_ending: bool = False,
+        keep_ending: bool = False, toolkit: Toolkit | None = None,
     ) -> None:  # fmt: skip
         self.makers = [make_env] if callable(make_env) else list(make_env)
         self.engine = engine
@@ -95,8 +100,8 @@ class Rollout:
         self.workers = workers
         self.step_timeout = step_timeout
         self.keep_ending = keep_ending
+        self.toolkit = toolkit or Toolkit()
         self._places: list[list[Place]] = [[] for _ in self.makers]
-        self._stop_ids = tuple(renderer.stop_token_ids) if renderer is not None else ()
 
     @property
     def limits(self) -> Limits:
@@ -150,6 +155,7 @@ class Rollout:
             task = Task(0, environment=number)
             episode = run_coroutine(self._open(task, 0, 0, asyncio.Semaphore(1), roomy))
             episode.place.close()
+            _close_toolbox(episode.agent)
             needed = 0 if episode.prompt is None else len(episode.prompt)
             if needed >= limits.max_context:
                 raise RecipeError(
@@ -159,7 +165,7 @@ class Rollout:
                 )
 
     def close(self) -> None:
-        """Close the environments; one that takes longer than a few seconds is left behind."""
+        """Close environments and tools; an environment that takes longer than a few seconds is left behind."""
         places = [place for kind in self._places for place in kind]
         self._places = [[] for _ in self.makers]
         for place in places:
@@ -168,6 +174,7 @@ class Rollout:
         for place in places:
             if place.thread is not None:
                 place.thread.join(max(0.0, patience - time.monotonic()))
+        self.toolkit.close()
 
     async def _group(
         self, task: Task, size: int, step: int, sampling: SamplingParams, stepping: asyncio.Semaphore,
@@ -208,11 +215,18 @@ class Rollout:
         assert self.renderer is not None
         return Agent(self.renderer, self.protocol, limits, keep_ending=self.keep_ending)
 
+    def _new_place(self, environment: int) -> Place:
+        env = self.makers[environment]()
+        # Tools are called where the environment is stepped: one that takes long must not hold up the others.
+        return Place(env, threaded=not (env.fast and self.toolkit.fast))
+
     async def _answer(self, agent: Agent, session: Any, sampling: SamplingParams) -> Turn:
         """Sample the agent's next answer, and have it read."""
         sample = await session.sample(
-            SamplingParams(sampling.temperature, sampling.top_k, sampling.top_p, agent.tokens_left, self._stop_ids)
-        )
+            SamplingParams(
+                sampling.temperature, sampling.top_k, sampling.top_p, agent.tokens_left, agent.renderer.stop_token_ids
+            )
+        )  # fmt: skip
         return agent.read(sample.token_ids, sample.logprobs, sample.stop)
 
     def _show(self, session: Any, prompt: Rendered) -> None:
@@ -223,7 +237,7 @@ class Rollout:
         self, task: Task, sample: int, step: int, stepping: asyncio.Semaphore, limits: Limits | None = None
     ) -> Episode:  # fmt: skip
         idle = self._places[task.environment]
-        place = idle.pop() if idle else Place(self.makers[task.environment]())
+        place = idle.pop() if idle else self._new_place(task.environment)
         env = place.env
         trajectory = Trajectory(env.name, task.seed, task.split, sample=sample, policy_step=step)
         agent = self._new_agent(limits or self.all_limits[task.environment])
@@ -232,10 +246,13 @@ class Rollout:
         def reset() -> tuple[dict[str, Any], Rendered | None]:
             # The members of a group share their task and not their luck: with the same slips and payouts for all, a
             # group would learn that the lucky action of this one seed is the better one.
-            returned = env.reset(seed=task.seed, options={"split": task.split, "chance": sample})
+            returned = env.reset(seed=task.seed, options={**task.options, "split": task.split, "chance": sample})
             observation, info = check_reset(env, returned)
             # Rules and legal actions are the environment's own code too, which may be slow or hang.
-            return info, agent.opening(env.instructions, observation, str(info.get("state", "")), env)
+            toolbox = self.toolkit.open(env)
+            if toolbox is not None and trajectory.failed:
+                toolbox.close()  # it came too late, and nobody waits for it any more
+            return info, agent.opening(env.instructions, observation, str(info.get("state", "")), env, toolbox)
 
         try:
             info, episode.prompt = await self._call(place, reset, stepping)
@@ -257,10 +274,12 @@ class Rollout:
                 turn = await self._answer(agent, session, sampling)
 
                 def act(turn: Any = turn) -> Any:
-                    return play_actions(place.env, turn, agent.protocol, agent.actions_left)
+                    return play_actions(place.env, turn, agent.protocol, agent.actions_left, agent.toolbox)
 
+                # Calls have time limits of their own, and the agent is told which of them took too long.
+                extra = agent.toolbox.seconds_for(turn.calls) if agent.toolbox is not None else 0.0
                 try:
-                    result = await self._call(place, act, stepping)
+                    result = await self._call(place, act, stepping, self.step_timeout + extra)
                 except Exception as error:
                     self._failed(episode, error, "step")
                     break
@@ -270,6 +289,7 @@ class Rollout:
         finally:
             if session is not None:
                 session.close()
+            _close_toolbox(agent)
         if not trajectory.failed and agent.stop_reason is not None:
             trajectory.stop_reason = agent.stop_reason
         if len(agent.transcript):
@@ -279,7 +299,7 @@ class Rollout:
             trajectory.success = agent.success
         trajectory.final_observation = agent.final_observation
         trajectory.counters |= {name: float(count) for name, count in agent.counters.items()}
-        if trajectory.failed:
+        if trajectory.failed or (agent.toolbox is not None and agent.toolbox.disturbed):
             # Nobody knows what state it is in: the next episode gets a new one.
             place.close()
         else:
@@ -288,11 +308,14 @@ class Rollout:
             on_episode(trajectory)
         return trajectory
 
-    async def _call(self, place: Place, function: Callable[[], T], stepping: asyncio.Semaphore) -> T:
+    async def _call(
+        self, place: Place, function: Callable[[], T], stepping: asyncio.Semaphore, timeout: float | None = None
+    ) -> T:
+        seconds = self.step_timeout if timeout is None else timeout
         if place.thread is None:
-            return await place.call(function, self.step_timeout)
+            return await place.call(function, seconds)
         async with stepping:
-            return await place.call(function, self.step_timeout)
+            return await place.call(function, seconds)
 
     def _failed(self, episode: Episode, error: BaseException, where: str) -> None:
         if isinstance(error, OddError):
@@ -308,6 +331,11 @@ class Rollout:
         else:
             told = " ".join(str(error).split())[:200]
             episode.trajectory.error = f"{name}.{where} raised {type(error).__name__}{': ' + told if told else ''}."
+
+
+def _close_toolbox(agent: Agent) -> None:
+    if agent.toolbox is not None:
+        agent.toolbox.close()
 
 
 @dataclass

@@ -248,7 +248,14 @@ def _walk(rollout: Rollout, env: TextEnv, task: Task) -> tuple[list[_Stop], list
     assert rollout.renderer is not None
     limits: Limits = rollout.all_limits[task.environment]
     agent = Agent(rollout.renderer, rollout.protocol, limits, keep_ending=True)
-    observation, info = check_reset(env, env.reset(seed=task.seed, options={"split": task.split}))
+    observation, info = check_reset(env, env.reset(seed=task.seed, options={**task.options, "split": task.split}))
+    toolbox = rollout.toolkit.open(env)
+    if toolbox is not None:
+        toolbox.close()
+        raise RecipeError(
+            "Early experience learns from an expert's actions, and no expert calls tools; leave tools.names and the "
+            f"tools of {env.name} empty for it."
+        )
     topic = str(info.get("topic") or info.get("task") or "")
     prompt = agent.opening(env.instructions, observation, str(info.get("state", "")), env)
     stops: list[_Stop] = []

@@ -134,17 +134,16 @@ class Learner:
         counts: dict[str, float] = defaultdict(float)
         norms: dict[str, list[float]] = defaultdict(list)
         n_tokens = saved = 0
-        for _ in range(self.options.epochs):
-            for parts in zip(*(self._minibatches(len(work.sequences), work.rng) for work in works), strict=True):
-                taken, used, shared = self._update(list(zip(works, parts, strict=True)), step, sums, counts)
-                if not norms and counts["policy/mismatch"]:
-                    # Later ones differ because the policy has moved; this one only if engine and learner disagree.
-                    metrics["policy/mismatch_first"] = sums["policy/mismatch"] / counts["policy/mismatch"]
-                for name, norm in taken.items():
-                    norms[name].append(norm)
-                n_tokens += used
-                saved += shared
-                metrics["policy/updates"] += used > 0
+        for parts in self._parts(works, situations or {}):
+            taken, used, shared = self._update(parts, step, sums, counts)
+            if not norms and counts["policy/mismatch"]:
+                # Later ones differ because the policy has moved; this one only if engine and learner disagree.
+                metrics["policy/mismatch_first"] = sums["policy/mismatch"] / counts["policy/mismatch"]
+            for name, norm in taken.items():
+                norms[name].append(norm)
+            n_tokens += used
+            saved += shared
+            metrics["policy/updates"] += used > 0 and len(parts) == len(works)
         metrics |= {name: sums[name] / counts[name] for name in sums if counts[name]}
         if (mean_square := metrics.pop(WEIGHT_SQUARED, 0.0)) > 0:
             # Kish's effective sample size over the number of tokens: 1 where what is learned from was sampled by the
@@ -183,6 +182,18 @@ class Learner:
     def _learning_rate(self, step: int) -> float:
         return self.options.learning_rate * scheduled_share(step, self.options)
 
+    def _parts(
+        self, works: Sequence[Work], situations: Mapping[str, Sequence[Hindsight]]
+    ) -> Iterator[list[tuple[Work, np.ndarray]]]:
+        """What each update of a step learns: a part of everything, and then what was rehearsed by itself."""
+        for _ in range(self.options.epochs):
+            for parts in zip(*(self._minibatches(len(work.sequences), work.rng) for work in works), strict=True):
+                yield list(zip(works, parts, strict=True))
+        rehearsed = [work for work in works if any(objective.name in situations for objective in work.objectives)]
+        more = self.world.updates - 1 if self.world is not None and rehearsed else 0
+        for _ in range(more):
+            yield [(work, np.arange(len(work.sequences))) for work in rehearsed]
+
     def _minibatches(self, n_sequences: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
         if self.options.minibatches == 1:
             yield np.arange(n_sequences)
@@ -195,8 +206,8 @@ class Learner:
     def _update(
         self, parts: Sequence[tuple[Work, np.ndarray]], step: int, sums: dict[str, float], counts: dict[str, float]
     ) -> tuple[dict[str, float], int, int]:
-        """One update of all that is trained, from a part of each work's sequences."""
-        updates = self._updates(step)
+        """One update of what these works train, from a part of each work's sequences."""
+        updates = self._updates(step, {objective.parameters for work, _ in parts for objective in work.objectives})
         n_tokens = saved = 0
         self.model.train()
         for work, part in parts:
@@ -308,14 +319,16 @@ class Learner:
             one_by_one = map_packs([self.model], gradients_of, [p for part in drawn for p in part], self._workers)
             return gradient_figures(drawn, variance_P, one_by_one)
 
-    def _updates(self, step: int) -> list[Update]:
-        """The optimisers that take a step, the policy's first."""
+    def _updates(self, step: int, trained: set[str]) -> list[Update]:
+        """The optimisers that take a step, the policy's first. The critic's comes with the policy's."""
         rate = self._learning_rate(step)
         updates = []
         for name, optimiser in self.optimisers.items():
+            if name not in trained:
+                continue
             ratio = self.world.learning_rate_ratio if self.world is not None and name == WORLD else 1.0
             updates.append(Update(_shown(name), optimiser, rate * ratio))
-        if self.critic_optimiser is not None:
+        if self.critic_optimiser is not None and self._trained_by_policy() in trained:
             rate = self.options.critic_learning_rate * scheduled_share(step, self.options)
             updates.append(Update("critic", self.critic_optimiser, rate))
         return updates

@@ -106,6 +106,7 @@ class Trainer:
                 coefficient=recipe.world.coefficient,
                 learning_rate_ratio=recipe.world.learning_rate_ratio,
                 hindsight=recipe.world.hindsight,
+                updates=recipe.world.updates,
             ),
         )
         self.monitor = Monitor(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from rehearsal.algorithms.presets import preset
 from rehearsal.models.packed import causal_lm
 from rehearsal.models.parallel import pack_workers
-from rehearsal.training.playing import make_rollout, policy_of
+from rehearsal.training.playing import make_rollout, make_toolkit, policy_of
 from rehearsal.training.recipe import Recipe
+from rehearsal.training.tasks import variants_of
 from rehearsal.training.world import MODE_TEXTS
 
 _MIB = 2**20
@@ -53,6 +56,7 @@ def describe_plan(recipe: Recipe) -> str:
     lines = [algorithm.describe()]
     if recipe.world.mode != "policy_only":
         lines.append(f"world model, {recipe.world.mode}: {MODE_TEXTS[recipe.world.mode]}")
+    lines += _tool_lines(recipe)
     lines.append("")
     lines.append(
         f"{training.steps} steps of {training.groups} x {training.group_size} episodes, "
@@ -62,3 +66,25 @@ def describe_plan(recipe: Recipe) -> str:
     lines += [f"  {name:<24}{size / _MIB:10.1f} MiB" for name, size in plan.items()]
     lines.append(f"  {'together':<24}{sum(plan.values()) / _MIB:10.1f} MiB")
     return "\n".join(lines)
+
+
+def _tool_lines(recipe: Recipe) -> list[str]:
+    """The tools of the first task of each environment, one a line with what it takes, and their limits."""
+    found: dict[str, str] = {}
+    with contextlib.closing(make_toolkit(recipe)) as toolkit:
+        for variant in variants_of(recipe):
+            with contextlib.closing(variant.make()) as env:
+                env.reset(seed=0)
+                toolbox = toolkit.open(env)
+                if toolbox is not None:
+                    found |= {tool.signature: tool.description for tool in toolbox.tools.values()}
+                    toolbox.close()
+    if not found:
+        return []
+    limits = recipe.tools
+    calls = "any number of calls" if limits.max_calls is None else f"{limits.max_calls} calls"
+    told = [f"{calls} an episode", f"{limits.max_calls_per_turn} an answer"]
+    told += [f"{count} of {name}" for name, count in limits.per_tool.items()]
+    told += [f"{limits.cost:g} off the reward for each"] if limits.cost else []
+    told += [f"{limits.timeout:g} s for a call that is not fast"]
+    return [f"tools, at most {', '.join(told)}:", *(f"  {call}: {text}" for call, text in found.items())]

@@ -12,7 +12,10 @@ import torch
 
 from rehearsal.agents.agent import Limits
 from rehearsal.agents.protocol import Protocol as AnswerProtocol
-from rehearsal.environments.registry import import_path
+from rehearsal.agents.toolbox import Toolkit, ToolLimits
+from rehearsal.agents.toolkit import make_source, tool_path
+from rehearsal.environments.base import TextEnv
+from rehearsal.environments.registry import check_names, import_path
 from rehearsal.errors import RecipeError
 from rehearsal.generation.local import LocalEngine, free_memory
 from rehearsal.generation.sampling import SamplingParams
@@ -25,6 +28,8 @@ from rehearsal.training.tasks import variants_of
 _MANY_EPISODES = 4000
 """A process takes seconds to begin, which fewer episodes than these do not pay for."""
 _MOST_PROCESSES = 16
+DEFAULT_TOOL_TURNS = 8
+"""Turns for tool calls where neither turns nor calls are limited."""
 
 
 def policy_of(recipe: Recipe) -> Policy:
@@ -85,10 +90,55 @@ def episode_limits(recipe: Recipe) -> list[Limits]:
                 Limits.for_env(
                     env, max_turns=agent.max_turns, max_actions_per_turn=agent.max_actions_per_turn,
                     max_actions=agent.max_actions, max_tokens_per_turn=agent.max_tokens_per_turn,
-                    max_context=agent.max_context,
+                    max_context=agent.max_context, tool_turns=tool_turns(recipe),
                 )
             )  # fmt: skip
     return found
+
+
+def tool_turns(recipe: Recipe) -> int:
+    """Turns that an episode has for tool calls beside those of its environment: one for each call. An environment that
+    brings tools of its own has counted them in."""
+    return (recipe.tools.max_calls or DEFAULT_TOOL_TURNS) if recipe.tools.names else 0
+
+
+def make_toolkit(recipe: Recipe) -> Toolkit:
+    """The tools of a recipe. Close it after use; a rollout closes its own.
+
+    Raises:
+        ToolError: for tools that cannot be made.
+        RecipeError: for a limit on a tool that there is not.
+    """
+    options = recipe.tools
+    limits = ToolLimits(
+        options.max_calls, options.max_calls_per_turn, dict(options.per_tool), options.cost, options.timeout,
+        options.max_characters,
+    )  # fmt: skip
+    toolkit = Toolkit([], limits)
+    try:
+        for name in options.names:
+            toolkit.sources.append(make_source(name, options.options.get(name)))
+        _check_limited(recipe, toolkit)
+    except BaseException:
+        toolkit.close()
+        raise
+    return toolkit
+
+
+def _check_limited(recipe: Recipe, toolkit: Toolkit) -> None:
+    """Refuse a limit on a tool that there is not; those of an environment may come with its tasks and are not known."""
+    if not recipe.tools.per_tool:
+        return
+    there: set[str] = set()
+    for variant in variants_of(recipe):
+        with contextlib.closing(variant.make()) as env:
+            if type(env).tools is not TextEnv.tools:
+                return
+            toolbox = toolkit.open(env)
+            if toolbox is not None:
+                there |= set(toolbox.tools)
+                toolbox.close()
+    check_names("tool", recipe.tools.per_tool, there)
 
 
 def make_rollout(recipe: Recipe, policy: Policy) -> Rollout:
@@ -103,9 +153,13 @@ def make_rollout(recipe: Recipe, policy: Policy) -> Rollout:
         [variant.maker for variant in variants_of(recipe)], engine, policy.renderer, answer_protocol(recipe), limits,
         sampling=SamplingParams(recipe.sampling.temperature, recipe.sampling.top_k, recipe.sampling.top_p),
         seed=recipe.seed, workers=recipe.environment.workers, step_timeout=recipe.environment.step_timeout,
-        keep_ending=recipe.world.mode != "policy_only",
+        keep_ending=recipe.world.mode != "policy_only", toolkit=make_toolkit(recipe),
     )  # fmt: skip
-    rollout.check_opening()
+    try:
+        rollout.check_opening()
+    except BaseException:
+        rollout.close()
+        raise
     return rollout
 
 
@@ -117,14 +171,15 @@ def processes_for(recipe: Recipe, policy: Policy) -> int:
     """
     wanted, training = recipe.engine.processes, recipe.training
     known = all(import_path(variant.name) is not None for variant in variants_of(recipe))
+    known = known and all(tool_path(name) is not None for name in recipe.tools.names)
     possible = may_share(policy.model) and known
     if wanted is None:
         long_enough = training.steps * training.groups * training.group_size >= _MANY_EPISODES
         return min(torch.get_num_threads(), _MOST_PROCESSES) if possible and long_enough else 1
     if wanted > 1 and not possible:
         raise RecipeError(
-            "Several processes can play for a small float32 model on a processor, in an environment that can be "
-            "imported as package.module:Class; set engine.processes to 1."
+            "Several processes can play for a small float32 model on a processor, in an environment and with tools "
+            "that can be imported as package.module:Class; set engine.processes to 1."
         )
     return wanted
 
@@ -140,8 +195,15 @@ def make_processes(recipe: Recipe, policy: Policy, processes: int) -> ProcessRol
         model = recipe.model.model_copy(update={"path": folder, "device": "cpu", "dtype": "float32"})
         environment = recipe.environment.model_copy(update={"name": _path(recipe.environment.name)})
         mixture = [part.model_copy(update={"name": _path(part.name)}) for part in recipe.mixture]
+        paths = {name: tool_path(name) or name for name in recipe.tools.names}
+        tools = recipe.tools.model_copy(
+            update={
+                "names": list(paths.values()),
+                "options": {paths[name]: options for name, options in recipe.tools.options.items()},
+            }
+        )
         shared = recipe.model_copy(
-            update={"engine": engine, "model": model, "environment": environment, "mixture": mixture}
+            update={"engine": engine, "model": model, "environment": environment, "mixture": mixture, "tools": tools}
         )
         return ProcessRollout(partial(_rollout_of, shared), policy.model, processes)
 

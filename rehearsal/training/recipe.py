@@ -97,7 +97,7 @@ class AgentOptions(_Options):
         default=False, description="whether the thought foretells what the environment will answer to actions"
     )
     max_turns: int | None = Field(
-        default=None, ge=1, description="turns of an episode; the environment's own if left out"
+        default=None, ge=1, description="turns of an episode; the environment's own and tools.max_calls if left out"
     )
     max_actions_per_turn: int | None = Field(
         default=None, ge=1, description="actions in one answer; the environment's own"
@@ -110,6 +110,23 @@ class AgentOptions(_Options):
     format_penalty: float = Field(
         default=-0.1, le=0, description="added to a turn whose answer is unreadable or illegal"
     )
+
+
+class ToolOptions(_Options):
+    """What the agent may call beside its actions, and what that costs."""
+
+    names: list[str] = Field(
+        default_factory=list, description="of tools that come along, or package.module:function of your own"
+    )
+    options: FreeOptions = Field(
+        default_factory=dict, description="of the tools, by name, such as tools.options.search.corpus"
+    )
+    max_calls: int | None = Field(default=None, ge=1, description="calls of an episode; any number if left out")
+    max_calls_per_turn: int = Field(default=4, ge=1, description="calls in one answer that count")
+    per_tool: dict[str, int] = Field(default_factory=dict, description="calls of an episode, by the name of a tool")
+    cost: float = Field(default=0.0, ge=0, description="what a call takes off the reward")
+    timeout: float = Field(default=10.0, gt=0, description="seconds that a call may take")
+    max_characters: int = Field(default=2000, ge=1, description="of a result that the agent is shown")
 
 
 class SamplingOptions(_Options):
@@ -209,6 +226,10 @@ class WorldOptions(_Options):
         default=0, ge=0,
         description="turns after a rehearsal in which its action may be taken for the answer to count",
     )  # fmt: skip
+    updates: int = Field(
+        default=1, ge=1,
+        description="updates of the world adapter in a step; those after the first learn from what was rehearsed alone",
+    )  # fmt: skip
     replay: int = Field(
         default=0, ge=0, description="past situations that are learnt again in every step, with agent.rehearse"
     )
@@ -282,6 +303,7 @@ class Recipe(_Options):
     )
     curriculum: CurriculumOptions = CurriculumOptions()
     agent: AgentOptions = AgentOptions()
+    tools: ToolOptions = ToolOptions()
     sampling: SamplingOptions = SamplingOptions()
     algorithm: AlgorithmOptions = AlgorithmOptions()
     filter: FilterOptions = FilterOptions()
@@ -321,6 +343,11 @@ class Recipe(_Options):
             raise ValueError(
                 "world.replay replays what was rehearsed: set agent.rehearse, and a world.mode that learns"
             )
+        if self.world.updates > 1 and (self.world.mode in ("policy_only", "shared") or not self.agent.rehearse):
+            raise ValueError(
+                "world.updates above 1 learns from what was rehearsed, in its own adapter: set agent.rehearse, and "
+                "world.mode to dual"
+            )
         apart = self.world.mode in ("dual", "inactive", "placebo")
         if apart and self.adapters.world_rank == 0 and self.adapters.world_folder is None:
             raise ValueError(
@@ -337,6 +364,16 @@ class Recipe(_Options):
                 "a staged curriculum needs curriculum.stages, a list of tables with the parameters of each stage, and "
                 "no other curriculum has them"
             )
+        for name, options in self.tools.options.items():
+            if name not in self.tools.names:
+                raise ValueError(f"tools.options.{name} is for a tool that tools.names does not name")
+            if not isinstance(options, dict):
+                raise ValueError(f"tools.options.{name} must be a table of options, not {options!r}")
+        for name, count in self.tools.per_tool.items():
+            if count < 1:
+                raise ValueError(f"tools.per_tool.{name} must be 1 or more, not {count}")
+        if len(set(self.tools.names)) < len(self.tools.names):
+            raise ValueError("tools.names has a name twice")
         if self.mixture and self.curriculum.name == "staged":
             raise ValueError("a mixture has no stages: leave out either mixture or curriculum.stages")
         if self.sampling.temperature == 0:

@@ -21,7 +21,8 @@ segments            list<struct>         token_ids list<int32>, logprobs list<fl
                                          list<int8> (``rehearsal.trajectory.Kind``), turns list<int16>
 turns               list<struct>         observation, notice, response, thought (string), actions, executed
                                          (list<string>), rewards (list<double>), penalty (double), valid (bool), stop,
-                                         state (string)
+                                         state (string), calls (list<struct>: name, arguments as JSON, result, error
+                                         (string) and cost (double); missing in files from before there were tools)
 final_observation   string               the environment's last words
 counters            map<string, double>  numbers worth adding up, by name
 advantage           double               of the episode; null where it has none
@@ -45,7 +46,7 @@ import pyarrow.parquet as pq
 
 from rehearsal.errors import CheckpointError
 from rehearsal.training.storage import replacing, storage_errors
-from rehearsal.trajectory import Group, SampleStop, Segment, StopReason, Trajectory, Turn, all_trajectories
+from rehearsal.trajectory import Group, SampleStop, Segment, StopReason, ToolCall, Trajectory, Turn, all_trajectories
 
 FORMAT = 1
 """Version of the layout; a file of a later version is refused rather than misread."""
@@ -57,6 +58,9 @@ _SEGMENT_ARRAYS: dict[str, pa.DataType] = {
     "turns": pa.int16(),
 }
 _TEXTS = pa.list_(pa.string())
+_CALL = pa.struct(
+    {"name": pa.string(), "arguments": pa.string(), "result": pa.string(), "error": pa.string(), "cost": pa.float64()}
+)
 _TURN_FIELDS: dict[str, pa.DataType] = {
     "observation": pa.string(),
     "notice": pa.string(),
@@ -69,7 +73,10 @@ _TURN_FIELDS: dict[str, pa.DataType] = {
     "valid": pa.bool_(),
     "stop": pa.string(),
     "state": pa.string(),
+    "calls": pa.list_(_CALL),
 }
+_ADDED_LATER = {"calls"}
+"""Fields of a turn that files of this version may lack."""
 _SCALARS: dict[str, tuple[pa.DataType, Callable[[Trajectory], Any]]] = {
     "environment": (pa.string(), lambda one: one.environment),
     "seed": (pa.int64(), lambda one: int(one.seed)),
@@ -195,6 +202,18 @@ def read_table(path: str | Path, columns: Sequence[str] | None = None) -> pa.Tab
     return table
 
 
+def _calls_to_store(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+    return [{**vars(call), "arguments": json.dumps(dict(call.arguments), default=str)} for call in calls]
+
+
+def _calls_from_store(calls: Sequence[Mapping[str, Any]]) -> list[ToolCall]:
+    return [ToolCall(**{**call, "arguments": json.loads(call["arguments"])}) for call in calls]
+
+
+_TO_STORE: dict[str, Callable[[Any], Any]] = {"stop": lambda stop: stop.value, "calls": _calls_to_store}
+_FROM_STORE: dict[str, Callable[[Any], Any]] = {"stop": SampleStop, "calls": _calls_from_store}
+
+
 def _array(values: list[Any], type_: pa.DataType) -> pa.Array:
     try:
         return pa.array(values, type_)
@@ -205,6 +224,8 @@ def _array(values: list[Any], type_: pa.DataType) -> pa.Array:
 def _without_surrogates(value: Any) -> Any:
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, dict):
+        return {key: _without_surrogates(item) for key, item in value.items()}
     return [_without_surrogates(item) for item in value] if isinstance(value, list) else value
 
 
@@ -229,8 +250,8 @@ def _turns_array(episodes: Sequence[Trajectory]) -> pa.Array:
     turns = [turn for one in episodes for turn in one.turns]
     arrays = []
     for name, type_ in _TURN_FIELDS.items():
-        values = [getattr(turn, name) for turn in turns]
-        arrays.append(_array([value.value for value in values] if name == "stop" else values, type_))
+        values = [_TO_STORE[name](getattr(turn, name)) if name in _TO_STORE else getattr(turn, name) for turn in turns]
+        arrays.append(_array(values, type_))
     structs = pa.StructArray.from_arrays(arrays, names=list(_TURN_FIELDS))
     return pa.ListArray.from_arrays(_offsets([len(one.turns) for one in episodes]), structs)
 
@@ -274,7 +295,14 @@ def _read_segments(column: pa.ListArray) -> list[list[Segment]]:
 
 def _read_turns(column: pa.ListArray) -> list[list[Turn]]:
     structs = column.values
-    values = {name: structs.field(name).to_pylist() for name in _TURN_FIELDS}
-    values["stop"] = [SampleStop(stop) for stop in values["stop"]]
+    # Files from before a field was added have turns without it.
+    stored = {structs.type.field(index).name for index in range(structs.type.num_fields)}
+    missing = set(_TURN_FIELDS) - stored - _ADDED_LATER
+    if missing:
+        raise ValueError(f"turns without {sorted(missing)[0]}")
+    values = {name: structs.field(name).to_pylist() for name in _TURN_FIELDS if name in stored}
+    for name, convert in _FROM_STORE.items():
+        if name in values:
+            values[name] = [convert(value) for value in values[name]]
     turns = [Turn(**dict(zip(values, row, strict=True))) for row in zip(*values.values(), strict=True)]
     return [turns[part] for part in _bounds(column)]

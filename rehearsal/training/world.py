@@ -43,6 +43,7 @@ class WorldModel:
         learning_rate_ratio: learning rate of the world adapter over that of the policy.
         policy: whether the policy learns.
         hindsight: weight of the true answers to what was rehearsed.
+        updates: of the world model in a step; those after the first learn from what was rehearsed alone.
     """
 
     objective: ObservationLoss
@@ -52,6 +53,7 @@ class WorldModel:
     learning_rate_ratio: float = 1.0
     policy: bool = True
     hindsight: float = 1.0
+    updates: int = 1
 
 
 def policy_parameters(adapters: Sequence[str]) -> str:
@@ -71,7 +73,7 @@ def policy_objectives(algorithm: Algorithm, adapters: Sequence[str]) -> tuple[Ob
 
 def world_model(
     mode: WorldMode, adapters: Sequence[str], *, coefficient: float | None = None, learning_rate_ratio: float = 1.0,
-    hindsight: float = 1.0,
+    hindsight: float = 1.0, updates: int = 1,
 ) -> WorldModel | None:  # fmt: skip
     """What a mode means for a model with these adapters; None if answers are not learnt from.
 
@@ -107,13 +109,14 @@ def world_model(
     objective = ObservationLoss(1.0 if coefficient is None else coefficient, parameters=world)
     everyone = tuple(adapters)
     if mode == "dual":
-        return WorldModel(objective, learning_rate_ratio=learning_rate_ratio, hindsight=hindsight)
+        return WorldModel(objective, learning_rate_ratio=learning_rate_ratio, hindsight=hindsight, updates=updates)
     if mode == "world_only":
         # No policy's passes to share, and no advantages to work out.
         return WorldModel(
-            objective, apart=True, learning_rate_ratio=learning_rate_ratio, policy=False, hindsight=hindsight
-        )
+            objective, apart=True, learning_rate_ratio=learning_rate_ratio, policy=False, hindsight=hindsight,
+            updates=updates,
+        )  # fmt: skip
     return WorldModel(
         objective, apart=True, shuffled=mode == "placebo", adapters=everyone, learning_rate_ratio=learning_rate_ratio,
-        hindsight=hindsight,
+        hindsight=hindsight, updates=updates,
     )  # fmt: skip

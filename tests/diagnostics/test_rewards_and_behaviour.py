@@ -47,6 +47,26 @@ def test_dead_groups_are_counted_by_what_killed_them() -> None:
     assert figures["signal/variance_spread"] == pytest.approx(2.0)
 
 
+def test_what_rewards_have_to_do_with_success() -> None:
+    def told(*groups: Group) -> float | None:
+        return signal_metrics(groups).get("signal/success_correlation")
+
+    paid = made_up(1.0, 0.0, 0.0, success=(True, False, False))
+    blind = made_up(1.0, 0.0, 1.0, 0.0, success=(True, True, False, False))
+    against = made_up(0.0, 1.0, success=(True, False))
+    assert told(paid) == pytest.approx(1.0)
+    assert told(blind) == pytest.approx(0.0)
+    assert told(against) == pytest.approx(-1.0)
+    # An easy task that pays and a hard one that does not: inside each of them nothing depends on success.
+    assert told(made_up(1.0, 1.0, 0.9, success=(True, True, True)), made_up(0.0, 0.1, success=(False, False))) is None
+    assert told(paid, made_up(5.0, 5.0, success=(False, False))) == pytest.approx(1.0)
+    assert told(made_up(1.0, None, success=(True, False))) is None
+    assert told(made_up(1.0, 0.0)) is None
+    rng = np.random.default_rng(0)
+    chance = [made_up(*rng.integers(0, 2, 8), success=rng.integers(0, 2, 8).astype(bool).tolist()) for _ in range(400)]
+    assert abs(told(*chance) or 1.0) < 0.06
+
+
 def test_batches_without_a_reward() -> None:
     assert signal_metrics([]) == {"signal/dead_groups": 1.0}
     assert signal_metrics([made_up(None, None)]) == {"signal/dead_groups": 1.0}

@@ -23,6 +23,8 @@ HEALTHY: dict[str, Callable[[int], float]] = {
     "policy/entropy": lambda i: 0.2 - 0.1 * i / 60,
     "policy/grad_norm": lambda i: 0.3,
     "policy/mismatch_first": lambda i: 1e-6,
+    "policy/kl_sampling": lambda i: 1e-3,
+    "signal/success_correlation": lambda i: 0.9,
     "behaviour/thought_tokens": lambda i: 20.0,
     "behaviour/invalid_turns": lambda i: 0.02,
     "information/first/sequence/share": lambda i: 0.95,
@@ -50,6 +52,10 @@ def late(before: float, after: float, begin: int = 30) -> Callable[[int], float]
     return lambda i: before if i < begin else after
 
 
+def risen_and_fallen(i: int) -> float:
+    return 0.2 + i / 100 if i < 30 else 0.3
+
+
 def test_a_healthy_run_has_no_verdict() -> None:
     assert names(run()) == set()
 
@@ -66,13 +72,17 @@ SICK: dict[str, dict[str, Callable[[int], float]]] = {
         "information__first__sequence__conditional_entropy": late(3.0, 2.5),
     },
     "entropy_collapse": {"policy__entropy": late(0.2, 0.01), "train__success": lambda i: 0.4},
-    "echo_trap": {"signal__reward_std_in_group": late(0.35, 0.05), "train__reward": late(0.5, 0.3)},
+    "entropy_rise": {"policy__entropy": late(0.2, 0.7)},
+    "success_unpaid": {"signal__success_correlation": late(0.9, -0.02)},
+    "large_steps": {"policy__kl_sampling": late(1e-3, 0.03)},
+    "no_progress": {"train__reward": lambda i: 0.5 if 5 <= i < 28 else 0.2},
+    "echo_trap": {"signal__reward_std_in_group": late(0.35, 0.05), "train__reward": risen_and_fallen},
     "noise": {"gradient__kl__norm": late(0.01, 0.5)},
     "length_drift": {"behaviour__thought_tokens": late(20, 45)},
     "format_lost": {"behaviour__invalid_turns": late(0.02, 0.4)},
     "disagreement": {"policy__mismatch_first": late(1e-6, 0.1)},
     "success_fell": {"train__success": late(0.6, 0.3)},
-    "sure_and_worse": {"signal__self_certainty": late(2.0, 3.0), "train__reward": late(0.5, 0.3)},
+    "sure_and_worse": {"signal__self_certainty": late(2.0, 3.0), "train__reward": risen_and_fallen},
     "foreign_world": {"probe__perplexity": late(1.5, 40.0)},
 }  # fmt: skip
 
@@ -101,7 +111,7 @@ def test_each_rule_on_a_run_that_has_it(name: str) -> None:
         # A policy that is good may be sure.
         {"policy__entropy": late(0.2, 0.01), "train__success": lambda i: 0.95},
         # Spread falls because everything succeeds.
-        {"signal__reward_std_in_group": late(0.35, 0.05), "train__reward": late(0.5, 0.98)},
+        {"signal__reward_std_in_group": late(0.35, 0.05), "train__reward": lambda i: min(0.98, 0.5 + i / 60)},
         # A run that has learned most of its tasks.
         {"signal__dead_groups": late(0.3, 0.82), "signal__dead_groups_solved": late(0.2, 0.72)},
         # One bad batch.
@@ -121,10 +131,14 @@ def test_a_noisy_gradient_needs_several_looks() -> None:
                 row["gradient/policy/snr"] = ratio
         return found
 
-    assert names(rows(0.0, 30)) == set()
-    assert names(rows(0.0, 5)) == {"noise"}
-    assert names(rows(0.0, 5, better=0.3)) == set(), "a run that learns has a signal"
-    assert names(rows(0.3, 5)) == set()
+    def noisy(some: list[dict[str, float]]) -> set[str]:
+        # That the reward stays where it was is told by a rule of its own.
+        return names(some) - {"no_progress"}
+
+    assert noisy(rows(0.0, 30)) == set()
+    assert noisy(rows(0.0, 5)) == {"noise"}
+    assert noisy(rows(0.0, 5, better=0.3)) == set(), "a run that learns has a signal"
+    assert noisy(rows(0.3, 5)) == set()
 
 
 def flag(values: list[Any]) -> list[dict[str, float]]:
@@ -209,6 +223,25 @@ def test_series() -> None:
     assert series.until(3).step == 5
     assert math.isnan(Series([]).last("x"))
     assert math.isnan(series.recent("y"))
+
+
+def test_falls_and_rises_are_told_from_chance() -> None:
+    rng = random.Random(1)
+
+    def series(values: list[float]) -> Series:
+        return Series([{"step": i + 1, "x": value} for i, value in enumerate(values)])
+
+    flat = [[0.5 + rng.gauss(0, 0.1) for _ in range(50)] for _ in range(200)]
+    # The best mean of five lies above the others by chance, rarely by three standard errors of the difference.
+    assert sum(series(values).fall("x") > Thresholds().certain for values in flat) < 20
+    assert sum(series(values).rise("x") > 2.5 for values in flat) < 6
+    fallen = [[*values[:25], *(value - 0.3 for value in values[25:])] for values in flat]
+    assert all(series(values).fall("x") > 2.5 for values in fallen)
+    risen = [[value + 0.01 * i for i, value in enumerate(values)] for values in flat]
+    assert all(series(values).rise("x") > 2.5 for values in risen)
+    assert math.isnan(series([1.0] * 4).fall("x")) and math.isnan(series([1.0] * 19).rise("x"))
+    assert series([1.0] * 30).fall("x") == series([1.0] * 30).rise("x") == 0.0
+    assert series([1.0] * 20 + [0.0] * 5).fall("x") > 2.5
 
 
 def test_every_rule_is_written_out() -> None:

@@ -23,7 +23,14 @@ VARIANTS = {
     "countdown plus and minus": {"operations": "+-", "n_numbers": 4},
     "helpdesk": {},
     "helpdesk later": {"first": 500, "revision": 2, "max_facts": 4},
+    "calculate": {},
+    "calculate sums": {"operations": "+", "terms": 5, "digits": 2},
+    "lookup": {},
+    "lookup far": {"hops": 3, "people": 40},
 }
+
+ANY_TEXT = ("countdown", "calculate", "lookup")
+"""The environments in which any text is an action."""
 
 
 def variant(key):
@@ -145,7 +152,7 @@ def test_steps_outside_an_episode_ask_for_a_reset(key):
         env.step(action)
 
 
-@pytest.mark.parametrize("key", [key for key in VARIANTS if not key.startswith("countdown")])
+@pytest.mark.parametrize("key", [key for key in VARIANTS if key.split()[0] not in ANY_TEXT])
 def test_actions_are_read_leniently_and_refused_strictly(key):
     env = variant(key)
     env.reset(seed=1)
@@ -169,7 +176,7 @@ def test_a_split_that_cannot_be_filled_says_so():
         env.reset(options={"split": other})
 
 
-@pytest.mark.parametrize("name", ["FrozenLake", "Sokoban", "Bandit", "Countdown", "Helpdesk"])
+@pytest.mark.parametrize("name", ["FrozenLake", "Sokoban", "Bandit", "Countdown", "Helpdesk", "Calculate", "Lookup"])
 def test_gymnasium_makes_them_without_a_complaint(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -182,7 +189,7 @@ def test_gymnasium_makes_them_without_a_complaint(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "limit_ms"), [("frozenlake", 1.0), ("sokoban", 5.0), ("bandit", 1.0), ("countdown", 1.0)]
+    ("name", "limit_ms"), [("frozenlake", 1.0), ("sokoban", 5.0), ("bandit", 1.0), ("countdown", 1.0), ("lookup", 1.0)]
 )
 def test_resets_are_cheap(name, limit_ms):
     env = make(name)

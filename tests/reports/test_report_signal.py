@@ -31,7 +31,8 @@ def make_run(path: Path, steps: int = 40, text: str = "a lake", **late: float) -
     with RunFolder.create(path, "", "rehearsal train", device="cpu") as run:
         for step in range(1, steps + 1):
             row = {
-                "train/success": 0.5, "train/reward": 0.5, "signal/dead_groups": 0.2, "signal/dead_groups_failed": 0.1,
+                "train/success": 0.5, "train/reward": 0.3 + step / 100, "signal/dead_groups": 0.2,
+                "signal/dead_groups_failed": 0.1,
                 "signal/dead_groups_solved": 0.1, "signal/reward_std_in_group": 0.4, "behaviour/thought_tokens": 20.0,
                 "behaviour/invalid_turns": 0.0, "signal/variance_q10": 0.0, "signal/variance_q25": 0.1,
                 "signal/variance_q50": 0.2, "signal/variance_q75": 0.2, "signal/variance_q90": 0.25,
@@ -115,7 +116,10 @@ def test_the_page_tells_what_was_found(tmp_path: Path) -> None:
 def test_the_page_of_a_healthy_run(tmp_path: Path) -> None:
     html = write_report(make_run(tmp_path / "run").path).read_text()
     assert "Nothing was found wrong in 40 steps." in html
-    assert "Not judged, because their figures were not measured: entropy collapse, noise outweighs signal" in html
+    assert (
+        "Not judged, because their figures were not measured: entropy collapse, entropy runs away, steps too large, "
+        "success does not pay, noise outweighs signal" in html
+    )
 
 
 def test_the_plane(tmp_path: Path) -> None:

@@ -167,6 +167,15 @@ def test_chance_and_split_reach_the_environment(play: Callable[..., Rollout]) ->
     )
 
 
+def test_options_of_a_task_reach_the_environment(play: Callable[..., Rollout]) -> None:
+    seen: list[Any] = []
+    task = Task(3, "test", options={"company": 51, "split": "train"})
+    play(lambda: Walk(on_reset=lambda env: seen.append(dict(env.options)))).play([task, Task(4)], 1)
+    # The split is the task's own, whatever its options say.
+    assert {"company": 51, "split": "test", "chance": 0} in seen
+    assert {"split": "train", "chance": 0} in seen
+
+
 def test_members_of_a_group_have_luck_of_their_own(play: Callable[..., Rollout]) -> None:
     """With slips all episodes of a group begin alike and go on differently under the same actions."""
     rollout = play(lambda: make("frozenlake", size=3, slip=0.8))

@@ -21,7 +21,7 @@ from hypothesis.extra import numpy as hnp
 from rehearsal.errors import CheckpointError
 from rehearsal.training import storage
 from rehearsal.training.trajectory_store import read_table, read_trajectories, write_trajectories
-from rehearsal.trajectory import Group, Kind, SampleStop, Segment, StopReason, Trajectory, Turn
+from rehearsal.trajectory import Group, Kind, SampleStop, Segment, StopReason, ToolCall, Trajectory, Turn
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 NUMBER = st.floats(allow_nan=False)
@@ -51,7 +51,14 @@ A_TURN = st.builds(
     valid=st.booleans(),
     stop=st.sampled_from(SampleStop),
     state=TEXT,
-)
+    calls=st.lists(
+        st.builds(
+            ToolCall, name=TEXT, arguments=st.dictionaries(TEXT, TEXT | st.integers() | st.lists(TEXT, max_size=2)),
+            result=TEXT, error=TEXT, cost=NUMBER,
+        ),
+        max_size=2,
+    ),
+)  # fmt: skip
 AN_EPISODE = st.builds(
     Trajectory,
     environment=TEXT,
@@ -240,3 +247,31 @@ def test_rewards_beyond_a_float_are_added_all_the_same(rewards: list[float], tot
     turns = [Turn("", rewards=[reward]) for reward in rewards]
     assert lake_episode(turns=turns).reward == pytest.approx(total, nan_ok=True, abs=0)
     assert Turn("", rewards=rewards).reward == pytest.approx(total, nan_ok=True, abs=0)
+
+
+def test_files_from_before_there_were_tools_are_still_read(tmp_path: Path) -> None:
+    turn = Turn("o", response="r", actions=["a"], rewards=[1.0], calls=[ToolCall("t", {"x": [1, None]}, "2", "", 0.5)])
+    episode = Trajectory("e", seed=1, turns=[turn, Turn("p")])
+    path = tmp_path / "new.parquet"
+    write_trajectories(path, [Group([episode])], "train", 0)
+    (group,) = read_trajectories(path)
+    assert group.trajectories[0].turns == episode.turns
+    table = pq.read_table(path)
+    column = table.column("turns").combine_chunks()
+    kept = [field.name for field in column.type.value_type if field.name != "calls"]
+    structs = pa.StructArray.from_arrays([column.values.field(name) for name in kept], names=kept)
+    old = pa.ListArray.from_arrays(column.offsets, structs)
+    path = tmp_path / "old.parquet"
+    pq.write_table(table.set_column(table.schema.get_field_index("turns"), "turns", old), path)
+    (group,) = read_trajectories(path)
+    first, second = group.trajectories[0].turns
+    assert (first.response, first.rewards, first.calls, second.calls) == ("r", [1.0], [], [])
+    # A file that lacks anything else is damaged.
+    kept.remove("response")
+    structs = pa.StructArray.from_arrays([column.values.field(name) for name in kept], names=kept)
+    broken = table.set_column(
+        table.schema.get_field_index("turns"), "turns", pa.ListArray.from_arrays(column.offsets, structs)
+    )
+    pq.write_table(broken, path)
+    with pytest.raises(CheckpointError, match="not a whole trajectory file"):
+        read_trajectories(path)

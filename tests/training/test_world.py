@@ -557,6 +557,32 @@ def test_the_policy_of_an_inactive_world_adapter_knows_no_rehearsals_either(
     assert same(weights(alone, POLICY), weights(both, POLICY))
 
 
+@pytest.mark.parametrize("mode", ["dual", "inactive"])
+def test_further_updates_move_the_world_adapter_alone(
+    mode: WorldMode, build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    once, often = build(), build()
+    groups = make_groups(once)
+    situations = {"hindsight": situations_of(groups)}
+    first = learner_of(once, mode).step(groups, 0, situations=situations)
+    learner = learner_of(often, mode)
+    learner.world = replace(learner.world, updates=5)  # type: ignore[type-var]
+    more = learner.step(groups, 0, situations=situations)
+    assert same(weights(once, POLICY), weights(often, POLICY))
+    assert not same(weights(once, WORLD), weights(often, WORLD))
+    # The loss that is told is the mean over all five: each is lower than the one before.
+    assert more["hindsight/prediction_loss"] < first["hindsight/prediction_loss"] - 0.05
+    assert more["policy/updates"] == first["policy/updates"] == 1.0
+    # Without a rehearsal there is nothing more to learn.
+    plain = build()
+    learner = learner_of(plain, mode)
+    learner.world = replace(learner.world, updates=5)  # type: ignore[type-var]
+    learner.step(groups, 0)
+    unchanged = build()
+    learner_of(unchanged, mode).step(groups, 0)
+    assert same(weights(plain, WORLD), weights(unchanged, WORLD))
+
+
 def test_a_placebo_learns_the_answers_of_others(build: Callable[..., Any], make_groups: MakeGroups) -> None:
     situations = situations_of(make_groups(build()))
     dealt = with_other_answers(situations, np.random.default_rng(0))
@@ -581,6 +607,12 @@ def test_a_run_that_rehearses_and_replays(taught_folder: Path, tmp_path: Path) -
 def test_replay_without_rehearsals_is_refused(taught_folder: Path) -> None:
     with pytest.raises(RecipeError, match=r"world.replay replays what was rehearsed"):
         recipe_of(taught_folder, world__mode="dual", world__replay=4)
+    for changes in (
+        {"world__mode": "dual"},
+        {"world__mode": "shared", "agent__thinking": True, "agent__rehearse": True},
+    ):
+        with pytest.raises(RecipeError, match=r"world.updates above 1 learns from what was rehearsed"):
+            recipe_of(taught_folder, world__updates=2, **changes)
     with pytest.raises(RecipeError, match=r"agent.rehearse needs a thought"):
         recipe_of(taught_folder, agent__rehearse=True, agent__thinking=False)
 

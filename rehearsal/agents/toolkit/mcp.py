@@ -1,0 +1,283 @@
+"""Tools of servers that speak the Model Context Protocol, over stdio or HTTP, through its official SDK.
+
+Needs the extra ``mcp``. The SDK is asynchronous: a thread of its own runs each connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shlex
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+from rehearsal.agents.toolbox import ToolSource
+from rehearsal.agents.tools import ArgumentError, Tool, ToolFailure
+from rehearsal.environments.episode import real_number
+from rehearsal.errors import ToolError
+
+_CLOSING_SECONDS = 5.0
+_MAX_PROBLEM = 200
+
+
+class Mcp(ToolSource):
+    """The tools of one MCP server.
+
+    Args:
+        command: starts a server that speaks over its standard input and output: words, or one text that is split as a
+            shell would.
+        url: of a server that speaks streamable HTTP, in place of a command.
+        env: environment variables of the server, beside a few that are safe to pass on.
+        only: names of the tools to take; all if left out.
+        prefix: put before the names, where two servers have tools of one name.
+        per_episode: whether each episode gets a connection (and, with a command, a server) of its own. A server that
+            remembers what it was told would otherwise carry it from one episode to another.
+        start_timeout: seconds that connecting may take.
+
+    Raises:
+        ToolError: if the SDK is missing, the server cannot be reached, or it has no such tools.
+    """
+
+    def __init__(
+        self, command: str | Sequence[str] | None = None, url: str | None = None, env: Mapping[str, str] | None = None,
+        only: Sequence[str] | None = None, prefix: str = "", per_episode: bool = False, start_timeout: float = 30.0,
+    ) -> None:  # fmt: skip
+        if (command is None) == (url is None):
+            raise ToolError("An MCP server needs either a command that starts it or the url that it is at.")
+        self._server = url if url is not None else _stdio(command or (), env)
+        self._told = url or (command if isinstance(command, str) else shlex.join(command or ()))
+        self._only = None if only is None else list(only)
+        self._prefix, self._per_episode = prefix, per_episode
+        self._seconds = real_number("start_timeout", start_timeout, 0.01, 3600)
+        self._lock = threading.Lock()
+        self._shared: _Connection | None = None
+        connection = self._connect()
+        if per_episode:
+            connection.close()  # it was there to see that it works
+        else:
+            self._shared = connection
+
+    def open(self) -> Sequence[Tool]:
+        if self._per_episode:
+            connection = self._connect()
+            return self._tools(connection, connection.close)
+        with self._lock:
+            if self._shared is None or not self._shared.alive:
+                # A server that ended is started again for the next episode; calls on the way failed and were counted.
+                self._shared = self._connect()
+            return self._tools(self._shared, None)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._shared is not None:
+                self._shared.close()
+                self._shared.join()
+                self._shared = None
+
+    def _connect(self) -> _Connection:
+        connection = _Connection(self._server, self._told, self._seconds)
+        names = [tool["name"] for tool in connection.listed]
+        missing = [name for name in self._only or () if name not in names]
+        if missing or not names:
+            connection.close()
+            wanted = missing[0] if missing else "at all"
+            raise ToolError(f"The MCP server {self._told} has no tool {wanted}; it has: {', '.join(names) or 'none'}.")
+        return connection
+
+    def _tools(self, connection: _Connection, close: Callable[[], None] | None) -> list[Tool]:
+        tools: list[Tool] = []
+        for listed in connection.listed:
+            if self._only is not None and listed["name"] not in self._only:
+                continue
+            tools.append(
+                Tool(
+                    self._prefix + listed["name"], listed["description"], listed["parameters"],
+                    partial(connection.call, listed["name"]), listed["check"],
+                    close=close if not tools else None,  # once is enough
+                )
+            )  # fmt: skip
+        return tools
+
+
+def mcp_tools(**options: Any) -> Mcp:
+    """The tools of an MCP server: ``mcp_tools(command="python server.py")`` or ``mcp_tools(url="http://...")``; see
+    :class:`Mcp`."""
+    return Mcp(**options)
+
+
+class _Connection:
+    """A connection and the thread that runs it.
+
+    Attributes:
+        listed: name, description, parameters (JSON schema) and check of each tool.
+    """
+
+    def __init__(self, server: Any, told: str, seconds: float) -> None:
+        self.listed: list[dict[str, Any]] = []
+        self._server = server
+        self._client: Any = None
+        self._task: asyncio.Task[None] | None = None
+        # What a server says on its standard error would spoil the screen of a run; its last words are told if it fails.
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._loop = asyncio.new_event_loop()
+        self._leave = asyncio.Event()
+        self._begun: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="rehearsal-mcp")
+        self._thread.start()
+        try:
+            self._begun.result(seconds)
+        except Exception as error:
+            self.close()
+            what = f"did not answer within {seconds:g} s" if isinstance(error, TimeoutError) else _first(error)
+            what += self._last_words()
+            raise ToolError(f"The MCP server {told} cannot be used: {what}.") from error
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._leave.is_set()
+
+    def call(self, name: str, arguments: Mapping[str, Any]) -> str:
+        if not self.alive:
+            raise ToolFailure("the server of this tool has ended")
+        return asyncio.run_coroutine_threadsafe(self._call(name, dict(arguments)), self._loop).result()
+
+    def close(self) -> None:
+        """Let it end, without waiting."""
+        with contextlib.suppress(RuntimeError):  # it has ended
+            self._loop.call_soon_threadsafe(self._end)
+
+    def join(self) -> None:
+        self._thread.join(_CLOSING_SECONDS)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._task = self._loop.create_task(self._live())
+            self._loop.run_until_complete(self._task)
+        except BaseException as error:  # told to whoever waits; nobody else could hear it
+            if not self._begun.done():
+                self._begun.set_exception(error if isinstance(error, Exception) else RuntimeError("was ended"))
+        finally:
+            self._loop.close()
+
+    async def _live(self) -> None:
+        sdk = _sdk()
+        server = self._server if isinstance(self._server, str) else sdk.stdio_client(self._server, errlog=self._errors)
+        async with sdk.Client(server) as client:
+            self._client = client
+            self.listed = await _list(client)
+            self._begun.set_result(None)
+            await self._leave.wait()
+
+    def _end(self) -> None:
+        self._leave.set()
+        if self._task is not None and not self._begun.done():
+            self._task.cancel()  # it is still waiting for the server's first words
+
+    def _last_words(self) -> str:
+        try:
+            self._errors.seek(0)
+            lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
+        except (OSError, ValueError):
+            return ""
+        return f" ({lines[-1][:_MAX_PROBLEM]})" if lines else ""
+
+    async def _call(self, name: str, arguments: dict[str, Any]) -> str:
+        try:
+            result = await self._client.call_tool(name, arguments)
+        except _sdk().MCPError as error:
+            if _has_ended(error):
+                self._leave.set()
+            raise ToolFailure(_first(error)) from error
+        text = _text_of(result)
+        if result.is_error:
+            raise ToolFailure(text or "the tool failed and did not say why")
+        return text
+
+
+async def _list(client: Any) -> list[dict[str, Any]]:
+    found: list[Any] = []
+    cursor: str | None = None
+    while True:
+        page = await client.list_tools(cursor=cursor)
+        found += page.tools
+        cursor = page.next_cursor
+        if not cursor:
+            break
+    return [
+        {
+            "name": tool.name, "description": " ".join((tool.description or tool.name).split()),
+            "parameters": dict(tool.input_schema), "check": _checker(dict(tool.input_schema)),
+        }
+        for tool in found
+    ]  # fmt: skip
+
+
+def _checker(schema: dict[str, Any]) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+    """Checks arguments by a JSON schema, so that what is wrong is told as it is for other tools."""
+    from jsonschema import Draft202012Validator, SchemaError
+
+    validator = Draft202012Validator(schema)
+
+    def check(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        try:
+            problems = sorted(validator.iter_errors(dict(arguments)), key=lambda problem: list(map(str, problem.path)))
+        except SchemaError:  # the server knows what it meant, and checks for itself
+            return arguments
+        if problems:
+            told = []
+            for problem in problems[:3]:
+                where = ".".join(str(part) for part in problem.absolute_path)
+                told.append(f"{where}: {problem.message}"[:_MAX_PROBLEM] if where else problem.message[:_MAX_PROBLEM])
+            raise ArgumentError("; ".join(told))
+        unknown = [name for name in arguments if name not in schema.get("properties", {})]
+        if unknown and "additionalProperties" not in schema and "patternProperties" not in schema:
+            raise ArgumentError(f"there is no argument {unknown[0][:60]}")
+        return arguments
+
+    return check
+
+
+def _text_of(result: Any) -> str:
+    parts = []
+    for block in result.content:
+        text = getattr(block, "text", None)
+        parts.append(text if isinstance(text, str) else f"({getattr(block, 'type', 'content')} that cannot be shown)")
+    if not parts and result.structured_content is not None:
+        return json.dumps(result.structured_content, ensure_ascii=False)
+    return "\n".join(parts)
+
+
+def _stdio(command: str | Sequence[str], env: Mapping[str, str] | None) -> Any:
+    words = shlex.split(command) if isinstance(command, str) else [str(word) for word in command]
+    if not words:
+        raise ToolError("The command that starts an MCP server is empty.")
+    return _sdk().StdioServerParameters(
+        command=words[0], args=words[1:], env=dict(env) if env else None, cwd=os.getcwd()
+    )
+
+
+def _sdk() -> Any:
+    try:
+        import mcp
+    except ImportError as error:
+        raise ToolError("Tools of MCP servers need the SDK: pip install 'rehearsal[mcp]'.") from error
+    return mcp
+
+
+def _has_ended(error: BaseException) -> bool:
+    return "closed" in str(error).casefold()
+
+
+def _first(error: BaseException) -> str:
+    """The first plain error in a group of them, on a line."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    told = " ".join(str(error).split())[:_MAX_PROBLEM].rstrip(".")
+    return told or type(error).__name__

@@ -1,0 +1,163 @@
+"""Tasks with checkable answers, from a file or a data set, as an environment."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from rehearsal.environments.base import SPLITS
+from rehearsal.environments.episode import EpisodeEnv, real_number, whole_number
+from rehearsal.environments.registry import check_names
+from rehearsal.environments.splits import content_split
+from rehearsal.errors import EnvironmentFault, RecipeError
+from rehearsal.rewards.pool import VerifierPool
+from rehearsal.rewards.registry import verifier as make_verifier
+from rehearsal.rewards.tasks import check_disjoint, load_tasks
+from rehearsal.rewards.verifier import Score, Task, Verifier
+
+
+class VerifiedTasks(EpisodeEnv):
+    """One task of a list, and a verifier that scores the answer.
+
+        rehearsal train --environment.name tasks --environment.params.source gsm8k/ \\
+            --environment.params.verifier last-number --environment.params.prompt question \\
+            --environment.params.reference answer
+
+    The answer ends the episode; its reward is the value that the verifier gives, and success is whether it passed.
+    ``info`` of the step carries ``evidence`` and ``parts``. Where the verifier cannot say (it hung, or the task is
+    unusable) the episode has failed and has no reward. Checks run in processes of their own that all environments of
+    this process share, with a hard time limit.
+
+    Without ``splits`` the tasks of the source are dealt out by the content of their prompts, eight of ten to training.
+    With it, each split is read from the source's own, and splits that share prompts are refused.
+
+    Args:
+        source: see :func:`rehearsal.rewards.tasks.load_tasks`: a file of JSON lines, a folder, or a data set.
+        verifier: a name from :func:`rehearsal.rewards.registry.verifiers`, or ``package.module:Class``.
+        prompt: name of the field with the prompt, or a template with fields in braces.
+        reference: name of the field with the reference, None for tasks without one.
+        options: of the verifier.
+        splits: the source's name for "train", "validation" and "test", such as ``{"train": "train", "test": "test"}``;
+            a validation split that is not named is taken from the training split, by content.
+        told: what an agent is told about all the tasks, once.
+        turns: turns of an episode; more than 1 where an agent has tools to use first.
+        timeout: seconds that a check may take.
+
+    Raises:
+        RecipeError: for a parameter out of its range, or splits without a train and a test split.
+        RewardError: for a source, field, verifier or option that cannot be used, and for splits that overlap.
+    """
+
+    name = "tasks"
+    fast = False
+    max_turns = 1
+    max_actions_per_turn = 1
+
+    def __init__(
+        self, source: str, verifier: str, prompt: str = "prompt", reference: str | None = "reference",
+        options: Mapping[str, Any] | None = None, splits: Mapping[str, str] | None = None,
+        told: str = "Do the task. The action is the answer.", turns: int = 1, timeout: float = 10.0,
+    ) -> None:  # fmt: skip
+        super().__init__(max_steps=1)
+        self.max_turns = whole_number("turns", turns, 1, 1000)
+        self.told = told
+        self._pools = (verifier, json.dumps(options or {}, sort_keys=True), real_number("timeout", timeout, 0.01, 3600))
+        self._tasks = _split_tasks(source, prompt, reference, None if splits is None else tuple(sorted(splits.items())))
+        _verifier(*self._pools[:2])  # one that cannot be made is told of at once
+        self._now = Task("")
+        self._score: Score | None = None
+
+    @property
+    def instructions(self) -> str:
+        """What holds for all tasks; see :attr:`TextEnv.instructions`."""
+        return self.told
+
+    def _draw(self, split: str) -> str:
+        tasks = self._tasks[split]
+        if not tasks:
+            raise EnvironmentFault(
+                f"None of the tasks belongs to the {split} split: there are too few, or splits does not name it."
+            )
+        self._now = tasks[int(self.np_random.integers(len(tasks)))]
+        self._score = None
+        return self._now.prompt
+
+    def _act(self, action: str) -> tuple[float, bool, bool, bool]:
+        (found,) = _pool(*self._pools).verify([action], [self._now])
+        if not isinstance(found, Score):
+            raise EnvironmentFault(f"The answer could not be checked ({found.kind}): {found.message}")
+        self._score = found
+        return found.value, True, found.passed, True
+
+    def _info(self) -> dict[str, Any]:
+        if self._score is None:
+            return super()._info()
+        return {**super()._info(), "evidence": self._score.evidence, "parts": dict(self._score.parts)}
+
+    def _observation(self) -> str:
+        return self._now.prompt if self._score is None else f"score {self._score.value:g}"
+
+    def _state(self) -> str:
+        return self._task if self._score is None else f"{self._task} {self._score.value:g}"
+
+    def oracle(self) -> list[str] | None:
+        """The reference where it is a text, which most verifiers take for an answer; nothing once one was given."""
+        self._need_reset()
+        if self._over:
+            return []
+        return [self._now.reference] if isinstance(self._now.reference, str) else None
+
+    def describe(self) -> dict[str, Any]:
+        """``prompt``, ``reference`` and ``data`` of the task."""
+        self._need_reset()
+        return {"prompt": self._now.prompt, "reference": self._now.reference, "data": dict(self._now.data)}
+
+
+@lru_cache(maxsize=8)
+def _split_tasks(
+    source: str, prompt: str, reference: str | None, splits: tuple[tuple[str, str], ...] | None
+) -> dict[str, Sequence[Task]]:
+    """The tasks of each split; read once for all environments of a run."""
+    if splits is None:
+        dealt: dict[str, list[Task]] = {split: [] for split in SPLITS}
+        for task in load_tasks(source, prompt=prompt, reference=reference):
+            dealt[content_split(task.prompt)].append(task)
+        return {split: tuple(tasks) for split, tasks in dealt.items()}
+    named = dict(splits)
+    check_names("split", named, SPLITS)
+    if not {"train", "test"} <= set(named):
+        raise RecipeError('splits must name the source\'s split for "train" and for "test".')
+    found = {
+        split: load_tasks(source, prompt=prompt, reference=reference, split=theirs) for split, theirs in named.items()
+    }
+    check_disjoint(found)
+    if "validation" not in found:
+        # A tenth of the training split, by content, as everywhere.
+        found["validation"] = [task for task in found["train"] if content_split(task.prompt) == "validation"]
+        found["train"] = [task for task in found["train"] if content_split(task.prompt) != "validation"]
+    return {split: tuple(found[split]) for split in SPLITS}
+
+
+@lru_cache(maxsize=8)
+def _verifier(name: str, options: str) -> Verifier:
+    """Made once for all environments of this process: some load a model."""
+    return make_verifier(name, **json.loads(options))
+
+
+_LOCK = threading.Lock()
+_POOLS: dict[tuple[str, str, float], VerifierPool] = {}
+
+
+def _pool(verifier: str, options: str, timeout: float) -> VerifierPool:
+    """The pool of a verifier: one for all environments of this process, which step in many threads."""
+    with _LOCK:
+        key = (verifier, options, timeout)
+        if key not in _POOLS:
+            made = VerifierPool(_verifier(verifier, options), timeout=timeout)
+            _POOLS[key] = made
+            atexit.register(made.close, now=True)
+        return _POOLS[key]

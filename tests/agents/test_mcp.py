@@ -1,0 +1,200 @@
+"""Tools of a real MCP server, over stdio and over HTTP."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rehearsal.agents.toolbox import Toolbox, ToolLimits
+from rehearsal.agents.toolkit.mcp import Mcp, mcp_tools
+from rehearsal.errors import ToolError
+from rehearsal.trajectory import ToolCall
+
+pytest.importorskip("mcp", reason="needs the extra mcp")
+
+SERVER = """
+import os, sys
+from mcp.server import MCPServer
+from mcp.server.mcpserver.exceptions import ToolError
+
+server = MCPServer("demo")
+notes = []
+
+@server.tool()
+def add(a: int, b: int = 1) -> int:
+    "Adds two numbers."
+    return a + b
+
+@server.tool()
+def remember(word: str) -> str:
+    "Remembers a word."
+    notes.append(word)
+    return " ".join(notes)
+
+@server.tool()
+def fail(word: str) -> str:
+    "Fails."
+    raise ToolError("cannot " + word)
+
+@server.tool()
+def pid() -> int:
+    "The server's process."
+    return os.getpid()
+
+@server.tool()
+def secret() -> str:
+    "An environment variable."
+    return os.environ.get("DEMO_SECRET", "none")
+
+if len(sys.argv) > 1:
+    server.run(transport="streamable-http", host="127.0.0.1", port=int(sys.argv[1]))
+else:
+    server.run()
+"""
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("mcp") / "server.py"
+    file.write_text(SERVER)
+    return file
+
+
+@pytest.fixture(scope="module")
+def stdio(script: Path) -> Iterator[Mcp]:
+    source = mcp_tools(command=[sys.executable, str(script)], env={"DEMO_SECRET": "s"}, start_timeout=120.0)
+    yield source
+    source.close()
+
+
+def box_of(source: Mcp) -> Toolbox:
+    return Toolbox(list(source.open()), ToolLimits(timeout=60.0))
+
+
+def say(box: Toolbox, tool_name: str, **arguments: Any) -> Any:
+    return box.execute(ToolCall(tool_name, arguments))
+
+
+def test_tools_of_a_server_that_is_started(stdio: Mcp) -> None:
+    box = box_of(stdio)
+    assert list(box.tools) == ["add", "remember", "fail", "pid", "secret"]
+    add = box.tools["add"]
+    assert add.description == "Adds two numbers."
+    assert add.signature == "add(a: integer, b: integer = 1)"
+    assert say(box, "add", a=2, b=3).text == "5"
+    assert say(box, "add", a=2).text == "3"
+    assert say(box, "secret").text == "s"
+    failed = say(box, "fail", word="walk")
+    assert failed.error == "raised"
+    assert "cannot walk" in failed.text
+
+
+def test_arguments_are_checked_before_the_server_sees_them(stdio: Mcp) -> None:
+    box = box_of(stdio)
+    for arguments, told in (({}, "'a' is a required property"), ({"a": "x"}, "a: 'x' is not of type 'integer'"),
+                            ({"a": 1, "c": 2}, "there is no argument c")):  # fmt: skip
+        result = say(box, "add", **arguments)
+        assert result.error == "arguments"
+        assert told in result.note
+        assert "Call it as add(a: integer" in result.note
+
+
+def test_some_tools_under_other_names(script: Path) -> None:
+    source = Mcp(shlex.join([sys.executable, str(script)]), only=["add"], prefix="demo_", start_timeout=120.0)
+    try:
+        box = box_of(source)
+        assert list(box.tools) == ["demo_add"]
+        assert say(box, "demo_add", a=1).text == "2"
+    finally:
+        source.close()
+    assert say(box, "demo_add", a=1).text == "Error: the server of this tool has ended"
+
+
+@pytest.mark.slow
+def test_a_server_for_each_episode_remembers_nothing(script: Path) -> None:
+    source = Mcp([sys.executable, str(script)], per_episode=True, start_timeout=120.0)
+    one, other = box_of(source), box_of(source)
+    assert say(one, "remember", word="a").text == "a"
+    assert say(other, "remember", word="b").text == "b"
+    assert say(one, "pid").text != say(other, "pid").text
+    number = int(say(one, "pid").text)
+    one.close()
+    other.close()
+    deadline = time.monotonic() + 60
+    while _runs(number) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(number), "the server ends with its episode"
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_is_an_error_and_is_started_again(script: Path) -> None:
+    source = Mcp([sys.executable, str(script)], start_timeout=120.0)
+    try:
+        box = box_of(source)
+        os.kill(int(say(box, "pid").text), signal.SIGKILL)
+        assert say(box, "add", a=1).error in ("raised", "timeout")
+        assert say(box_of(source), "add", a=1).text == "2"
+    finally:
+        source.close()
+
+
+def _runs(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_tools_of_a_server_over_http(script: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert process.poll() is None
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        source = Mcp(url=f"http://127.0.0.1:{port}/mcp", start_timeout=120.0)
+        box = box_of(source)
+        assert say(box, "add", a=2, b=3).text == "5"
+        assert "cannot run" in say(box, "fail", word="run").text
+        source.close()
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def test_servers_that_cannot_be_used(script: Path) -> None:
+    for options, told in (
+        ({}, "either a command"),
+        ({"command": "x", "url": "y"}, "either a command"),
+        ({"command": ""}, "empty"),
+        ({"command": "no-such-program-at-all"}, "no-such-program-at-all cannot be used"),
+        ({"command": [sys.executable, "-c", "raise OSError('no licence')"], "start_timeout": 60.0}, "no licence"),
+        ({"command": [sys.executable, "-c", "import time; time.sleep(9)"], "start_timeout": 1.0}, "within 1 s"),
+        ({"url": "http://127.0.0.1:9/mcp"}, "cannot be used"),
+    ):
+        with pytest.raises(ToolError, match=told):
+            Mcp(**options)  # type: ignore[arg-type]
+    with pytest.raises(ToolError, match="no tool walk; it has: add, remember"):
+        Mcp([sys.executable, str(script)], only=["walk"], start_timeout=120.0)

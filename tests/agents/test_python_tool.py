@@ -1,0 +1,106 @@
+"""The Python tool: a state for each episode, errors that help, and nothing left behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from rehearsal.agents.toolbox import Toolbox, Toolkit
+from rehearsal.agents.toolkit import make_source
+from rehearsal.agents.toolkit.python import Python
+from rehearsal.environments import make
+from rehearsal.errors import RehearsalError
+from rehearsal.sandbox import available
+from rehearsal.trajectory import ToolCall
+
+pytestmark = pytest.mark.skipif(all(available().values()), reason="there is no sandbox here")
+
+
+@pytest.fixture(scope="module")
+def source() -> Iterator[Python]:
+    made = make_source("python", {"seconds": 2.0, "memory_mib": 128, "interpreters": 4})
+    assert isinstance(made, Python)
+    yield made
+    made.close()
+
+
+def call(toolbox: Toolbox, code: str) -> tuple[str, str]:
+    result = toolbox.execute(ToolCall("python", {"code": code}))
+    return result.told, result.error
+
+
+def test_variables_stay_within_an_episode_and_no_longer(source: Python) -> None:
+    first, second = Toolbox(source.open()), Toolbox(source.open())
+    assert call(first, "x = 20\nprint('made')") == ("made", "")
+    assert call(first, "x + 1") == ("21", "")
+    told, error = call(second, "x")
+    assert "NameError" in told and error == "raised"
+    assert call(second, "x = 5") == ("(no output)", "")
+    assert call(first, "x") == ("20", "")
+    first.close()
+    second.close()
+
+
+def test_an_error_is_shown_with_what_was_printed(source: Python) -> None:
+    toolbox = Toolbox(source.open())
+    told, error = call(toolbox, "print('so far')\n1 / 0")
+    assert error == "raised"
+    assert told.startswith("Error: so far\n") and "ZeroDivisionError" in told
+    assert len(told.splitlines()) > 2, "a traceback keeps its lines"
+    toolbox.close()
+
+
+def test_a_call_that_takes_too_long_costs_the_variables(source: Python) -> None:
+    toolbox = Toolbox(source.open())
+    call(toolbox, "x = 1")
+    told, error = call(toolbox, "while True: pass")
+    assert error == "raised" and "time was over" in told
+    told, error = call(toolbox, "'x' in globals()")
+    assert "lost" in told and "False" in told and not error
+    toolbox.close()
+
+
+def test_places_come_back(source: Python) -> None:
+    for _ in range(3):
+        boxes = [Toolbox(source.open()) for _ in range(4)]
+        assert [call(box, "1 + 1")[0] for box in boxes] == ["2"] * 4
+        for box in boxes:
+            box.close()
+    # Episodes that never call take no place.
+    idle = [Toolbox(source.open()) for _ in range(20)]
+    assert call(idle[0], "1")[0] == "1"
+    for box in idle:
+        box.close()
+
+
+def test_a_closed_episode_calls_nothing(source: Python) -> None:
+    toolbox = Toolbox(source.open())
+    call(toolbox, "1")
+    toolbox.close()
+    patience = time.monotonic() + 5
+    while "over" not in call(toolbox, "1")[0]:
+        assert time.monotonic() < patience
+        time.sleep(0.05)
+
+
+def test_beside_the_tools_of_an_environment(source: Python) -> None:
+    env = make("lookup", people=12)
+    env.reset(seed=0)
+    toolbox = Toolkit([source]).open(env)
+    assert toolbox is not None and list(toolbox.tools) == ["search", "open", "python"]
+    title = env.describe()["documents"][0]
+    found = toolbox.execute(ToolCall("search", {"query": title})).told
+    assert f"[{title}]" in found.splitlines()[0]
+    read = toolbox.execute(ToolCall("open", {"document": title})).told
+    assert env.oracle()[0] in read or len(env.describe()["documents"]) > 1
+    assert title in read
+    toolbox.close()
+
+
+def test_what_cannot_be_had() -> None:
+    with pytest.raises(RehearsalError, match="isolation"):
+        make_source("python", {"isolation": "concrete"})
+    with pytest.raises(RehearsalError, match="time limit"):
+        make_source("python", {"seconds": 0})

@@ -1,0 +1,393 @@
+"""Code against tests: solutions pass, mutated ones and forgeries do not, whatever they try."""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rehearsal.errors import SandboxError
+from rehearsal.rewards.code import CodeVerifier, extract_code, same_output
+from rehearsal.rewards.code_judge import defined_names, free_names
+from rehearsal.rewards.verifier import Task, VerificationError
+from rehearsal.sandbox import Limits, Outcome, ProgramResult, strongest
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+PROMPT = 'def double(n):\n    """Twice n."""\n'
+CHECK = "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(4) == 8, 'four'\n"
+TASK = Task(PROMPT, CHECK, {"entry_point": "double"})
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Iterator[CodeVerifier]:
+    try:
+        strongest()
+    except SandboxError as error:
+        pytest.skip(str(error))
+    with CodeVerifier(limits=Limits(seconds=3, memory_bytes=128 << 20)) as made:
+        yield made
+
+
+# The code in a completion
+
+
+@pytest.mark.parametrize(
+    ("completion", "code"),
+    [
+        ("    return 1\n", "    return 1\n"),
+        ("So:\n```python\na = 1\n```\nor\n```py\nb = 2\n```\ndone", "b = 2\n"),
+        ("```\na\n```", "a\n"),
+        ("```python\na\n```\nprints\n```\n1\n```", "a\n"),
+        ("```json\n{}\n```", "```json\n{}\n```"),
+        ("```python\nnever ends", "never ends"),
+        ("<think>```python\nwrong\n```</think>```python\nright\n```", "right\n"),
+        ("```Python title\nx\n```", "x\n"),
+        ("  ```python\n  x\n  ```", "  x\n"),
+        ("", ""),
+    ],
+)
+def test_the_code_of_a_completion(completion: str, code: str) -> None:
+    assert extract_code(completion) == code
+
+
+# HumanEval's form
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "    return 2 * n\n",
+        "    return n + n",
+        "```python\ndef double(n):\n    return 2 * n\n```",
+        "```python\nfrom math import prod\ndouble = lambda n: prod((2, n))\n```",
+        "    print('noise')\n    return 2 * n\n\nif __name__ == '__main__':\n    raise SystemExit(double(input()))\n",
+    ],
+)
+def test_solutions_pass(verifier: CodeVerifier, completion: str) -> None:
+    score = verifier.verify(completion, TASK)
+    assert (score.value, score.passed, score.parts) == (1.0, True, {"tests": 1.0}), score
+    assert score.evidence == "2 of 2 tests passed."
+
+
+@pytest.mark.parametrize(
+    ("completion", "words"),
+    [
+        ("    return 3 * n\n", "0 of 2 tests passed. First failing: assert candidate(1) == 2; double(1) gave 3"),
+        ("    return n + n % 4 + n // 4\n", "1 of 2"),
+        ("    return 2 * n if n < 3 else None\n", "assert candidate(4) == 8, 'four'; double(4) gave None; four"),
+        ("    raise ValueError('no')\n", "double(1) raised ValueError: no"),
+        ("    return object()\n", "only plain data can be compared"),
+        ("    while True: pass\n", "time was over"),
+        ("    return double(n)\n", "RecursionError"),
+        ("    return bytearray(1 << 30)\n", "MemoryError"),
+        ("    import os; os._exit(0)\n", "ended itself"),
+        ("    return ''.join(\n", "SyntaxError"),
+        ("```python\ndef other(n): return 2 * n\n```", "0 of 2"),
+        ("", "double(1) gave None"),
+    ],
+)
+def test_wrong_ones_fail_and_the_evidence_says_why(verifier: CodeVerifier, completion: str, words: str) -> None:
+    score = verifier.verify(completion, TASK)
+    assert (score.value, score.passed) == (0.0, False)
+    assert words in score.evidence, score.evidence
+    assert len(score.evidence) < 1500
+
+
+FORGERIES = {
+    "leaving before the tests": "import os, sys\nos._exit(0)",
+    "leaving with success": "import sys\nsys.exit(0)",
+    "saying that all is well": "print('2 of 2 tests passed.')\nprint('PASSED')\ndef double(n): return None",
+    "always equal": "class A(int):\n    def __eq__(self, other): return True\n    __hash__ = None\n"
+    "def double(n): return A(7)",
+    "always equal by a list": "class A(list):\n    def __eq__(self, other): return True\ndef double(n): return A()",
+    "an object equal to all": "class A:\n    def __eq__(self, other): return True\ndef double(n): return A()",
+    "defining check": "def check(candidate): pass\ndef double(n): return None",
+    "patched built-ins": "import builtins\nclass Never(Exception): pass\nbuiltins.AssertionError = Never\n"
+    "builtins.int = builtins.bool = lambda *a: True\ndef double(n): return None",
+    "patched testing": "import unittest, sys\nunittest.TestCase.assertEqual = lambda *a: None\n"
+    "sys.modules['pytest'] = None\ndef double(n): return None",
+    "patched values": "from rehearsal.sandbox.inside import plain\nplain.encode = lambda value: True\n"
+    "def double(n): return None",
+    "hooks": "import sys\nsys.settrace(lambda *a: None)\nsys.excepthook = lambda *a: None\n"
+    "sys.exit = lambda *a: None\ndef double(n): raise AssertionError",
+    "leaving when called": "import os\ndef double(n): os._exit(0)",
+    "leaving late": "import os, atexit\natexit.register(os._exit, 0)\ndef double(n): raise SystemExit(0)",
+    "an exception that is no Exception": "def double(n): raise KeyboardInterrupt",
+    "an assertion of its own": "def double(n): raise AssertionError",
+    "looking for the tests": "import gc, sys\n\ndef double(n):\n    frame = sys._getframe()\n    while frame:\n"
+    "        for value in [*frame.f_locals.values(), *gc.get_objects()]:\n"
+    "            if isinstance(value, str) and 'candidate(' + '1) ==' in value: return 2 * n\n"
+    "        frame = frame.f_back\n    return None",
+    "looking for the tests in files": "import glob\ndef double(n):\n"
+    "    for name in glob.glob('/**/*', recursive=True)[:100_000]:\n"
+    "        if name.startswith('/usr'): continue\n"
+    "        try:\n            if 'candidate(' in open(name).read(): return 2 * n\n        except Exception: pass\n",
+    "asking the host": "import host\ndef double(n):\n    return host.ask('expected value?')",
+    "writing to its channel": "import os, json\ndef double(n):\n"
+    "    for k in range(9):\n"
+    "        body = json.dumps({'n': k, 'error': None, 'value': {'result': True, 'arguments': []}}).encode()\n"
+    "        os.write(4, len(body).to_bytes(4, 'big') + body)\n    return None",
+    "a result for the judge": "def double(n): return {'passed': 2, 'total': 2, 'failure': '', 'unusable': ''}",
+    "nothing at all": "",
+    "not a number": "def double(n): return float('nan')",
+    "a generator": "def double(n):\n    while True: yield n",
+    "a child that goes on": "import os\nif os.fork() == 0:\n    def double(n): return None\nelse:\n    os._exit(0)",
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_pass_cannot_be_forged(verifier: CodeVerifier, name: str) -> None:
+    for task in (TASK, Task(PROMPT, ["assert double(1) == 2", "assert double(4) == 8"])):
+        try:
+            score = verifier.verify(f"```python\n{FORGERIES[name]}\n```", task)
+        except VerificationError as error:
+            pytest.fail(f"a forgery must fail, and not leave the score open: {error}")
+        assert not score.passed and score.value == 0.0, score
+    # and the next one is checked as ever
+    assert verifier.verify("    return 2 * n", TASK).passed
+
+
+def test_helper_functions_of_the_prompt_are_the_prompts(verifier: CodeVerifier) -> None:
+    prompt = "def close(a, b):\n    return abs(a - b) < 1e-6\n\ndef half(x):\n    '''Half of x.'''\n"
+    tests = "def check(candidate):\n    assert close(candidate(3), 1.5)\n"
+    task = Task(prompt, tests, {"entry_point": "half"})
+    assert verifier.verify("    return x / 2\n", task).passed
+    forged = "```python\ndef close(a, b): return True\ndef half(x): return 99\n```"
+    assert not verifier.verify(forged, task).passed
+
+
+def test_arguments_that_are_changed_are_seen(verifier: CodeVerifier) -> None:
+    tests = "def check(candidate):\n    a = [3, 1]\n    assert candidate(a) is None\n    assert a == [1, 3]\n"
+    task = Task("def arrange(a):\n    ''''''\n", tests, {"entry_point": "arrange"})
+    assert verifier.verify("    a.sort()\n", task).passed
+    assert not verifier.verify("    a = sorted(a)\n", task).passed
+
+
+def test_expected_exceptions(verifier: CodeVerifier) -> None:
+    tests = ("def check(candidate):\n    try:\n        candidate(-1)\n        assert False, 'no error'\n"
+             "    except ValueError as error:\n        assert 'negative' in str(error)\n")  # fmt: skip
+    task = Task("def root(x):\n    ''''''\n", tests, {"entry_point": "root"})
+    assert verifier.verify("    raise ValueError('negative')\n", task).passed
+    assert not verifier.verify("    raise ValueError('other')\n", task).passed
+    assert not verifier.verify("    return 1\n", task).passed
+    assert not verifier.verify("    raise KeyError('negative')\n", task).passed
+
+
+def test_partial_credit() -> None:
+    tests = ["assert sign(5) == 1", "assert sign(-5) == -1", "assert sign(0) == 0", "assert sign(2) == 1"]
+    task = Task("Write a function that gives the sign of a number.", tests)
+    with CodeVerifier(partial=True) as partial, CodeVerifier() as strict:
+        always = "```python\ndef sign(x): return 1\n```"
+        score = partial.verify(always, task)
+        assert (score.value, score.passed) == (0.5, False)
+        assert "assert sign(-5) == -1" in score.evidence
+        assert strict.verify(always, task).value == 0.0
+        # What ends itself gets credit for what it had shown, and does not pass.
+        leaves = "```python\nimport os\ndef sign(x):\n    if x == 2: os._exit(0)\n    return (x > 0) - (x < 0)\n```"
+        score = partial.verify(leaves, task)
+        assert (score.value, score.passed) == (0.75, False)
+
+
+# MBPP's form, and what cannot be used
+
+
+def test_assertions_with_set_up(verifier: CodeVerifier) -> None:
+    tests = ["assert math.isclose(area(1), math.pi)", "assert set(parts(4)) == {1, 2}", "assert area(r) > 3"]
+    task = Task("Areas.", tests, {"test_setup_code": "import math\nr = 1", "test_imports": ["import os"]})
+    good = "import math\ndef area(r): return math.pi * r ** 2\ndef parts(n): return (k for k in (1, 2))"
+    assert verifier.verify(good, task).passed
+    assert not verifier.verify(good.replace("** 2", "** 2 + 1"), task).passed
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        (Task(PROMPT, "def check(candidate:"), "no Python"),
+        (Task(PROMPT, CHECK), "entry_point"),
+        (Task(PROMPT, "x = 1", {"entry_point": "double"}), "no function check"),
+        (Task(PROMPT, "def check(candidate): pass", {"entry_point": "double"}), "assert nothing"),
+        (Task(PROMPT, ["assert 1 == 1"]), "call no function"),
+        (Task(PROMPT, []), "text, a list"),
+        (Task(PROMPT, None), "text, a list"),
+        (Task(PROMPT, [{"input": "1"}]), "pair"),
+        (Task(PROMPT, ["assert double(lambda: 1) == 2"]), "called with a value of type function"),
+    ],
+)
+def test_tests_that_cannot_be_used_are_no_zero(verifier: CodeVerifier, task: Task, words: str) -> None:
+    with pytest.raises(VerificationError, match=words):
+        verifier.verify("    return 2 * n\n", task)
+
+
+def test_stubs_are_left_to_the_candidate() -> None:
+    source = 'import math\ndef a(x):\n    """Doc."""\ndef b(x):\n    return x\ndef c(): ...\nclass D: pass\n'
+    assert defined_names(source) == {"math", "b", "x", "D"}
+
+
+def test_names_that_tests_leave_to_the_candidate() -> None:
+    tests = (
+        "import math\nfrom a.b import c as d\nx = 1\nfor y in f(x): assert g(y, d, len, z=math.pi)\ndef h(k): return k"
+    )
+    assert free_names(tests) == ["f", "g"]
+
+
+# Programs
+
+
+PAIRS = [("3\n", "6\n"), {"input": "5", "output": "10"}]
+
+
+@pytest.mark.parametrize(
+    ("code", "passes"),
+    [
+        ("print(2 * int(input()))", True),
+        ("print(2 * int(input()), end='  \\n\\n')", True),
+        ("print(6)", False),
+        ("print(2 * int(input()))\nprint('more')", False),
+        ("pass", False),
+        ("print(2 * int(input()))\nraise SystemExit(1)", False),
+        ("import os\nprint(2 * int(input()), flush=True)\nos._exit(0)", True),
+        ("while True: pass", False),
+        ("n = int(input())\nprint(2 * n)\nprint('x' * 10 ** 6)", False),
+    ],
+)
+def test_programs(verifier: CodeVerifier, code: str, passes: bool) -> None:
+    score = verifier.verify(f"```python\n{code}\n```", Task("Double it.", PAIRS))
+    assert score.passed is passes, score
+    assert ("First failing: input" in score.evidence) is not passes
+
+
+def test_a_prefix_of_the_output_does_not_pass(verifier: CodeVerifier) -> None:
+    """As it did where lines were compared pairwise up to the end of the shorter text."""
+    task = Task("Count.", [("", "1\n2\n3\n")])
+    assert verifier.verify("print(1); print(2); print(3)", task).passed
+    assert "line 3 is no such line and should be '3'" in verifier.verify("print(1); print(2)", task).evidence
+
+
+@pytest.mark.parametrize(
+    ("output", "wanted", "same"),
+    [
+        ("a\n", "a", True), ("a  \r\nb\n\n", "a\nb", True), (" a", "a", False), ("a b", "a  b", False),
+        ("", "\n", True), ("a\n\nb", "a\nb", False), ("1.0", "1", False), ("A", "a", False),
+    ],
+)  # fmt: skip
+def test_outputs_are_compared_line_by_line(output: str, wanted: str, same: bool) -> None:
+    assert same_output(output, wanted) is same
+
+
+def test_a_service_can_run_the_programs() -> None:
+    class Service:
+        def run_program(self, source: str, *, stdin: str = "", **_: Any) -> ProgramResult:
+            return ProgramResult(str(2 * int(stdin)), "", Outcome.FINISHED, 0, 0.0, "remote")
+
+    with CodeVerifier(programs=Service()) as verifier:
+        assert verifier.verify("anything", Task("Double it.", PAIRS)).passed
+        assert verifier._pool is None
+
+
+def test_many_at_once(verifier: CodeVerifier) -> None:
+    with ThreadPoolExecutor(16) as threads:
+        results = threads.map(lambda n: verifier.verify(f"    return n * {2 + n % 2}\n", TASK).passed, range(32))
+        assert list(results) == [n % 2 == 0 for n in range(32)]
+
+
+# Whole data sets
+
+
+def humaneval() -> list[dict[str, Any]]:
+    file = DATA / "humaneval" / "HumanEval.jsonl.gz"
+    if not file.exists():
+        pytest.skip("the HumanEval problems are not there")
+    with gzip.open(file, "rt") as lines:
+        return [json.loads(line) for line in lines]
+
+
+class Mutation(ast.NodeTransformer):
+    """Changes one thing: the n-th comparison, operator or constant."""
+
+    def __init__(self, place: int) -> None:
+        self.left = place
+
+    def _now(self) -> bool:
+        self.left -= 1
+        return self.left == -1
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        self.generic_visit(node)
+        swaps = {ast.Lt: ast.GtE, ast.LtE: ast.Gt, ast.Gt: ast.LtE, ast.GtE: ast.Lt,
+                 ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+                 ast.In: ast.NotIn, ast.NotIn: ast.In}  # fmt: skip
+        if type(node.ops[0]) in swaps and self._now():
+            node.ops[0] = swaps[type(node.ops[0])]()
+        return node
+
+    def visit_Return(self, node: ast.Return) -> ast.AST:
+        self.generic_visit(node)
+        if node.value is not None and self._now():
+            value = f"(not _v if isinstance((_v := {ast.unparse(node.value)}), bool) else (_v, '?'))"
+            changed = ast.parse(value, mode="eval").body
+            return ast.copy_location(ast.Return(changed), node)
+        return node
+
+
+def mutated(prompt: str, solution: str, entry: str) -> str:
+    """The solution with the last ``return`` of the function changed: it then answers something else."""
+    tree = ast.parse(prompt + solution)
+    function = next(n for n in reversed(tree.body) if isinstance(n, ast.FunctionDef) and n.name == entry)
+    for place in range(40, -1, -1):
+        copy = ast.parse(ast.unparse(function))
+        mutation = Mutation(place)
+        mutation.visit(copy)
+        if mutation.left < 0:
+            return ast.unparse(ast.fix_missing_locations(copy))
+    raise AssertionError(f"nothing to change in {entry}")
+
+
+@pytest.mark.slow
+def test_all_of_humaneval(verifier: CodeVerifier) -> None:
+    rows = humaneval()
+    # None of these takes a second; on a busy machine that may take long, and must not count against them.
+    patient = CodeVerifier(limits=Limits(seconds=60))
+
+    def check(row: dict[str, Any]) -> tuple[str, bool, bool, bool]:
+        task = Task(row["prompt"], row["test"], {"entry_point": row["entry_point"]})
+        solution = row["canonical_solution"]
+        wrong = mutated(row["prompt"], solution, row["entry_point"])
+        return (
+            row["task_id"],
+            patient.verify(solution, task).passed,
+            patient.verify(f"Here:\n```python\n{row['prompt']}{solution}```\n", task).passed,
+            patient.verify(f"```python\n{wrong}\n```", task).passed,
+        )
+
+    with patient, ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(check, rows))
+    assert len(results) == 164
+    assert [name for name, continued, whole, _ in results if not (continued and whole)] == []
+    assert [name for name, _, _, wrong in results if wrong] == []
+
+
+def test_problems_in_the_form_of_mbpp(verifier: CodeVerifier) -> None:
+    file = DATA / "mbpp" / "mbpp-py.jsonl"
+    if not file.exists():
+        pytest.skip("the MBPP problems are not there")
+    rows = {row["entry_point"]: row for row in map(json.loads, file.read_text().splitlines())}
+    solutions = {
+        "volume_cube": "    return l ** 3\n",
+        "closest_num": "    return N - 1\n",
+    }
+    for name, solution in solutions.items():
+        task = Task(rows[name]["prompt"], rows[name]["test"], {"entry_point": name})
+        assert verifier.verify(solution, task).passed
+        assert not verifier.verify(solution.replace("return", "return 1 +"), task).passed
+    # The whole set can be used: a function that gives nothing fails by its answers and not by the tests.
+    for row in list(rows.values())[::25]:
+        task = Task(row["prompt"], row["test"], {"entry_point": row["entry_point"]})
+        score = verifier.verify("    return object\n", task)
+        assert not score.passed and "First failing: assert" in score.evidence, score

@@ -1,0 +1,229 @@
+"""Persistent interpreters: state, values, questions, limits, and a pool that leaks nothing and survives its zygote."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from rehearsal.errors import SandboxError
+from rehearsal.sandbox import InterpreterPool, Isolation, Limits, Outcome
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from pools import MIB, SMALL, below, eventually, idle_processes, python_for
+
+
+@pytest.fixture
+def own_pool() -> InterpreterPool:
+    """A pool at the strongest level, for a test that breaks it."""
+    level = next((level for level in reversed(Isolation) if _is_to_be_had(level)), None)
+    if level is None:
+        pytest.skip("there is no sandbox here")
+    with InterpreterPool(4, limits=SMALL, isolation=level, python=python_for(level)) as made:
+        yield made
+
+
+def _is_to_be_had(level: Isolation) -> bool:
+    try:
+        python_for(level)
+    except pytest.skip.Exception:
+        return False
+    return True
+
+
+def test_state_lives_on_and_a_last_value_is_shown(pool: InterpreterPool) -> None:
+    with pool.interpreter() as it:
+        assert it.run("x = 20\ndef double(n):\n    return 2 * n").output == ""
+        result = it.run("double(x) + 2")
+        assert (result.output, result.error, result.outcome) == ("42\n", None, Outcome.FINISHED)
+        assert result.isolation == pool.isolation.value
+        assert it.run("_ + 1").output == "43\n"
+        assert it.run("None").output == ""
+        assert it.run("print('a'); 'b'").output == "a\n'b'\n"
+        assert it.run("import sys; print('e', file=sys.stderr); print('o')").output == "e\no\n"
+        assert it.calls == 6
+
+
+def test_an_error_shows_the_code_and_nothing_of_the_sandbox(pool: InterpreterPool) -> None:
+    with pool.interpreter() as it:
+        it.run("x = 1")
+        result = it.run("def f():\n    return 1 / 0\nf()")
+        assert result.outcome is Outcome.RAISED
+        assert result.error is not None
+        assert result.error.startswith("Traceback") and result.error.endswith("ZeroDivisionError: division by zero")
+        assert "return 1 / 0" in result.error
+        assert "guest.py" not in result.error
+        assert it.run("x").output == "1\n"
+        assert "SyntaxError" in (it.run("def").error or "")
+
+
+def test_a_call_beyond_its_time_loses_the_state_and_the_next_one_says_so(pool: InterpreterPool) -> None:
+    with pool.interpreter() as it:
+        it.run("x = 1")
+        late = it.run("print('begun')\nwhile True: pass", seconds=0.5)
+        assert late.outcome is Outcome.TIMEOUT
+        assert late.output == "begun\n"
+        assert "time was over" in (late.error or "")
+        assert 0.4 < late.seconds < 3
+        assert not late.state_lost
+        after = it.run("x")
+        assert after.state_lost
+        assert "NameError" in (after.error or "")
+        assert not it.run("1").state_lost
+        assert it.losses == 1
+
+
+def test_nothing_runs_on_between_calls(pool: InterpreterPool) -> None:
+    with pool.interpreter() as it:
+        it.run(
+            "import threading, time\nn = 0\ndef count():\n    global n\n    while True:\n        n += 1\n"
+            "        time.sleep(0.001)\nthreading.Thread(target=count, daemon=True).start()"
+        )
+        before = int(it.run("n").output)
+        time.sleep(0.5)
+        assert int(it.run("n").output) - before < 200
+
+
+def test_a_function_is_called_with_plain_values(pool: InterpreterPool) -> None:
+    with pool.interpreter() as it:
+        it.run("def add(a, b=1):\n    a.append(b)\n    return {'sum': sum(a), 'pair': (a, {b})}")
+        said = it.call("add", [[1, 2]], {"b": 3})
+        assert said.value == {"result": {"sum": 6, "pair": ([1, 2, 3], {3})}, "arguments": [[1, 2, 3]]}
+        it.run("def fail(): raise ValueError('no')\ndef strange(): return object()")
+        it.run("class Always:\n    def __eq__(self, other): return True")
+        it.run("class Liar(int):\n    def __eq__(self, other): return True")
+        said = it.call("fail")
+        assert said.value is not None
+        assert (said.value["raised"], said.value["said"]) == ("ValueError", "no")
+        assert it.call("strange").value == {"unusable": "a value of type object"}
+        assert it.call("Always").value == {"unusable": "a value of type Always"}
+        liar = it.call("Liar", [7]).value
+        assert liar is not None and type(liar["result"]) is int and liar["result"] == 7
+        assert "NameError" in (it.call("missing").error or "")
+        with pytest.raises(SandboxError, match="plain data"):
+            it.call("add", [lambda: None])
+
+
+def test_code_asks_the_host(pool: InterpreterPool) -> None:
+    with pool.interpreter() as it:
+        result = it.run("import host\nhost.ask('a') + host.ask('b')", answer=str.upper)
+        assert result.output == "'AB'\n"
+        assert "nobody answers" in (it.run("host.ask('a')").error or "")
+
+        def fails(question: str) -> str:
+            raise LookupError(question)
+
+        with pytest.raises(LookupError):
+            it.run("host.ask('c')", answer=fails)
+        assert it.run("1").state_lost
+
+
+def test_no_interpreter_sees_what_another_left(pool: InterpreterPool) -> None:
+    with pool.interpreter() as one, pool.interpreter() as two:
+        one.run("secret = 'left by one'\nopen('left', 'w').write(secret)\nimport random; a = random.random()")
+        look = two.run("import os, random; print(os.listdir('.'), 'secret' in globals()); random.random()")
+        assert look.output.startswith("[] False\n")
+        assert one.run("a").output not in look.output, "both draw the same random numbers"
+        assert one.run("open('left').read()").output == "'left by one'\n"
+
+
+def test_32_at_once(pool: InterpreterPool) -> None:
+    def episode(number: int) -> str:
+        with pool.interpreter() as it:
+            it.run(f"x = {number}")
+            it.run("y = x * 2")
+            return it.run("print(x, y)").output
+
+    with ThreadPoolExecutor(32) as threads:
+        assert list(threads.map(episode, range(64))) == [f"{n} {2 * n}\n" for n in range(64)]
+    assert eventually(lambda: below(pool) == idle_processes(pool))
+
+
+def test_a_pool_has_a_size_and_an_end(own_pool: InterpreterPool) -> None:
+    taken = [own_pool.take() for _ in range(4)]
+    with pytest.raises(SandboxError, match="free"):
+        own_pool.take(timeout=0.05)
+    threading.Timer(0.2, taken[0].close).start()
+    assert own_pool.take(timeout=5).run("1").output == "1\n"
+    with pytest.raises(SandboxError, match="given back"):
+        taken[0].run("1")
+    taken[0].close()
+    own_pool.close()
+    with pytest.raises(SandboxError, match="closed"):
+        taken[1]._pool._new_cell()
+
+
+def test_a_zygote_that_is_killed_from_outside_is_replaced(own_pool: InterpreterPool) -> None:
+    with own_pool.interpreter() as it:
+        it.run("x = 1")
+        timer = threading.Timer(0.3, os.killpg, (own_pool._zygote._process.pid, signal.SIGKILL))
+        timer.start()
+        result = it.run("import time\ntime.sleep(3)\n'slept'")
+        timer.join()
+        if own_pool.isolation >= Isolation.NAMESPACES:
+            assert result.outcome is Outcome.BROKEN
+            after = it.run("'again'")
+            assert after.output == "'again'\n"
+            assert after.state_lost
+        with own_pool.interpreter() as other:
+            assert other.run("2").output == "2\n"
+        assert own_pool.restarts == 1
+
+
+def test_the_clock_of_the_host_ends_a_call_whose_warden_does_not(
+    own_pool: InterpreterPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rehearsal.sandbox.cell.SECONDS_OF_GRACE", 0.5)
+    with own_pool.interpreter() as it:
+        it.run("1")
+        stopped = sorted(below(own_pool) - idle_processes(own_pool))
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        result = it.run("2", seconds=0.2)
+        assert result.outcome is Outcome.BROKEN
+        assert result.seconds < 5
+        for pid in stopped:
+            with contextlib.suppress(ProcessLookupError):  # some are ended already
+                os.kill(pid, signal.SIGCONT)
+        assert it.run("3").output == "3\n"
+
+
+def test_packages_can_be_lent(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("packages")
+    (folder / "lent.py").write_text("VALUE = 7\n")
+    for place in (folder, *list(folder.parents)[:2]):
+        place.chmod(0o755)
+    level = next((level for level in reversed(Isolation) if _is_to_be_had(level)), None)
+    if level is None:
+        pytest.skip("there is no sandbox here")
+    with InterpreterPool(1, isolation=level, packages=[folder], preload=["lent"], python=python_for(level)) as pool:
+        assert pool.take().run("import lent, sys\nlent.VALUE").output == "7\n"
+    with pytest.raises(SandboxError, match="no folder"):
+        InterpreterPool(1, isolation=level, packages=[folder / "missing"], python=python_for(level))
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"seconds": 0}, "time limit"), ({"seconds": float("inf")}, "time limit"),
+        ({"memory_bytes": 10}, "memory_bytes"),
+        ({"processes": 0}, "processes"), ({"files": 1}, "files"), ({"output_bytes": 0.5}, "output_bytes"),
+    ],
+)  # fmt: skip
+def test_limits_are_checked(changes: dict[str, float], word: str) -> None:
+    with pytest.raises(SandboxError, match=word):
+        Limits(**changes)  # type: ignore[arg-type]
+
+
+def test_a_limit_on_memory_is_beyond_the_bare_interpreter(pool: InterpreterPool) -> None:
+    with pool.interpreter() as it:
+        assert it.run(f"x = bytearray({100 * MIB}); len(x)").output == f"{100 * MIB}\n"
+        assert it.run(f"y = bytearray({100 * MIB})").outcome is Outcome.MEMORY
