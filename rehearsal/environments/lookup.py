@@ -103,9 +103,13 @@ class Lookup(EpisodeEnv):
         return float(self._success) if self._over else 1.0
 
     def describe(self) -> dict[str, Any]:
-        """``question``, and ``documents``: the titles that lead to the answer, in order."""
+        """``question``; ``documents``: the titles that lead to the answer, in order; ``relations``: what each is read
+        for."""
         self._need_reset()
-        return {"question": self._question.text, "documents": list(self._question.documents)}
+        asked = self._question
+        return {
+            "question": asked.text, "documents": list(asked.documents), "relations": list(asked.relations)
+        }  # fmt: skip
 
 
 @lru_cache(maxsize=16)

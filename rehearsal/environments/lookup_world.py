@@ -25,7 +25,7 @@ _FIRST = (
     "Pia", "Rafa", "Sara", "Timo", "Uma", "Vera", "Willa", "Xena", "Yuri", "Zoe",
 )  # fmt: skip
 _PRODUCTS = ("lamps", "boats", "clocks", "paint", "gloves", "bread", "drones", "tents", "violins", "pumps", "maps")
-_JOBS = ("engineer", "nurse", "driver", "clerk", "painter", "chemist", "tailor", "pilot")
+_JOBS = ("mason", "nurse", "driver", "clerk", "painter", "chemist", "tailor", "pilot")
 
 SENTENCES: dict[str, tuple[str, ...]] = {
     "born in": ("{one} was born in {other}.", "{one} grew up in {other}, where {one} was born."),
@@ -91,11 +91,13 @@ class Question:
         text: the question.
         answer: a name, a word or a year.
         documents: titles of the documents that lead to the answer, in order.
+        relations: what each of them is read for, as in ``SENTENCES``.
     """
 
     text: str
     answer: str
     documents: tuple[str, ...]
+    relations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def lookup_questions(world: int, split: str, people: int, hops: int) -> tuple[Qu
                 titles = [one]
                 for step in path:
                     titles.append(facts[titles[-1], step])
-                found.append(Question(asked.format(one=one), titles[-1], tuple(titles[:-1])))
+                found.append(Question(asked.format(one=one), titles[-1], tuple(titles[:-1]), path))
     return tuple(found)
 
 

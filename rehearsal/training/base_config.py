@@ -22,6 +22,7 @@ class Scene:
         weight: share of the episodes, relative to the other scenes.
         skill: what differs from the mix of players in this scene, by the names in :class:`SkillMix`.
         rehearse: share of the episodes with thoughts in which the players rehearse.
+        tools: names of tools that come along, beside those of the environment, as in ``rehearsal.agents.toolkit``.
     """
 
     environment: str
@@ -29,20 +30,25 @@ class Scene:
     weight: float = 1.0
     skill: Mapping[str, float] = field(default_factory=dict)
     rehearse: float = 0.0
+    tools: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
         """Name and parameters in one line."""
         params = ", ".join(f"{name}={value}" for name, value in self.params.items())
-        return f"{self.environment}({params})"
+        return f"{self.environment}({params})" + "".join(f" with {name}" for name in self.tools)
 
 
 _BOLD = {"boldness_high": 0.9}
 """Plans in Sokoban are longer than the turns of an episode, so its players move more than once a turn."""
 _CAREFUL = {"wavering": 0.85, "blind": 0.0, "random": 0.15, "epsilon_low": 0.0, "epsilon_high": 0.3}
 """At the help desk one wrong action spoils an episode; what its players lack is knowledge, not skill."""
-_MADE = {"world": 1}
-"""Companies of a world of their own: those that people train on and test with are not among them."""
+_KNOWN = {"world": 1, "companies": 200}
+"""Companies of a world of their own: those that people train on and test with are not among them. They are few, so that
+a name means something: where there are thousands, none is met often enough to be learnt, and a model comes to look past
+names altogether."""
+_ASKING = {"mistakes": 0.03, "oracle": 1.0, "wavering": 0.0, "blind": 0.0, "random": 0.3}
+"""Where tools help, what players lack is the habit of asking: most of them guess, and so badly that it hardly pays."""
 
 SCENES = (
     Scene("frozenlake", {"slip": 0.0}, 24.0, rehearse=0.2),
@@ -62,10 +68,16 @@ SCENES = (
     Scene("bandit", {"held_out": "pairs", "reversed": True}, 6.0),
     Scene("rehearsal.training.base_scenes:MadeUpBandit", {}, 12.0),
     Scene("countdown", {}, 14.0, rehearse=0.1),
-    Scene("helpdesk", {**_MADE, "companies": 2000}, 14.0, _CAREFUL, rehearse=0.6),
-    Scene("helpdesk", {**_MADE, "companies": 2000, "dependent": 0.0}, 4.0, _CAREFUL, rehearse=0.6),
+    Scene("helpdesk", _KNOWN, 14.0, _CAREFUL, rehearse=0.6),
+    Scene("helpdesk", {**_KNOWN, "dependent": 0.0}, 4.0, _CAREFUL, rehearse=0.6),
+    Scene("calculate", {}, 7.0, {**_ASKING, "calls": 0.35}, tools=("calculator",)),
+    Scene("calculate", {"terms": 2, "digits": 2}, 3.0, {**_ASKING, "calls": 0.35}, tools=("calculator",)),
+    Scene("calculate", {"terms": 2, "digits": 2}, 2.0, _ASKING),
+    Scene("rehearsal.training.base_scenes:LookupAnywhere", {"hops": 1}, 4.0, {**_ASKING, "calls": 0.5}),
+    Scene("rehearsal.training.base_scenes:LookupAnywhere", {"hops": 2}, 3.0, {**_ASKING, "calls": 0.5}),
 )
-"""The five built-in environments: mostly as they are by default, with other sizes, slips, views and names beside it."""
+"""The built-in environments: mostly as they are by default, with other sizes, slips, views and names beside it. Tools
+are used in few episodes: enough to know how, not whether it is of use."""
 
 
 @dataclass(frozen=True)

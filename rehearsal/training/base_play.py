@@ -9,6 +9,8 @@ from typing import Any
 
 from rehearsal.agents.agent import Agent, Limits
 from rehearsal.agents.protocol import Protocol
+from rehearsal.agents.toolbox import Toolkit
+from rehearsal.agents.toolkit import make_source
 from rehearsal.environments import make
 from rehearsal.evaluation.held_out import evaluate, held_out_tasks
 from rehearsal.generation.local import LocalEngine
@@ -16,6 +18,7 @@ from rehearsal.models.chat import ChatRenderer
 from rehearsal.models.load import load_policy
 from rehearsal.rollout import Rollout
 from rehearsal.training.base_config import Scene
+from rehearsal.training.playing import DEFAULT_TOOL_TURNS
 from rehearsal.trajectory import all_trajectories
 
 SETTINGS = {
@@ -29,11 +32,15 @@ SETTINGS = {
     "helpdesk": Scene("helpdesk"),
     "helpdesk_rehearsed": Scene("helpdesk", rehearse=1.0),
     "frozenlake_rehearsed": Scene("frozenlake", rehearse=1.0),
+    "calculate": Scene("calculate"),
+    "calculate_with_calculator": Scene("calculate", tools=("calculator",)),
+    "lookup_one_hop": Scene("lookup", {"hops": 1}),
+    "lookup_two_hops": Scene("lookup"),
 }
 """What is played, by the name that its rate gets."""
 
 _MAX_TOKENS = 128
-_MAX_CONTEXT = 1024
+_MAX_CONTEXT = 2048
 
 
 def sampled_play(
@@ -61,8 +68,14 @@ def sampled_play(
     for name in settings:
         scene = SETTINGS[name]
         make_env = partial(make, scene.environment, **scene.params)
-        limits = Limits.for_env(make_env(), max_tokens_per_turn=_MAX_TOKENS, max_context=_MAX_CONTEXT)
-        rollout = Rollout(make_env, engine, policy.renderer, Protocol(rehearse=scene.rehearse > 0), limits)
+        limits = Limits.for_env(
+            make_env(), max_tokens_per_turn=_MAX_TOKENS, max_context=_MAX_CONTEXT,
+            tool_turns=DEFAULT_TOOL_TURNS if scene.tools else 0,
+        )  # fmt: skip
+        rollout = Rollout(
+            make_env, engine, policy.renderer, Protocol(rehearse=scene.rehearse > 0), limits,
+            toolkit=Toolkit([make_source(tool) for tool in scene.tools]),
+        )  # fmt: skip
         try:
             played = evaluate(rollout, held_out_tasks(0, split, episodes))
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rehearsal.environments.bandit import PAIRS, Bandit
+from rehearsal.environments.lookup import Lookup
 from rehearsal.environments.splits import draw_in_split
 
 _ONSETS = (
@@ -37,3 +38,21 @@ class MadeUpBandit(Bandit):
         for _ in range(int(self.np_random.integers(1, 4))):
             parts += [choices[int(self.np_random.integers(len(choices)))] for choices in (_ONSETS, _VOWELS, _CODAS)]
         return "".join(parts).capitalize()
+
+
+class LookupAnywhere(Lookup):
+    """Questions about one world after the other: a model that met a single one would know its answers by heart, and
+    learn that there is no need to look anything up.
+
+    Parameters are those of :class:`rehearsal.environments.lookup.Lookup`; ``world`` is the first of ``WORLDS``.
+    """
+
+    WORLDS = 12
+
+    def __init__(self, hops: int = 2, world: int = 1, people: int = 60, turns: int = 8) -> None:
+        super().__init__(hops, world, people, turns)
+        self._first = self.world
+
+    def _draw(self, split: str) -> str:
+        self.world = self._first + int(self.np_random.integers(self.WORLDS))
+        return super()._draw(split)

@@ -15,12 +15,15 @@ import numpy as np
 from rehearsal.agents.agent import Limits
 from rehearsal.agents.players import SkillMix, scripted_episode
 from rehearsal.agents.protocol import Protocol
+from rehearsal.agents.toolbox import Toolkit, ToolLimits
+from rehearsal.agents.toolkit import make_source
 from rehearsal.environments import make
 from rehearsal.environments.base import SPLITS, TextEnv
 from rehearsal.errors import CheckpointError, RehearsalError
 from rehearsal.models.chat import ChatRenderer
 from rehearsal.training.base_config import BaseConfig, Scene
 from rehearsal.training.base_tokenizer import MIN_VOCABULARY, train_tokenizer
+from rehearsal.training.playing import DEFAULT_TOOL_TURNS
 from rehearsal.trajectory import Segment, StopReason, Trajectory
 
 CHUNK_EPISODES = 128
@@ -58,7 +61,12 @@ class TranscriptSource:
         weights = np.array([scene.weight for scene in config.scenes])
         self._shares = weights / weights.sum()
         self._mixes = [_mix_of(config.mix, scene) for scene in config.scenes]
-        self._openings: dict[tuple[int, Limits, bool, bool], int] = {}
+        self._sources = [[make_source(name) for name in scene.tools] for scene in config.scenes]
+        self._callable = [
+            bool(sources) or type(env).tools is not TextEnv.tools
+            for sources, env in zip(self._sources, self._environments, strict=True)
+        ]
+        self._openings: dict[tuple[int, Limits, bool, bool, int | None], int] = {}
 
     def episode(self, index: int) -> tuple[Trajectory, Transcript]:
         """Episode number ``index`` of the stream that seed and split name."""
@@ -66,16 +74,20 @@ class TranscriptSource:
         rng = np.random.default_rng([config.seed, SPLITS.index(self.split), index])
         scene = int(rng.choice(len(self._shares), p=self._shares))
         env = self._environments[scene]
-        limits = self._limits(env, rng)
+        max_calls = None
+        if self._callable[scene] and rng.random() < config.free_limits:
+            max_calls = int(rng.integers(2, 7))
+        limits = self._limits(env, rng, (max_calls or DEFAULT_TOOL_TURNS) if config.scenes[scene].tools else 0)
         thinking = bool(rng.random() >= config.thoughtless)
         rehearse = thinking and bool(rng.random() < config.scenes[scene].rehearse)
         player = self._mixes[scene].draw(rng)
         trajectory = scripted_episode(
             env, player, self.renderer, rng, seed=int(rng.integers(2**31)), split=self.split,
             protocol=Protocol(thinking=thinking, rehearse=rehearse), limits=limits,
+            toolkit=Toolkit(self._sources[scene], ToolLimits(max_calls)),
         )  # fmt: skip
         segment = trajectory.segments[0]
-        opening = self._openings.setdefault((scene, limits, thinking, rehearse), len(self._openings))
+        opening = self._openings.setdefault((scene, limits, thinking, rehearse, max_calls), len(self._openings))
         return trajectory, Transcript(segment.token_ids, segment.kinds, segment.turns, opening)
 
     def transcripts(self, start: int = 0) -> Iterator[Transcript]:
@@ -85,10 +97,10 @@ class TranscriptSource:
             yield self.episode(index)[1]
             index += 1
 
-    def _limits(self, env: TextEnv, rng: np.random.Generator) -> Limits:
+    def _limits(self, env: TextEnv, rng: np.random.Generator, tool_turns: int) -> Limits:
         context = self.config.max_positions
-        if env.max_turns == 1 or rng.random() >= self.config.free_limits:
-            return Limits.for_env(env, max_context=context)
+        if tool_turns or env.max_turns == 1 or rng.random() >= self.config.free_limits:
+            return Limits.for_env(env, max_context=context, tool_turns=tool_turns)
         return Limits.for_env(
             env, max_turns=int(rng.integers(3, 9)), max_actions_per_turn=int(rng.integers(1, 4)), max_context=context
         )

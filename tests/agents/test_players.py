@@ -415,7 +415,7 @@ def test_the_help_desk_is_played_by_what_is_believed(renderer: ChatRenderer) -> 
         assert answer.topic == env.unwrapped.company(env.unwrapped._company.index).name
         won += bool(trajectory.success)
         true += believed == wanted
-    assert 30 <= true <= 60
+    assert 60 <= true <= 76
     assert true <= won < 80
 
 

@@ -258,7 +258,7 @@ def test_a_file_that_holds_no_transcripts_is_refused(tmp_path: Path) -> None:
 
 def test_the_loss_falls_and_the_folder_loads(made: tuple[Path, dict[str, float]]) -> None:
     folder, figures = made
-    assert figures["loss_last"] < 0.5 * figures["loss_first"]
+    assert figures["loss_last"] < 0.6 * figures["loss_first"]
     assert abs(figures["loss_first"] - np.log(figures["vocabulary"])) < 1.0
     assert figures["tokens"] >= TINY.steps * TINY.tokens_per_step
     model = AutoModelForCausalLM.from_pretrained(folder)

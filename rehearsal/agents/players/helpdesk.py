@@ -28,7 +28,7 @@ class HelpdeskWorld(World):
         knowledge: the share of episodes in which the belief is true.
     """
 
-    def __init__(self, knowledge: float = 0.5) -> None:
+    def __init__(self, knowledge: float = 0.85) -> None:
         self.knowledge = knowledge
 
     def facts(self, env: TextEnv) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rehearsal.agents.players.callers import CalculateWorld, LookupWorld
 from rehearsal.agents.players.helpdesk import HelpdeskWorld
 from rehearsal.agents.players.worlds import BanditWorld, CountdownWorld, FrozenLakeWorld, SokobanWorld, World
 from rehearsal.environments.base import TextEnv
@@ -12,6 +13,8 @@ WORLDS: dict[str, World] = {
     "bandit": BanditWorld(),
     "countdown": CountdownWorld(),
     "helpdesk": HelpdeskWorld(),
+    "calculate": CalculateWorld(),
+    "lookup": LookupWorld(),
 }
 """By name. Add one for an environment of your own to give its players words."""
 

@@ -23,6 +23,7 @@ class Player:
             other actions of the same turn stay as the guide planned them: the player does not look twice.
         boldness: the probability of each further action in a turn that allows several.
         mistakes: the probability that an answer is broken or has an illegal action.
+        calls: whether the player reaches for tools where there are any that it knows.
 
     Raises:
         RecipeError: for a guide that does not exist or a probability outside of 0 to 1.
@@ -32,6 +33,7 @@ class Player:
     epsilon: float = 0.0
     boldness: float = 1.0
     mistakes: float = 0.0
+    calls: bool = False
 
     def __post_init__(self) -> None:
         if self.guide not in ("oracle", "blind"):
@@ -70,6 +72,7 @@ class SkillMix:
         epsilon_low, epsilon_high: between these the epsilon of a wavering player is drawn.
         boldness_low, boldness_high: between these the boldness of every player is drawn.
         mistakes: the probability of a broken answer, for every player.
+        calls: the share of players that reach for tools where there are any.
 
     Raises:
         RecipeError: for negative weights, weights that are all zero, or probabilities outside of 0 to 1.
@@ -84,12 +87,13 @@ class SkillMix:
     boldness_low: float = 0.0
     boldness_high: float = 0.4
     mistakes: float = 0.012
+    calls: float = 0.0
 
     def __post_init__(self) -> None:
         weights = (self.oracle, self.wavering, self.blind, self.random)
         if not all(0 <= weight < float("inf") for weight in weights) or not sum(weights) > 0:
             raise RecipeError("The weights of a skill mix must not be negative, and one of them must be above 0.")
-        for name in ("epsilon_low", "epsilon_high", "boldness_low", "boldness_high", "mistakes"):
+        for name in ("epsilon_low", "epsilon_high", "boldness_low", "boldness_high", "mistakes", "calls"):
             check_probability(name, getattr(self, name))
         for name in ("epsilon", "boldness"):
             if getattr(self, f"{name}_low") > getattr(self, f"{name}_high"):
@@ -102,7 +106,8 @@ class SkillMix:
         wavering = float(rng.uniform(self.epsilon_low, self.epsilon_high))
         boldness = float(rng.uniform(self.boldness_low, self.boldness_high))
         guide: Literal["oracle", "blind"] = "blind" if kind == 2 else "oracle"
-        return Player(guide, (0.0, wavering, 0.0, 1.0)[kind], boldness, self.mistakes)
+        calls = self.calls > 0 and bool(rng.random() < self.calls)
+        return Player(guide, (0.0, wavering, 0.0, 1.0)[kind], boldness, self.mistakes, calls)
 
 
 def check_probability(name: str, value: float) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from rehearsal.agents.agent import Agent, Limits, check_reset, play_actions
+from rehearsal.agents.calls import CALL_CLOSE, spell_call
 from rehearsal.agents.players.known import world_of
 from rehearsal.agents.players.player import Player
 from rehearsal.agents.protocol import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN, Protocol
 from rehearsal.agents.rehearse import PREDICT_CLOSE, PREDICT_OPEN
+from rehearsal.agents.toolbox import Toolkit
 from rehearsal.environments.base import TextEnv
 from rehearsal.models.chat import ChatRenderer, Piece
-from rehearsal.trajectory import Kind, SampleStop, StopReason, Trajectory
+from rehearsal.trajectory import Kind, SampleStop, StopReason, ToolCall, Trajectory
 
 _FOREIGN_WORDS = ("North", "South", "East", "West", "Jump", "Stay", "Wait", "Help", "Back", "Go")
 """What a player says who takes the rules for those of another game."""
@@ -29,6 +32,7 @@ def scripted_episode(
     split: str = "train",
     protocol: Protocol | None = None,
     limits: Limits | None = None,
+    toolkit: Toolkit | None = None,
 ) -> Trajectory:
     """Let a scripted player play one episode.
 
@@ -45,6 +49,7 @@ def scripted_episode(
         split: of the environment's tasks.
         protocol: the answer format; the usual one if None.
         limits: of the episode; the environment's own if None.
+        toolkit: the tools that there are beside those of the environment.
 
     Raises:
         RecipeError: where the player needs something that the environment does not tell, such as its best actions.
@@ -54,14 +59,18 @@ def scripted_episode(
     agent = Agent(renderer, protocol or Protocol(), limits)
     observation, info = check_reset(env, env.reset(seed=seed, options={"split": split}))
     end_ids = end_of_answer(renderer)
-    prompt = agent.opening(env.instructions, observation, state=str(info.get("state", "")), env=env)
-    while prompt is not None:
-        text = _answer(env, player, agent, renderer.opens_thought, rng)
-        ids = np.concatenate([renderer.encode(text), end_ids])
-        room = agent.tokens_left
-        stop = SampleStop.END if len(ids) <= room else SampleStop.LENGTH
-        turn = agent.read(ids[:room], np.zeros(min(len(ids), room), np.float32), stop)
-        prompt = agent.next_turn(play_actions(env, turn, agent.protocol, agent.actions_left))
+    toolbox = (toolkit or Toolkit()).open(env)
+    with contextlib.closing(toolbox) if toolbox is not None else contextlib.nullcontext():
+        prompt = agent.opening(
+            env.instructions, observation, state=str(info.get("state", "")), env=env, toolbox=toolbox
+        )
+        while prompt is not None:
+            text = _answer(env, player, agent, renderer.opens_thought, rng)
+            ids = np.concatenate([renderer.encode(text), end_ids])
+            room = agent.tokens_left
+            stop = SampleStop.END if len(ids) <= room else SampleStop.LENGTH
+            turn = agent.read(ids[:room], np.zeros(min(len(ids), room), np.float32), stop)
+            prompt = agent.next_turn(play_actions(env, turn, agent.protocol, agent.actions_left, toolbox))
     segment = agent.transcript.segment()
     segment.logprobs[:] = np.nan
     return Trajectory(
@@ -83,19 +92,40 @@ def _answer(env: TextEnv, player: Player, agent: Agent, opened: bool, rng: np.ra
     """The text of one answer, without the token that ends it."""
     protocol = agent.protocol
     world = world_of(env)
-    allowed = min(protocol.max_actions_per_turn, agent.actions_left)
-    actions = player.actions(env, allowed, rng)
+    heard = [call for turn in agent.turns for call in turn.calls if turn.valid]
+    call = None
+    if player.calls and agent.toolbox is not None:
+        call = world.call(env, agent.toolbox.tools, heard, rng)
+    actions: list[str] = []
+    if call is None:
+        actions = world.informed(env, heard)
+        if not actions or rng.random() < player.epsilon:
+            actions = player.actions(env, min(protocol.max_actions_per_turn, agent.actions_left), rng)
     thought = ""
     if protocol.thinking or opened:
-        parts = [world.facts(env)]
-        if protocol.rehearse:
+        parts = [world.facts(env), world.told(env, heard)]
+        if protocol.rehearse and call is None:
             rehearsed = world.rehearsals(env, actions, rng)
             parts += [f"{PREDICT_OPEN}{action}\n{answer}{PREDICT_CLOSE}" for action, answer in rehearsed]
-        inside = " ".join(part for part in (*parts, world.intention(env, actions, rng)) if part)
-        thought = f"{'' if opened else THINK_OPEN}{inside}{THINK_CLOSE}"
-    if rng.random() < player.mistakes:
+        parts.append(world.intention(env, actions, rng) if call is None else f"ask {call.name}.")
+        thought = f"{'' if opened else THINK_OPEN}{' '.join(part for part in parts if part)}{THINK_CLOSE}"
+    mistaken = rng.random() < player.mistakes
+    if call is not None:
+        return thought + (_mistaken_call(call, rng) if mistaken else spell_call(call.name, call.arguments))
+    if mistaken:
         return thought + _mistaken(env, actions, protocol, rng)
     return thought + ANSWER_OPEN + f" {protocol.action_separator} ".join(actions) + ANSWER_CLOSE
+
+
+def _mistaken_call(call: ToolCall, rng: np.random.Generator) -> str:
+    """A call of a tool that there is not, with an argument that it does not take, or that cannot be read."""
+    written = spell_call(call.name, call.arguments)
+    misnamed = {"input": next(iter(call.arguments.values()))}
+    wrong = (
+        spell_call(call.name[:-1], call.arguments), spell_call(call.name, misnamed),
+        written.replace('"}}', '"}'), written.removesuffix(CALL_CLOSE),
+    )  # fmt: skip
+    return wrong[int(rng.integers(len(wrong)))]
 
 
 def _mistaken(env: TextEnv, actions: list[str], protocol: Protocol, rng: np.random.Generator) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from rehearsal.environments.bandit import PAIRS
 from rehearsal.environments.base import TextEnv
 from rehearsal.environments.episode import Position
 from rehearsal.errors import RecipeError
+from rehearsal.trajectory import ToolCall
 
 MOVES: dict[str, Position] = {"Left": (0, -1), "Down": (1, 0), "Right": (0, 1), "Up": (-1, 0)}
 """Rows and columns that each move adds."""
@@ -45,6 +46,30 @@ class World:
         Here its own actions, and what the environment would say to them; where chance has a say, what it might say.
         """
         return [(" || ".join(actions), imagined(env, actions, rng))]
+
+    def call(
+        self, env: TextEnv, tools: Collection[str], heard: Sequence[ToolCall], rng: np.random.Generator
+    ) -> ToolCall | None:
+        """What a player who reaches for tools asks next.
+
+        Args:
+            env: in its present state.
+            tools: names of those that there are.
+            heard: the calls of the episode so far, with their results.
+            rng: the player's own chance.
+
+        Returns:
+            None where there is nothing (more) that it would ask.
+        """
+        return None
+
+    def told(self, env: TextEnv, heard: Sequence[ToolCall]) -> str:
+        """What tools have told so far, in few words; "" where that is nothing of use. Always true."""
+        return ""
+
+    def informed(self, env: TextEnv, heard: Sequence[ToolCall]) -> list[str]:
+        """The actions that follow from what tools have told; [] where none do."""
+        return []
 
     def random(self, env: TextEnv, rng: np.random.Generator) -> str:
         """Any action.
