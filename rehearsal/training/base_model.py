@@ -24,6 +24,7 @@ from rehearsal.models.load import quiet_transformers
 from rehearsal.training.base_card import model_card
 from rehearsal.training.base_config import SCENES, BaseConfig, Scene
 from rehearsal.training.base_play import opening_tokens, sampled_play
+from rehearsal.training.base_resume import Unfinished
 from rehearsal.training.base_training import heldout_losses, new_model, train_base
 from rehearsal.training.base_transcripts import (
     Transcript,
@@ -64,8 +65,10 @@ def make_base(
     """Make a base model and write it, with tokenizer and model card, as a Hugging Face folder.
 
     Everything is fixed by ``config``: two runs on the same machine with the same number of threads write the same
-    weights. With ``background`` the episodes are played in a second process, which Python starts by importing the main
-    module anew: a script that calls this needs ``if __name__ == "__main__":`` around the call.
+    weights. Now and then the state is kept in ``output_dir/unfinished``: called again with the same configuration, an
+    interrupted run goes on from there to the same weights, and the folder is removed at the end. With ``background``
+    the episodes are played in a second process, which Python starts by importing the main module anew: a script that
+    calls this needs ``if __name__ == "__main__":`` around the call.
 
     Args:
         config: sizes, players, scenes and training.
@@ -99,14 +102,16 @@ def make_base(
         first = bar.add_task("tokenizer", total=None, note="")
         tokenizer = make_tokenizer(config)
         model = new_model(config, tokenizer)
+        unfinished = Unfinished(folder / "unfinished", config, model)
+        state = unfinished.load()
         bar.update(first, total=1, completed=1, note=f"{len(tokenizer)} tokens")
-        second = bar.add_task("training", total=config.steps, note="")
+        second = bar.add_task("training", total=config.steps, completed=state.step, note="")
 
         def on_step(step: int, loss: float, speed: float) -> None:
             bar.update(second, completed=step, note=f"loss {loss:.3f}, {speed:,.0f} tokens/s")
 
-        with closing(stream_transcripts(config, tokenizer, background)) as transcripts:
-            figures = train_base(model, config, transcripts, on_step)
+        with closing(stream_transcripts(config, tokenizer, background, state.episodes)) as transcripts:
+            figures = train_base(model, config, transcripts, on_step, state, unfinished.save)
     source = TranscriptSource(config, tokenizer, split="validation")
     heldout = list(islice(source.transcripts(), config.heldout_episodes))
     losses = heldout_losses(model, heldout)
@@ -123,6 +128,7 @@ def make_base(
     if evaluate is not None:
         figures |= evaluate(folder)
     (folder / "MODEL_CARD.md").write_text(model_card(config, figures), encoding="utf-8")
+    unfinished.remove()
     return figures
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,9 @@ _SMOOTHING = 0.95
 # Larger packs are slower on a processor: their activations leave its cache.
 _PACK_TOKENS = 2048
 """Tokens of one forward pass: more bring no speed on a processor, and fewer would share fewer system prompts."""
+
+SAVE_EVERY = 100
+"""Steps between two checkpoints, one or two minutes on two cores."""
 
 OnStep = Callable[[int, float, float], None]
 """Called after each optimiser step with its number from 1, the smoothed loss and the tokens per second so far."""
@@ -80,10 +84,42 @@ def heldout_losses(model: Any, transcripts: Sequence[Transcript]) -> dict[str, f
     return {name: totals[number] / counts[number] for number, name in _LOSS_NAMES.items() if counts[number]}
 
 
+@dataclass
+class BaseState:
+    """How far the training of a base has come, apart from its weights.
+
+    Attributes:
+        optimizer: the state of AdamW; None before the first step.
+        step: optimiser steps done.
+        episodes: transcripts taken from the stream.
+        tokens: tokens in them.
+        seconds: of training.
+        loss_first: the loss of the first step.
+        loss_smooth: the smoothed loss, not yet divided by the weight that it has.
+    """
+
+    optimizer: dict[str, Any] | None = None
+    step: int = 0
+    episodes: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    loss_first: float = 0.0
+    loss_smooth: float = 0.0
+
+
 def train_base(
-    model: Qwen3ForCausalLM, config: BaseConfig, transcripts: Iterator[Transcript], on_step: OnStep | None = None
-) -> dict[str, float]:
+    model: Qwen3ForCausalLM, config: BaseConfig, transcripts: Iterator[Transcript], on_step: OnStep | None = None,
+    state: BaseState | None = None, save: Callable[[BaseState], None] | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Train with AdamW on a stream of transcripts, each seen once, in place.
+
+    Args:
+        model: with random weights, or those that belong to ``state``.
+        config: sizes of steps and their number, learning rate, weights of the losses.
+        transcripts: from number ``state.episodes`` on.
+        on_step: called after each step.
+        state: where to go on; from the beginning if None.
+        save: called every ``SAVE_EVERY`` steps with the state at that moment.
 
     Returns:
         ``tokens``, ``episodes``, ``steps``, ``tokens_per_second``, ``loss_first`` and ``loss_last`` (weighted, in nats
@@ -101,13 +137,14 @@ def train_base(
         [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=config.learning_rate, betas=(0.9, 0.95),
     )  # fmt: skip
+    state = state or BaseState()
+    if state.optimizer is not None:
+        optimizer.load_state_dict(state.optimizer)
     model.train()
     parameters = list(model.parameters())
     workers = pack_workers(model)
-    tokens = episodes = 0
-    loss_first = loss_smooth = loss_last = 0.0
-    began = time.monotonic()
-    for step in range(config.steps):
+    began = time.monotonic() - state.seconds
+    for step in range(state.step, config.steps):
         batch = _take(transcripts, config.tokens_per_step)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * schedule(step, config.steps, config.warmup)
@@ -126,21 +163,28 @@ def train_base(
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        tokens += sum(len(t.token_ids) for t in batch)
-        episodes += len(batch)
-        loss_first = loss_first if step else total
-        loss_smooth = _SMOOTHING * loss_smooth + (1 - _SMOOTHING) * total
-        loss_last = loss_smooth / (1 - _SMOOTHING ** (step + 1))
+        state.step = step + 1
+        state.tokens += sum(len(t.token_ids) for t in batch)
+        state.episodes += len(batch)
+        state.loss_first = state.loss_first if step else total
+        state.loss_smooth = _SMOOTHING * state.loss_smooth + (1 - _SMOOTHING) * total
+        state.seconds = time.monotonic() - began
         if on_step is not None:
-            on_step(step + 1, loss_last, tokens / (time.monotonic() - began))
+            on_step(state.step, _smoothed(state), state.tokens / state.seconds)
+        if save is not None and state.step % SAVE_EVERY == 0 and state.step < config.steps:
+            save(replace(state, optimizer=optimizer.state_dict()))
     return {
-        "tokens": float(tokens),
-        "episodes": float(episodes),
+        "tokens": float(state.tokens),
+        "episodes": float(state.episodes),
         "steps": float(config.steps),
-        "tokens_per_second": tokens / (time.monotonic() - began),
-        "loss_first": loss_first,
-        "loss_last": loss_last,
+        "tokens_per_second": state.tokens / max(state.seconds, 1e-9),
+        "loss_first": state.loss_first,
+        "loss_last": _smoothed(state),
     }
+
+
+def _smoothed(state: BaseState) -> float:
+    return state.loss_smooth / (1 - _SMOOTHING**state.step)
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:

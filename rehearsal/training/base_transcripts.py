@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import queue
 import string
+import zlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +67,6 @@ class TranscriptSource:
             bool(sources) or type(env).tools is not TextEnv.tools
             for sources, env in zip(self._sources, self._environments, strict=True)
         ]
-        self._openings: dict[tuple[int, Limits, bool, bool, int | None], int] = {}
 
     def episode(self, index: int) -> tuple[Trajectory, Transcript]:
         """Episode number ``index`` of the stream that seed and split name."""
@@ -87,7 +87,8 @@ class TranscriptSource:
             toolkit=Toolkit(self._sources[scene], ToolLimits(max_calls)),
         )  # fmt: skip
         segment = trajectory.segments[0]
-        opening = self._openings.setdefault((scene, limits, thinking, rehearse, max_calls), len(self._openings))
+        # A digest and no counter: it must not depend on the episode that this source began with.
+        opening = zlib.crc32(repr((scene, limits, thinking, rehearse, max_calls)).encode())
         return trajectory, Transcript(segment.token_ids, segment.kinds, segment.turns, opening)
 
     def transcripts(self, start: int = 0) -> Iterator[Transcript]:
@@ -124,23 +125,24 @@ def make_tokenizer(config: BaseConfig) -> Any:
     return train_tokenizer([*texts, *[signs] * 1000], config.vocabulary)
 
 
-def stream_transcripts(config: BaseConfig, tokenizer: Any, background: bool) -> Generator[Transcript]:
-    """The transcripts of the training split, from the first on, without end.
+def stream_transcripts(config: BaseConfig, tokenizer: Any, background: bool, start: int = 0) -> Generator[Transcript]:
+    """The transcripts of the training split, without end.
 
     Args:
         config: see :class:`TranscriptSource`.
         tokenizer: with a chat template.
         background: play in a second process, some way ahead of what was taken. It is ended when the iterator is closed.
+        start: the number of the first one.
 
     Raises:
         RehearsalError: if the second process failed.
     """
     if not background:
-        yield from TranscriptSource(config, tokenizer).transcripts()
+        yield from TranscriptSource(config, tokenizer).transcripts(start)
         return
     context = multiprocessing.get_context("spawn")
     chunks: Any = context.Queue(_WAITING_CHUNKS)
-    worker = context.Process(target=_play_on, args=(config, tokenizer, chunks), daemon=True)
+    worker = context.Process(target=_play_on, args=(config, tokenizer, start, chunks), daemon=True)
     worker.start()
     try:
         while True:
@@ -167,10 +169,10 @@ def _next_chunk(worker: Any, chunks: Any) -> list[Transcript] | str:
             return f"it gave nothing for {_SECONDS_TO_ANSWER:g} seconds."
 
 
-def _play_on(config: BaseConfig, tokenizer: Any, chunks: Any) -> None:
+def _play_on(config: BaseConfig, tokenizer: Any, start: int, chunks: Any) -> None:
     """What the second process does: play, and hand over."""
     try:
-        transcripts = TranscriptSource(config, tokenizer).transcripts()
+        transcripts = TranscriptSource(config, tokenizer).transcripts(start)
         while True:
             chunks.put([next(transcripts) for _ in range(CHUNK_EPISODES)])
     except Exception as error:  # it is told to the process that waits

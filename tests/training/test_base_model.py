@@ -21,6 +21,7 @@ from rehearsal.environments.bandit import PAIRS
 from rehearsal.environments.splits import content_split
 from rehearsal.errors import CheckpointError, RecipeError, RehearsalError, TrainingDiverged
 from rehearsal.models.chat import ANSWER_TAGS, ChatRenderer
+from rehearsal.training import base_training
 from rehearsal.training.base_model import (
     BaseConfig,
     Scene,
@@ -33,8 +34,9 @@ from rehearsal.training.base_model import (
     save_transcripts,
 )
 from rehearsal.training.base_play import opening_tokens, sampled_play
+from rehearsal.training.base_resume import Unfinished
 from rehearsal.training.base_tokenizer import ADDED_TOKENS, CONTROL_TOKENS, MIN_VOCABULARY, train_tokenizer
-from rehearsal.training.base_training import heldout_losses, new_model, schedule, train_base
+from rehearsal.training.base_training import BaseState, heldout_losses, new_model, schedule, train_base
 from rehearsal.training.base_transcripts import make_tokenizer, stream_transcripts
 from rehearsal.trajectory import Kind
 
@@ -306,6 +308,50 @@ def test_the_same_configuration_gives_the_same_weights(tmp_path: Path) -> None:
     assert weights[0] == weights[1]
     assert weights[0] != weights[2]
     assert "not measured" in (tmp_path / "one" / "MODEL_CARD.md").read_text()
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_an_interrupted_training_goes_on_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bool
+) -> None:
+    config = replace(TINY, tokens=8_192, tokens_per_step=1024, tokenizer_episodes=40, heldout_episodes=5)
+    monkeypatch.setattr(base_training, "SAVE_EVERY", 3)
+    steps: list[int] = []
+
+    def make(folder: Path) -> bytes:
+        make_base(config, folder, progress=False, background=False)
+        return (folder / "model.safetensors").read_bytes()
+
+    whole = make(tmp_path / "whole")
+    take = base_training._take
+
+    def counted(*args: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return take(*args)
+
+    monkeypatch.setattr(base_training, "_take", counted)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "parts")
+    (kept,) = (tmp_path / "parts" / "unfinished").iterdir()
+    assert kept.name == "step_000003"
+    if damage:
+        (kept / "state.pt").write_bytes(b"half")
+        with pytest.raises(CheckpointError, match=r"delete .*unfinished to begin anew"):
+            make(tmp_path / "parts")
+        return
+    assert make(tmp_path / "parts") == whole
+    assert len(steps) == 5 + 8 - 3
+    assert not (tmp_path / "parts" / "unfinished").exists()
+
+
+def test_what_another_configuration_left_is_not_taken_up(tmp_path: Path, tokenizer: Any) -> None:
+    model = new_model(TINY, tokenizer)
+    Unfinished(tmp_path / "x", TINY, model).save(BaseState(step=7))
+    assert Unfinished(tmp_path / "x", TINY, model).load().step == 7
+    assert Unfinished(tmp_path / "x", replace(TINY, clip=0.5), model).load().step == 0
+    assert not (tmp_path / "x").exists()
 
 
 def test_only_what_is_said_done_and_seen_is_learnt(tokenizer: Any) -> None:
