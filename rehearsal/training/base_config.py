@@ -43,7 +43,7 @@ _BOLD = {"boldness_high": 0.9}
 """Plans in Sokoban are longer than the turns of an episode, so its players move more than once a turn."""
 _CAREFUL = {"wavering": 0.85, "blind": 0.0, "random": 0.15, "epsilon_low": 0.0, "epsilon_high": 0.3}
 """At the help desk one wrong action spoils an episode; what its players lack is knowledge, not skill."""
-_KNOWN = {"world": 1, "companies": 200}
+_KNOWN = {"world": 1, "companies": 100}
 """Companies of a world of their own: those that people train on and test with are not among them. They are few, so that
 a name means something: where there are thousands, none is met often enough to be learnt, and a model comes to look past
 names altogether."""
@@ -68,8 +68,7 @@ SCENES = (
     Scene("bandit", {"held_out": "pairs", "reversed": True}, 6.0),
     Scene("rehearsal.training.base_scenes:MadeUpBandit", {}, 12.0),
     Scene("countdown", {}, 14.0, rehearse=0.1),
-    Scene("helpdesk", _KNOWN, 14.0, _CAREFUL, rehearse=0.6),
-    Scene("helpdesk", {**_KNOWN, "dependent": 0.0}, 4.0, _CAREFUL, rehearse=0.6),
+    Scene("helpdesk", _KNOWN, 20.0, _CAREFUL, rehearse=0.7),
     Scene("calculate", {}, 7.0, {**_ASKING, "calls": 0.35}, tools=("calculator",)),
     Scene("calculate", {"terms": 2, "digits": 2}, 3.0, {**_ASKING, "calls": 0.35}, tools=("calculator",)),
     Scene("calculate", {"terms": 2, "digits": 2}, 2.0, _ASKING),
@@ -119,7 +118,7 @@ class BaseConfig:
     mlp: int = 384
     max_positions: int = 4096
     vocabulary: int = 1024
-    tokens: int = 20_000_000
+    tokens: int = 24_000_000
     tokens_per_step: int = 8192
     learning_rate: float = 3e-3
     warmup: float = 0.03
