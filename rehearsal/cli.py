@@ -268,8 +268,10 @@ def _type_name(annotation: Any) -> str:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from rehearsal.reports.evaluation import evaluation_parts, write_evaluation_page
+    from rehearsal.reports.evaluation import check_page, evaluation_parts, write_evaluation_page
 
+    if options.page is not None:
+        check_page(options.page)
     figures = _mint(options) if options.protocol == "mint" else _plain_evaluation(options)
     console = Console()
     for part in evaluation_parts(figures, options.against or ""):

@@ -75,9 +75,7 @@ def write_evaluation_page(path: str | Path, figures: Mapping[str, float], about:
     Raises:
         RecipeError: if there is no folder for it.
     """
-    path = Path(path)
-    if not path.resolve().parent.is_dir():
-        raise RecipeError(f"There is no folder {path.resolve().parent} to write the page into; make it first.")
+    path = check_page(path)
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -90,6 +88,18 @@ def write_evaluation_page(path: str | Path, figures: Mapping[str, float], about:
         made=moment(datetime.now(UTC).isoformat(timespec="minutes")),
     )  # fmt: skip
     write_atomically(path, page)
+    return path
+
+
+def check_page(path: str | Path) -> Path:
+    """The path of a page, if it can be written there.
+
+    Raises:
+        RecipeError: if there is no folder for it.
+    """
+    path = Path(path)
+    if not path.resolve().parent.is_dir():
+        raise RecipeError(f"There is no folder {path.resolve().parent} to write the page into; make it first.")
     return path
 
 

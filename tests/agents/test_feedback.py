@@ -147,7 +147,8 @@ def test_a_remark_with_the_solution_is_withheld(chatml_renderer: ChatRenderer) -
 def test_no_scripted_remark_quotes_anything(solution: str, answer: str) -> None:
     # The remarks are few, so what they say of any solution is which of them it is.
     fixed = {_of_answer(given, wanted) for given, wanted in (
-        ("1", "2"), ("2", "1"), ("x", "1"), ("x 1", "1"), ("a b", "c"), ("red fox", "red hen"), ("the hen it is", "hen"),
+        ("1", "2"), ("2", "1"), ("x", "1"), ("x 1", "1"), ("a b", "c"), ("red fox", "red hen"),
+        ("the hen it is", "hen"),
     )}  # fmt: skip
     assert _of_answer(answer, solution) in fixed
     assert len(fixed) == 7

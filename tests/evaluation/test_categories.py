@@ -46,7 +46,8 @@ def test_success_of_each_kind() -> None:
 
 
 def test_kinds_of_several_environments_are_told_apart() -> None:
-    groups = [Group([episode(True, "sums", "x")]), Group([episode(False, "sums", "y")]), Group([episode(True, "", "y")])]
+    kinds = ((True, "sums", "x"), (False, "sums", "y"), (True, "", "y"))
+    groups = [Group([episode(*kind)]) for kind in kinds]
     assert {name for name in category_figures(groups) if name.endswith("/success")} == {
         "category/x/sums/success", "category/y/sums/success", "category/y/success",
     }  # fmt: skip
@@ -112,7 +113,7 @@ def test_a_verifier_picks_among_samples() -> None:
 
 
 def test_a_verifier_that_knows_nothing_is_told_of() -> None:
-    with pytest.raises(RewardError, match="could say nothing about any of 1 episodes: .*It asks"):
+    with pytest.raises(RewardError, match=r"could say nothing about any of 1 episodes: .*It asks"):
         verify_episodes([Group([episode(True, answer="?")])], "longest-of-tests")
     with pytest.raises(RewardError, match="no verifier"):
         verify_episodes([Group([episode(True)])], "longest-of-test")
