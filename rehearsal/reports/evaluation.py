@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 
 from rehearsal.errors import RecipeError
 from rehearsal.reports.data import moment
+from rehearsal.reports.page import page_templates
 from rehearsal.reports.plots import Chart, Series, draw
 from rehearsal.training.storage import write_atomically
 
 _HERE = Path(__file__).parent
+_LONGEST_TEXT = 2000
 _AT = re.compile(r"(pass@|pass\^|majority@|best@)(\d+)")
 _TURNS = re.compile(r"success@(\d+)")
 _ENDS = ("/low", "/high", "_low", "_high", "/p_value")
@@ -76,12 +77,8 @@ def write_evaluation_page(path: str | Path, figures: Mapping[str, float], about:
         RecipeError: if there is no folder for it.
     """
     path = check_page(path)
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
     chart = turns_chart(figures)
-    page = templates.get_template("evaluation.html.jinja").render(
+    page = page_templates(_LONGEST_TEXT).get_template("evaluation.html.jinja").render(
         about=about, parts=evaluation_parts(figures, about.get("against", "")), chart=chart,
         drawing="" if chart is None else draw(chart, 620, 280),
         style=Markup((_HERE / "report.css").read_text(encoding="utf-8")),

@@ -79,7 +79,7 @@ def who_calculates(messages: Messages) -> str:
     if len(messages) == 2:
         line = str(value_of(messages))
         return '<tool_call>{"name": "calculator", "arguments": {"expression": "' + line + '"}}</tool_call>'
-    return f"<answer>{messages[-1][1].split()[0]}</answer>"
+    return f"<answer>{messages[-1][1].splitlines()[1]}</answer>"
 
 
 def play(
