@@ -217,6 +217,8 @@ class Trajectory:
         policy_step: the optimiser step of the policy that played it.
         topic: what the task is about, if the environment says so (info["topic"]): tasks of one topic have in common
             what is worth remembering about them, such as the company that is called.
+        category: the kind of task that it is, if the environment says so (info["category"]): results are told for each
+            kind apart.
     """
 
     environment: str
@@ -233,6 +235,7 @@ class Trajectory:
     counters: dict[str, float] = field(default_factory=dict)
     policy_step: int = 0
     topic: str = ""
+    category: str = ""
 
     @property
     def failed(self) -> bool:

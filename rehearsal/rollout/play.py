@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from rehearsal.agents.agent import Agent, Limits
+from rehearsal.agents.feedback import Feedback, with_feedback
 from rehearsal.agents.play import check_reset, play_actions
 from rehearsal.agents.protocol import Protocol as AnswerProtocol
 from rehearsal.agents.toolbox import Toolkit
@@ -82,13 +83,14 @@ class Rollout:
         keep_ending: whether the environment's last words, which no answer follows, are among an episode's tokens; a
             world model learns from them.
         toolkit: the tools that agents have beside those of their environment; closed with the rollout.
+        feedback: the user who comments on answers, if there is one.
     """
 
     def __init__(
         self, make_env: Callable[[], TextEnv] | Sequence[Callable[[], TextEnv]], engine: Engine,
         renderer: ChatRenderer | None, protocol: AnswerProtocol, limits: Limits | Sequence[Limits], *,
         sampling: SamplingParams | None = None, seed: int = 0, workers: int = 64, step_timeout: float = 60.0,
-        keep_ending: bool = False, toolkit: Toolkit | None = None,
+        keep_ending: bool = False, toolkit: Toolkit | None = None, feedback: Feedback | None = None,
     ) -> None:  # fmt: skip
         self.makers = [make_env] if callable(make_env) else list(make_env)
         self.engine = engine
@@ -101,6 +103,7 @@ class Rollout:
         self.step_timeout = step_timeout
         self.keep_ending = keep_ending
         self.toolkit = toolkit or Toolkit()
+        self.feedback = feedback
         self._places: list[list[Place]] = [[] for _ in self.makers]
 
     @property
@@ -217,8 +220,11 @@ class Rollout:
 
     def _new_place(self, environment: int) -> Place:
         env = self.makers[environment]()
-        # Tools are called where the environment is stepped: one that takes long must not hold up the others.
-        return Place(env, threaded=not (env.fast and self.toolkit.fast))
+        # Tools are called where the environment is stepped, and users asked: one that takes long must not hold up the
+        # others.
+        return Place(
+            env, threaded=not (env.fast and self.toolkit.fast and (self.feedback is None or self.feedback.fast))
+        )
 
     async def _answer(self, agent: Agent, session: Any, sampling: SamplingParams) -> Turn:
         """Sample the agent's next answer, and have it read."""
@@ -258,6 +264,7 @@ class Rollout:
             info, episode.prompt = await self._call(place, reset, stepping)
             trajectory.task = str(info.get("task", ""))
             trajectory.topic = str(info.get("topic", ""))
+            trajectory.category = str(info.get("category", ""))
             # Holds until an action is executed; an agent that never acts has not succeeded.
             trajectory.success = info_success(info)
         except Exception as error:
@@ -274,10 +281,12 @@ class Rollout:
                 turn = await self._answer(agent, session, sampling)
 
                 def act(turn: Any = turn) -> Any:
-                    return play_actions(place.env, turn, agent.protocol, agent.actions_left, agent.toolbox)
+                    played = play_actions(place.env, turn, agent.protocol, agent.actions_left, agent.toolbox)
+                    return with_feedback(self.feedback, place.env, agent, played)
 
                 # Calls have time limits of their own, and the agent is told which of them took too long.
                 extra = agent.toolbox.seconds_for(turn.calls) if agent.toolbox is not None else 0.0
+                extra += self.feedback.seconds if self.feedback is not None else 0.0
                 try:
                     result = await self._call(place, act, stepping, self.step_timeout + extra)
                 except Exception as error:

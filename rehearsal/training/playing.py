@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from rehearsal.agents.agent import Limits
+from rehearsal.agents.feedback import Feedback
 from rehearsal.agents.protocol import Protocol as AnswerProtocol
 from rehearsal.agents.toolbox import Toolkit, ToolLimits
 from rehearsal.agents.toolkit import make_source, tool_path
@@ -141,19 +143,37 @@ def _check_limited(recipe: Recipe, toolkit: Toolkit) -> None:
     check_names("tool", recipe.tools.per_tool, there)
 
 
-def make_rollout(recipe: Recipe, policy: Policy) -> Rollout:
-    """What plays the agent of a recipe in its environment, on a local engine."""
-    limits = episode_limits(recipe)
+def make_engine(recipe: Recipe, model: Any) -> LocalEngine:
+    """The local engine of a recipe."""
     memory = recipe.engine.memory_gib
-    engine = LocalEngine(
-        policy.model, max_context=recipe.agent.max_context, max_sessions=recipe.engine.max_sessions,
+    return LocalEngine(
+        model, max_context=recipe.agent.max_context, max_sessions=recipe.engine.max_sessions,
         memory_bytes=None if memory is None else int(memory * 2**30), prefill_tokens=recipe.engine.prefill_tokens,
     )  # fmt: skip
+
+
+def make_rollout(
+    recipe: Recipe, policy: Policy, *, engine: LocalEngine | None = None,
+    makers: Sequence[Callable[[], TextEnv]] | None = None, limits: Sequence[Limits] | None = None,
+    feedback: Feedback | None = None,
+) -> Rollout:  # fmt: skip
+    """What plays the agent of a recipe in its environment, on a local engine.
+
+    Args:
+        recipe: of the run.
+        policy: who plays.
+        engine: one that is there already; a new one if None.
+        makers, limits: of other environments than the recipe's.
+        feedback: the user who comments on answers, if there is one.
+    """
+    limits = episode_limits(recipe) if limits is None else limits
+    makers = [variant.maker for variant in variants_of(recipe)] if makers is None else makers
     rollout = Rollout(
-        [variant.maker for variant in variants_of(recipe)], engine, policy.renderer, answer_protocol(recipe), limits,
+        makers, make_engine(recipe, policy.model) if engine is None else engine, policy.renderer,
+        answer_protocol(recipe), limits,
         sampling=SamplingParams(recipe.sampling.temperature, recipe.sampling.top_k, recipe.sampling.top_p),
         seed=recipe.seed, workers=recipe.environment.workers, step_timeout=recipe.environment.step_timeout,
-        keep_ending=recipe.world.mode != "policy_only", toolkit=make_toolkit(recipe),
+        keep_ending=recipe.world.mode != "policy_only", toolkit=make_toolkit(recipe), feedback=feedback,
     )  # fmt: skip
     try:
         rollout.check_opening()
