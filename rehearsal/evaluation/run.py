@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rehearsal.algorithms.curriculum import Staged
 from rehearsal.errors import ModelError, RecipeError
 from rehearsal.evaluation.held_out import Evaluation, evaluate
 from rehearsal.evaluation.remote import ChatRollout
@@ -61,12 +62,13 @@ def evaluate_policy(
         recipe = resolve_recipe(recipe, overrides)
         return _evaluate_remote(str(policy), recipe, split, episodes, temperature, samples, url, api_key_env)
     recipe, loaded = load_for_evaluation(policy, recipe, overrides)
+    source = _tasks_of(recipe, policy)
     if against is None:
-        return _played(recipe, loaded, split, episodes, temperature, samples).figures
+        return _played(recipe, source, loaded, split, episodes, temperature, samples).figures
     # Both are looked for before either plays.
     _, other = load_for_evaluation(against, recipe, ())
-    result = _played(recipe, loaded, split, episodes, temperature, samples)
-    rival = _played(recipe, other, split, episodes, temperature, samples)
+    result = _played(recipe, source, loaded, split, episodes, temperature, samples)
+    rival = _played(recipe, source, other, split, episodes, temperature, samples)
     if "success" not in result.figures or "success" not in rival.figures:
         raise RecipeError("The environment tells no success, by which the policies could be compared.")
     found = compare(success_by_task(result.groups), success_by_task(rival.groups))
@@ -74,10 +76,27 @@ def evaluate_policy(
     return {**result.figures, "against/success": rival.figures["success"], **figures}
 
 
-def _played(recipe: Recipe, policy: Policy, split: str, episodes: int, temperature: float, samples: int) -> Evaluation:
+def _tasks_of(recipe: Recipe, policy: str | Path | None) -> TaskSource:
+    """The tasks of a recipe with the tools of the stage that a run has reached; those of the last stage for a policy
+    that is no run."""
+    source = TaskSource(recipe)
+    if not isinstance(source.sampler, Staged):
+        return source
+    saved = checkpoints(Path(policy) / "checkpoints") if policy is not None else []
+    state = load_checkpoint(saved[-1])[1]["tasks"] if saved else {}
+    if "stage" in state:
+        source.sampler.load_state_dict(state)
+    else:
+        source.sampler.stage = source.sampler.stages - 1
+    return source
+
+
+def _played(
+    recipe: Recipe, source: TaskSource, policy: Policy, split: str, episodes: int, temperature: float, samples: int
+) -> Evaluation:  # fmt: skip
     rollout = make_rollout(recipe, policy)
     try:
-        tasks = TaskSource(recipe).held_out(recipe.evaluation.seed, split, episodes)
+        tasks = source.held_out(recipe.evaluation.seed, split, episodes)
         result = evaluate(rollout, tasks, temperature=temperature, samples=samples)
         check_failures(result.groups, recipe.training.abort_failed_share)
         return result
@@ -137,7 +156,7 @@ def _evaluate_remote(
         toolkit=make_toolkit(recipe),
     )  # fmt: skip
     try:
-        tasks = TaskSource(recipe).held_out(recipe.evaluation.seed, split, episodes)
+        tasks = _tasks_of(recipe, None).held_out(recipe.evaluation.seed, split, episodes)
         result = evaluate(rollout, tasks, temperature=temperature, samples=samples)
         check_failures(result.groups, recipe.training.abort_failed_share)
     finally:

@@ -167,8 +167,6 @@ def _in_branch(node: ast.If, text: _Text) -> Iterator[Bug]:
         one, other = node.body[0].lineno - 1, node.orelse[0].lineno - 1
         middle = text.lines[one + 1 : other]
         yield Bug("branches", one, other + 1, (text.lines[other], *middle, text.lines[one]))
-    if not node.orelse and isinstance(node.body[-1], ast.Return):
-        yield Bug("missing case", node.lineno - 1, node.end_lineno or node.lineno, ())
 
 
 def _in_block(block: Sequence[ast.stmt], text: _Text) -> Iterator[Bug]:
@@ -176,6 +174,8 @@ def _in_block(block: Sequence[ast.stmt], text: _Text) -> Iterator[Bug]:
         line = statement.lineno - 1
         if isinstance(statement, ast.Assign | ast.AugAssign | ast.Expr) and len(block) > 1:
             yield Bug("missing line", line, line + 1, ())
+        if isinstance(statement, ast.If) and isinstance(statement.body[-1], ast.Return) and len(block) > 1:
+            yield Bug("missing case", line, statement.end_lineno or statement.lineno, ())
         if isinstance(statement, ast.Return | ast.Assign | ast.AugAssign) and place and _opens_block(block[place - 1]):
             yield Bug("indentation", line, line + 1, (_STEP + text.lines[line],))
 

@@ -8,7 +8,7 @@ import json
 import os
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -28,9 +28,6 @@ _KEPT = 4096
 """Runs that are remembered: the episodes of a group begin alike, and often make the same edit."""
 
 Arguments = tuple[Any, ...]
-Work = Callable[[Interpreter], "tuple[Run, bool] | None"]
-"""What is done in an interpreter: it gives what it found and whether that would be found again, or None if the
-interpreter did not survive it."""
 
 
 class Answer(NamedTuple):
@@ -90,63 +87,57 @@ class ProgramRunner:
             SandboxError: if the sandbox does not work.
         """
 
-        def work(interpreter: Interpreter) -> tuple[Run, bool] | None:
-            listed = [list(call) for call in calls]
-            said = interpreter.call("trial", [function, program, listed, _LINES, _CPU_SECONDS, _SECONDS])
-            found = _result(said)
-            if not isinstance(found, dict):
-                return None
-            missing = "no end" if found["late"] or found["spent"] else "the program ended itself"
-            return _read(found["answers"], len(calls), missing), not found["late"]
-
-        found = self._once((function, program, repr(calls)), work)
-        return found or Run((Answer("the program ended the sandbox", False),) * len(calls))
+        key = (function, program, repr(calls))
+        with self._lock:
+            if key in self._known:
+                self._known.move_to_end(key)
+                return self._known[key]
+        asked = [function, program, [list(call) for call in calls], _LINES, _CPU_SECONDS, _SECONDS]
+        # Somebody else may have ended the sandbox the first time.
+        found = self._tried(asked) or self._tried(asked)
+        if found is None:
+            return Run((Answer("the program ended the sandbox", False),) * len(calls))
+        missing = "no end" if found["late"] or found["spent"] else "the program ended itself"
+        run = _read(found["answers"], len(calls), missing)
+        if not found["late"]:  # by the clock, and the machine may have been busy
+            self._remember(key, run)
+        return run
 
     def close(self) -> None:
         """End the interpreters."""
         self._pool.close()
 
-    def _once(self, key: tuple[str, str, str], work: Work) -> Run | None:
-        """What work finds, from memory if it was done before; None if the sandbox ended under it twice."""
+    def _remember(self, key: tuple[str, str, str], run: Run) -> None:
         with self._lock:
-            if key in self._known:
-                self._known.move_to_end(key)
-                return self._known[key]
-        # Somebody else may have ended it the first time.
-        done = self._tried(work) or self._tried(work)
-        if done is None:
-            return None
-        found, keep = done
-        if keep:
-            with self._lock:
-                self._known[key] = found
-                if len(self._known) > _KEPT:
-                    self._known.popitem(last=False)
-        return found
+            self._known[key] = run
+            if len(self._known) > _KEPT:
+                self._known.popitem(last=False)
 
-    def _tried(self, work: Work) -> tuple[Run, bool] | None:
+    def _tried(self, asked: list[Any]) -> dict[str, Any] | None:
+        """What :func:`inside.trial` gives; None if its interpreter did not survive, or was no good."""
         with self._places:
             try:
                 interpreter = self._idle.pop()
             except IndexError:
                 interpreter = self._pool.take()
                 interpreter.run(_INSIDE)
-            done = None
+            found = None
             try:
-                done = work(interpreter)
+                found = _result(interpreter.call("trial", asked))
             finally:
-                if done is None:
+                if found is None:
                     interpreter.close()
                 else:
                     self._idle.append(interpreter)
-            return done
+            return found
 
 
-def _result(said: CallResult) -> Any:
-    """What a function inside gave; None if it did not come to its end."""
+def _result(said: CallResult) -> dict[str, Any] | None:
     if said.outcome not in (Outcome.FINISHED, Outcome.OUTPUT) or not isinstance(said.value, dict):
         return None
-    return said.value.get("result")
+    result = said.value.get("result")
+    known = isinstance(result, dict) and {"answers", "late", "spent"} <= result.keys()
+    return result if known and isinstance(result["answers"], list) else None
 
 
 def _read(answers: Sequence[Any], count: int, missing: str) -> Run:
