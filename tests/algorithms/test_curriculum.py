@@ -170,7 +170,8 @@ def test_stages() -> None:
 
 
 def stalling(**changes: Any) -> Staged:
-    return Staged(3, **{"threshold": 0.9, "window": 4, "review": 0.0, "patience": 8, "relief": frozenset({1})} | changes)
+    usual = {"threshold": 0.9, "window": 4, "review": 0.0, "patience": 8, "relief": frozenset({1})}
+    return Staged(3, **usual | changes)
 
 
 def play_stage(sampler: Staged, *success: float) -> int:

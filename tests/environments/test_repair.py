@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from rehearsal.environments.repair import (
 )
 from rehearsal.environments.repair.bugs import KINDS, draw_bugs
 from rehearsal.environments.repair.families import FAMILIES
+from rehearsal.environments.repair.programs import _NAMES
 from rehearsal.environments.repair.running import Answer, ProgramRunner, run_own
 from rehearsal.environments.splits import content_split
 from rehearsal.errors import RecipeError
@@ -89,7 +91,7 @@ def runner() -> Iterator[ProgramRunner]:
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_a_correct_program_is_correct(family):
     numbers, arguments, value = WANTED[family.name]
-    roles = {name: name for name in ("f", "xs", "ys", "x", "y", "acc", "count", "i", "j", "n", "d", "word", "ch", "words")}
+    roles = {name: name for name in ["f", *_NAMES]}
     assert set(numbers) == set(family.numbers)
     run = run_own("f", family.source.format(**roles, **numbers), [arguments])
     assert run.answers == (Answer(repr(value)),)
@@ -136,7 +138,7 @@ def test_bugs_of_a_program_are_in_different_lines():
         program = draw_program(rng)
         bugs = draw_bugs(rng, program.lines, 3)
         if bugs is not None:
-            assert all(one.last <= other.first for one, other in zip(bugs, bugs[1:], strict=False))
+            assert all(one.last <= other.first for one, other in pairwise(bugs))
     assert draw_bugs(rng, ["def f(x):", "    return x"], 3) is None
 
 
@@ -211,7 +213,7 @@ def test_every_bug_shows_in_a_visible_test():
     env = Repair(bugs=2, visible=3)
     for seed in range(60):
         observation, _ = env.reset(seed=seed)
-        assert "fails:" in observation and "passes: " in observation or observation.count("fails:") == 3
+        assert "fails:" in observation and observation.count("fails: ") + observation.count("passes: ") == 3
         task = env._present
         for bug in task.bugs:
             alone = run_own(task.program.function, "\n".join(with_bugs(task.program.lines, [bug])), task.calls)
@@ -341,7 +343,8 @@ HOSTILE = {
     "an endless text": ("def f(x):\n    while True: print('x' * 1000)", "no end"),
     "forged answers": ("import os\ndef f(x):\n    for n in range(3, 64):\n        try: os.write(n, b'[]')\n"
                        "        except OSError: pass", None),
-    "a bad exception": ("class E(Exception):\n    def __str__(self): raise self\ndef f(x):\n    raise E", "cannot be shown"),
+    "a bad exception": ("class E(Exception):\n    def __str__(self): raise self\ndef f(x):\n    raise E",
+                        "cannot be shown"),
     "nothing": ("", "it does not define f"),
     "no function": ("f = 3", "TypeError"),
     "not even text": ("def f(x):\n    return '\\ud800'", None),

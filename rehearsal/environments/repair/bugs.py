@@ -66,11 +66,12 @@ def possible_bugs(lines: Sequence[str]) -> list[Bug]:
     """Everything that can be broken in a program, each change once."""
     tree = ast.parse("\n".join(lines))
     text = _Text(lines)
-    names = sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-                   | {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)})  # fmt: skip
+    nodes = list(ast.walk(tree))
+    names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    names |= {node.arg for node in nodes if isinstance(node, ast.arg)}
     found: dict[tuple[int, int, tuple[str, ...]], Bug] = {}
-    for node in ast.walk(tree):
-        for bug in (*_in_expression(node, text), *_in_names(node, text, names), *_in_statement(node, text)):
+    for node in nodes:
+        for bug in (*_in_expression(node, text), *_in_names(node, text, sorted(names)), *_in_statement(node, text)):
             if bug.lines != tuple(lines[bug.first : bug.last]):
                 found.setdefault(bug[1:], bug)
     return list(found.values())
@@ -87,8 +88,9 @@ class _Text:
 
     def between(self, left: ast.expr, right: ast.expr) -> tuple[int, int, str]:
         """The columns between two expressions of a line, and what stands there."""
-        assert left.end_col_offset is not None
-        return left.end_col_offset, right.col_offset, self.lines[left.lineno - 1][left.end_col_offset : right.col_offset]
+        first, last = left.end_col_offset, right.col_offset
+        assert first is not None
+        return first, last, self.lines[left.lineno - 1][first:last]
 
     def changed(self, kind: str, line: int, first: int, last: int, new: str) -> Bug:
         """The bug that puts ``new`` in place of some columns of a line, counted from 1 as in a syntax tree."""

@@ -284,7 +284,8 @@ def {f}({xs}):
         {acc} = max({acc}, {count})
     return {acc}
 """),
-    _family("merged", "both sorted lists in one sorted list", "merged merge join_sorted", "sorted ints, sorted ints", """
+    _family("merged", "both sorted lists in one sorted list", "merged merge join_sorted",
+            "sorted ints, sorted ints", """
 def {f}({xs}, {ys}):
     {acc} = []
     {i} = 0
@@ -318,7 +319,8 @@ def {f}({xs}):
                 {acc}[{i}], {acc}[{j}] = {acc}[{j}], {acc}[{i}]
     return {acc}
 """),
-    _family("all between", "whether all numbers lie from {low} to {high}", "all_between all_within in_bounds", "ints", """
+    _family("all between", "whether all numbers lie from {low} to {high}", "all_between all_within in_bounds",
+            "ints", """
 def {f}({xs}):
     for {x} in {xs}:
         if {x} < {low} or {x} > {high}:

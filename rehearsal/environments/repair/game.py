@@ -46,10 +46,10 @@ class Repair(EpisodeEnv):
     The reward is 1 for the edit after which all tests pass, the hidden ones too; it ends the episode. Every other edit
     gets 0, and so does one that cannot be made, which is answered in words. After ``turns`` edits the episode is over.
 
-    What the agent makes of a program runs in a sandbox (:mod:`rehearsal.sandbox`), in a process of its own each time, with
-    limits on lines run, time and memory: one that runs for ever is told of as "no end". The tests are compared outside,
-    so no program can forge a pass. A program belongs to the split of its correct text, so none of a test split was ever seen with another
-    bug in training. Close the environment after use: with the last one its sandbox ends.
+    What the agent makes of a program runs in a sandbox (:mod:`rehearsal.sandbox`), in a process of its own each time,
+    with limits on lines run, time and memory: one that runs for ever is told of as "no end". The tests are compared
+    outside, so no program can forge a pass. A program belongs to the split of its correct text, so none of a test split
+    was ever seen with another bug in training. Close the environment after use: with the last one its sandbox ends.
 
     Args:
         bugs: in a program, 1 to 3.

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from weakref import WeakSet
 
 from rehearsal.environments.repair import inside
-from rehearsal.errors import SandboxError
 from rehearsal.sandbox import CallResult, Interpreter, InterpreterPool, Limits, Outcome
 from rehearsal.sandbox.inside import plain
 
