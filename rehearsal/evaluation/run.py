@@ -10,6 +10,7 @@ from typing import Any
 
 from rehearsal.agents.agent import Limits
 from rehearsal.agents.feedback import Feedback
+from rehearsal.algorithms.curriculum import Staged
 from rehearsal.environments.base import TextEnv
 from rehearsal.errors import ModelError, RecipeError
 from rehearsal.evaluation.best_of import best_of_figures, verify_episodes
@@ -71,13 +72,14 @@ def evaluate_policy(
         result = _evaluate_remote(str(policy), recipe, split, episodes, temperature, samples, url, api_key_env)
         return {**result.figures, **_picked(result, verifier, verifier_options)}
     recipe, loaded = load_for_evaluation(policy, recipe, overrides)
+    source = _tasks_of(recipe, policy)
     if against is None:
-        result = _played(recipe, loaded, split, episodes, temperature, samples)
+        result = _played(recipe, source, loaded, split, episodes, temperature, samples)
         return {**result.figures, **_picked(result, verifier, verifier_options)}
     # Both are looked for before either plays.
     _, other = load_for_evaluation(against, recipe, ())
-    result = _played(recipe, loaded, split, episodes, temperature, samples)
-    rival = _played(recipe, other, split, episodes, temperature, samples)
+    result = _played(recipe, source, loaded, split, episodes, temperature, samples)
+    rival = _played(recipe, source, other, split, episodes, temperature, samples)
     if "success" not in result.figures or "success" not in rival.figures:
         raise RecipeError("The environment tells no success, by which the policies could be compared.")
     found = compare(success_by_task(result.groups), success_by_task(rival.groups))
@@ -120,7 +122,7 @@ def evaluate_mint(
         loaded = _remote_engine(str(policy), recipe, url, api_key_env)
     else:
         recipe, loaded = load_for_evaluation(policy, recipe, overrides)
-    tasks = TaskSource(recipe).held_out(recipe.evaluation.seed, split, episodes)
+    tasks = _tasks_of(recipe, None if url is not None else policy).held_out(recipe.evaluation.seed, split, episodes)
     with _mint_player(recipe, loaded, turns, proposals, None) as player:
         plain = play_mint(player, tasks, turns, temperature=temperature, samples=samples)
     check_failures([group for groups in plain for group in groups], recipe.training.abort_failed_share)
@@ -155,10 +157,27 @@ def _picked(result: Evaluation, verifier: str | None, options: Mapping[str, Any]
     return best_of_figures(result.groups, verify_episodes(result.groups, verifier, options))
 
 
-def _played(recipe: Recipe, policy: Policy, split: str, episodes: int, temperature: float, samples: int) -> Evaluation:
+def _tasks_of(recipe: Recipe, policy: str | Path | None) -> TaskSource:
+    """The tasks of a recipe with the tools of the stage that a run has reached; those of the last stage for a policy
+    that is no run."""
+    source = TaskSource(recipe)
+    if not isinstance(source.sampler, Staged):
+        return source
+    saved = checkpoints(Path(policy) / "checkpoints") if policy is not None else []
+    state = load_checkpoint(saved[-1])[1]["tasks"] if saved else {}
+    if "stage" in state:
+        source.sampler.load_state_dict(state)
+    else:
+        source.sampler.stage = source.sampler.stages - 1
+    return source
+
+
+def _played(
+    recipe: Recipe, source: TaskSource, policy: Policy, split: str, episodes: int, temperature: float, samples: int
+) -> Evaluation:  # fmt: skip
     rollout = make_rollout(recipe, policy)
     try:
-        tasks = TaskSource(recipe).held_out(recipe.evaluation.seed, split, episodes)
+        tasks = source.held_out(recipe.evaluation.seed, split, episodes)
         result = evaluate(rollout, tasks, temperature=temperature, samples=samples)
         check_failures(result.groups, recipe.training.abort_failed_share)
         return result
@@ -212,7 +231,7 @@ def _evaluate_remote(
     engine = _remote_engine(name, recipe, url, api_key_env)
     rollout = _chat_rollout(recipe, engine)
     try:
-        tasks = TaskSource(recipe).held_out(recipe.evaluation.seed, split, episodes)
+        tasks = _tasks_of(recipe, None).held_out(recipe.evaluation.seed, split, episodes)
         result = evaluate(rollout, tasks, temperature=temperature, samples=samples)
         check_failures(result.groups, recipe.training.abort_failed_share)
     finally:

@@ -41,12 +41,14 @@ class Task:
         environment: which of the rollout's environments.
         options: what the environment is reset with beside split and chance, such as ``{"company": 51}`` at the help
             desk.
+        locked: tools that its episodes do not have, see :meth:`rehearsal.agents.toolbox.Toolkit.open`.
     """
 
     seed: int
     split: str = "train"
     environment: int = 0
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    locked: tuple[str, ...] = ()
 
 
 def tasks_of_step(seed: int, step: int, count: int, split: str = "train", first: int = 0) -> list[Task]:
@@ -255,7 +257,7 @@ class Rollout:
             returned = env.reset(seed=task.seed, options={**task.options, "split": task.split, "chance": sample})
             observation, info = check_reset(env, returned)
             # Rules and legal actions are the environment's own code too, which may be slow or hang.
-            toolbox = self.toolkit.open(env)
+            toolbox = self.toolkit.open(env, task.locked)
             if toolbox is not None and trajectory.failed:
                 toolbox.close()  # it came too late, and nobody waits for it any more
             return info, agent.opening(env.instructions, observation, str(info.get("state", "")), env, toolbox)

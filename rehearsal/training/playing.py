@@ -15,7 +15,7 @@ from rehearsal.agents.agent import Limits
 from rehearsal.agents.feedback import Feedback
 from rehearsal.agents.protocol import Protocol as AnswerProtocol
 from rehearsal.agents.toolbox import Toolkit, ToolLimits
-from rehearsal.agents.toolkit import make_source, tool_path
+from rehearsal.agents.toolkit import make_source, source_name, tool_path
 from rehearsal.environments.base import TextEnv
 from rehearsal.environments.registry import check_names, import_path
 from rehearsal.errors import RecipeError
@@ -25,7 +25,7 @@ from rehearsal.models.adapters import POLICY, WORLD, AdapterSettings, activate, 
 from rehearsal.models.load import Policy, load_policy, save_policy
 from rehearsal.rollout import ProcessRollout, Rollout, may_share
 from rehearsal.training.recipe import Recipe
-from rehearsal.training.tasks import variants_of
+from rehearsal.training.tasks import unlocked_tools, variants_of
 
 _MANY_EPISODES = 4000
 """A process takes seconds to begin, which fewer episodes than these do not pay for."""
@@ -109,7 +109,7 @@ def make_toolkit(recipe: Recipe) -> Toolkit:
 
     Raises:
         ToolError: for tools that cannot be made.
-        RecipeError: for a limit on a tool that there is not.
+        RecipeError: for a limit on a tool that there is not, or a stage that unlocks one.
     """
     options = recipe.tools
     limits = ToolLimits(
@@ -119,8 +119,9 @@ def make_toolkit(recipe: Recipe) -> Toolkit:
     toolkit = Toolkit([], limits)
     try:
         for name in options.names:
-            toolkit.sources.append(make_source(name, options.options.get(name)))
+            toolkit.add(make_source(name, options.options.get(name)), source_name(name))
         _check_limited(recipe, toolkit)
+        _check_unlocked(recipe)
     except BaseException:
         toolkit.close()
         raise
@@ -141,6 +142,21 @@ def _check_limited(recipe: Recipe, toolkit: Toolkit) -> None:
                 there |= set(toolbox.tools)
                 toolbox.close()
     check_names("tool", recipe.tools.per_tool, there)
+
+
+def _check_unlocked(recipe: Recipe) -> None:
+    """Refuse a stage that unlocks a tool that there is not. Those of an environment are looked for in its first task:
+    one whose tools come with its tasks unlocks them itself."""
+    wanted = set[str]().union(*unlocked_tools(recipe)) - set(recipe.tools.names)
+    if not wanted:
+        return
+    there = set(recipe.tools.names)
+    for variant in variants_of(recipe):
+        with contextlib.closing(variant.make()) as env:
+            env.reset(seed=0)
+            toolbox = Toolkit().open(env)
+            there |= set(toolbox.tools) if toolbox is not None else set()
+    check_names("tool (in tools.names or of the environment, for a stage to unlock) called", sorted(wanted), there)
 
 
 def make_engine(recipe: Recipe, model: Any) -> LocalEngine:
@@ -222,9 +238,17 @@ def make_processes(recipe: Recipe, policy: Policy, processes: int) -> ProcessRol
                 "options": {paths[name]: options for name, options in recipe.tools.options.items()},
             }
         )
+        stages = [
+            {**stage, "tools": [paths.get(name, name) for name in stage.get("tools", [])]}
+            for stage in recipe.curriculum.stages
+        ]
+        curriculum = recipe.curriculum.model_copy(update={"stages": stages})
         shared = recipe.model_copy(
-            update={"engine": engine, "model": model, "environment": environment, "mixture": mixture, "tools": tools}
-        )
+            update={
+                "engine": engine, "model": model, "environment": environment, "mixture": mixture, "tools": tools,
+                "curriculum": curriculum,
+            }
+        )  # fmt: skip
         return ProcessRollout(partial(_rollout_of, shared), policy.model, processes)
 
 

@@ -428,6 +428,25 @@ def test_tools_of_the_environment_come_first() -> None:
         Toolkit().open(env)
 
 
+def test_locked_tools_are_tools_that_there_are_not() -> None:
+    env = Plain()
+    env.tools = (forecast,)
+    kit = Toolkit([Counter(), FunctionTools(tool_from(forecast, name="other"))], names=["counter", "more"])
+    box = kit.open(env, locked=("counter",))
+    assert box is not None
+    assert list(box.tools) == ["forecast", "other"]
+    told = call(box, "remember", word="a")
+    assert told.error == "unknown"
+    assert told.note.startswith('There is no tool "remember".') and "There are: forecast(" in told.note
+    box = kit.open(env, locked=["forecast", "more"])
+    assert box is not None and list(box.tools) == ["remember"]
+    assert kit.open(env, locked=["forecast", "more", "counter"]) is None, "as if there were none at all"
+    box = kit.open(env, locked=["remember"])
+    assert box is not None and "remember" in box.tools, "sources are locked by their own names"
+    with pytest.raises(ToolError, match="1 sources of tools and 2 names"):
+        Toolkit([Counter()], names=["a", "b"])
+
+
 def test_checks_of_tools_may_fail_too() -> None:
     def check(arguments: Any) -> Any:
         raise ArgumentError("never right") if arguments else ValueError("broken")

@@ -27,9 +27,11 @@ VARIANTS = {
     "calculate sums": {"operations": "+", "terms": 5, "digits": 2},
     "lookup": {},
     "lookup far": {"hops": 3, "people": 40},
+    "repair": {},
+    "repair three bugs": {"bugs": 3, "visible": 4},
 }
 
-ANY_TEXT = ("countdown", "calculate", "lookup")
+ANY_TEXT = ("countdown", "calculate", "lookup", "repair")
 """The environments in which any text is an action."""
 
 

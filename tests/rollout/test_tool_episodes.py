@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -203,6 +204,25 @@ def test_tools_of_kit_and_environment_side_by_side(play: Any) -> None:
     assert [call.result for call in trajectory.turns[0].calls] == ["42", "Click."]
     assert trajectory.reward == 1.0
     assert trajectory.counters["tool_calls/write_note"] == 0.0
+
+
+def test_a_task_says_which_tools_are_locked(renderer: ChatRenderer) -> None:
+    call = spell_call("calculator", {"expression": "6*7"})
+    limits = Limits(max_turns=4, max_actions=4, max_tokens_per_turn=200, max_context=4000)
+    kit = Toolkit([Calculator()], names=["calculator"])
+    rollout = Rollout(Door, ScriptedEngine(renderer, call, CALL, OPEN), renderer, BARE, limits, toolkit=kit)
+    with contextlib.closing(rollout):
+        groups = rollout.play([Task(0), Task(0, locked=("calculator",)), Task(0, locked=("calculator", "unlock"))], 1)
+    free, locked, bare = (group.trajectories[0] for group in groups)
+    rules = [renderer.decode(one.segments[0].token_ids[one.segments[0].turns == 0]) for one in (free, locked, bare)]
+    assert ["calculator" in text.partition("<|im_start|>user")[0] for text in rules] == [True, False, False]
+    assert ["unlock" in text.partition("<|im_start|>user")[0] for text in rules] == [True, True, False]
+    assert [one.turns[0].calls[0].error for one in (free, locked)] == ["", "unknown"]
+    assert locked.turns[0].calls[0].result == 'There is no tool "calculator". There are: unlock().'
+    assert (locked.counters["unknown_tools"], locked.reward) == (1.0, 1.0)
+    assert "tool_calls/calculator" in free.counters and "tool_calls/calculator" not in locked.counters
+    # Without any tool there is no form for calls: the answer could not be read.
+    assert not bare.turns[0].valid and not bare.turns[0].calls
 
 
 def test_many_episodes_at_once_share_no_notes(play: Any) -> None:
