@@ -399,7 +399,7 @@ RULES: tuple[Rule, ...] = (
         "An agent whose first calls fail or bring nothing stops calling, and what it does not try it cannot learn.",
         "See in the report why its calls failed. Then begin with tasks that need the tool (curriculum.name = staged), "
         "lower tools.cost, add a small entropy_coefficient, or let it learn from results (world.mode = shared).",
-        f"{TOOL_FIGURES}calls", _tool_abandoned,
+        f"{TOOL_FIGURES}calls", _tool_abandoned, begins_after=5,
     ),
 )  # fmt: skip
 """All rules, in the order in which they are looked at."""

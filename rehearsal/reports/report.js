@@ -188,7 +188,7 @@ function block(kind, content, label) {
 function calls(turn) {
   return turn.c.flatMap((call) => {
     const line = make("div", "call-line");
-    line.append(make("b", "act", call.n));
+    line.append(make("b", "act tool", call.n));
     const body = [line];
     for (const [name, text, long] of call.a) {
       const one = make(long ? "div" : "span", long ? "arg long" : "arg");

@@ -11,22 +11,23 @@ from rehearsal.diagnostics.tool_use import TOOL_FIGURES, abandoned_tools, tool_n
 from rehearsal.reports.charts import finding_spans
 from rehearsal.reports.data import ReportData
 from rehearsal.reports.plots import Chart, Series, spell
-from rehearsal.reports.tables import tenths
 from rehearsal.reports.verdict import number
 
 MAX_LINES = 5
 """Tools that get a line; as many as there are colours."""
+RECENT = 5
+"""Steps that "now" means, as in the rules of the verdict."""
 
 _BEYOND = {
     "unknown": "of tools that do not exist",
-    "refused": "beyond the calls of an episode",
-    "surplus": "beyond those of an answer",
+    "refused": "beyond the limit of an episode",
+    "surplus": "beyond the limit of an answer",
 }
 
 
 @dataclass(frozen=True)
 class ToolRow:
-    """A tool as text; "–" where there is no value. Values are means over the last tenth of the steps.
+    """A tool as text; "–" where there is no value. Values are means over the last :data:`RECENT` steps.
 
     Attributes:
         name: of the tool.
@@ -129,13 +130,12 @@ def _rows(data: ReportData, names: Sequence[str]) -> list[ToolRow]:
     for name in names:
         key = f"{TOOL_FIGURES}{name}"
         end = {
-            figure: tenths(data.series(f"{key}/{figure}"))[1]
+            figure: _recent(data, f"{key}/{figure}")
             for figure in ("calls", "used", "failures", "success_with", "success_without")
         }
-        best = run.best_rows(f"{key}/used")
-        most = "–"
-        if len(best):
-            most = f"{spell(run.best(f'{key}/used'), 'share')} at step {data.steps[int(best[-1])]:,}"
+        best, rows_of_best = run.best(f"{key}/used"), run.best_rows(f"{key}/used")
+        # Early in a run there are not enough steps to tell, and a tool that was never called has no best.
+        most = f"{spell(best, 'share')} at step {data.steps[int(rows_of_best[-1])]:,}" if best > 0 else "–"
         held_out = number(evaluations[-1].get(f"tools/{name}/used")) if evaluations else None
         rows.append(
             ToolRow(
@@ -150,7 +150,12 @@ def _rows(data: ReportData, names: Sequence[str]) -> list[ToolRow]:
 def _beyond(data: ReportData) -> str:
     told = []
     for figure, words in _BEYOND.items():
-        _, end = tenths(data.series(f"{TOOL_FIGURES}{figure}"))
+        end = _recent(data, f"{TOOL_FIGURES}{figure}")
         if end:
-            told.append(f"{spell(end)} {words}")
+            told.append(f"{spell(end)} calls {words}")
     return ", ".join(told)
+
+
+def _recent(data: ReportData, name: str) -> float | None:
+    known = [value for value in data.series(name)[-RECENT:] if value is not None]
+    return sum(known) / len(known) if known else None
