@@ -366,7 +366,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _diagnose(options: argparse.Namespace) -> int:
-    from rehearsal.reports.diagnosis import FIGURES, diagnose
+    from rehearsal.reports.diagnosis import diagnose, figure_words
 
     found = diagnose(options.run_folder)
     if options.json:
@@ -386,7 +386,7 @@ def _diagnose(options: argparse.Namespace) -> int:
         console.print(f"[dim]Not judged, for want of figures: {', '.join(found.unjudged)}.[/]", highlight=False)
     table = Table("", "start", "end", box=None, padding=(0, 2, 0, 0))
     for name, (start, end) in found.figures.items():
-        table.add_row(FIGURES[name], f"{start:.3g}", f"{end:.3g}")
+        table.add_row(figure_words(name), f"{start:.3g}", f"{end:.3g}")
     if found.figures:
         console.print(table)
     return 0

@@ -11,6 +11,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from rehearsal.reports.calls import UNREAD, broken_call, call_counts, call_views, told_above, use_of
 from rehearsal.reports.data import ReportData, gather, moment
 from rehearsal.reports.plots import draw, spell
 from rehearsal.reports.sections import SECTIONS
@@ -69,7 +70,8 @@ def page_templates(text_limit: int) -> jinja2.Environment:
     )
     templates.filters["spell"] = spell
     templates.filters["clip"] = partial(_clip, limit=text_limit)
-    templates.globals.update(draw=draw, stop_words=STOP_WORDS)
+    templates.filters.update(calls=call_views, broken_call=broken_call, use=use_of, call_counts=call_counts)
+    templates.globals.update(draw=draw, stop_words=STOP_WORDS, told_above=told_above, unread=UNREAD)
     return templates
 
 
