@@ -167,9 +167,10 @@ def slope(values: Sequence[float], episodes: Sequence[float]) -> tuple[float, fl
     rest = sum((v - y - rise * (e - x)) ** 2 for e, v in zip(episodes, values, strict=True))
     if n < 3:
         return rise, math.inf
-    from scipy.stats import t
-
-    return rise, float(t.ppf(0.975, n - 2)) * math.sqrt(rest / (n - 2) / spread)
+    # Student's quantile from the normal one (Abramowitz and Stegun, 26.7.5).
+    z, free = statistics.NormalDist().inv_cdf(0.975), n - 2
+    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
+    return rise, t * math.sqrt(rest / free / spread)
 
 
 # What is killed from outside
@@ -277,8 +278,10 @@ class Account:
         sound = not trajectory.error and not math.isnan(trajectory.reward)
         if reason is None or (failed and (not trajectory.error or not math.isnan(trajectory.reward))):
             self._problem("unaccounted", trajectory, "has no stop reason, no error or a reward that it cannot have")
-        elif not failed and not sound:
+            return
+        if not failed and not sound:
             self._problem("unaccounted", trajectory, f"has the error {trajectory.error!r}")
+            return
         fault = dice.environment_fault(trajectory.seed, trajectory.sample)
         plan = self._plan(trajectory, plans)
         for turn, move in zip(trajectory.turns, plan.moves if plan is not None else (), strict=False):
@@ -321,9 +324,7 @@ class Account:
         elif not call.result.endswith(move.expected):
             self._problem("wrong", trajectory, f"{call} instead of {move.expected}")
 
-    def _fatal(
-        self, trajectory: Trajectory, fault: str, reasons: Sequence[StopReason], kinds: Sequence[str]
-    ) -> None:
+    def _fatal(self, trajectory: Trajectory, fault: str, reasons: Sequence[StopReason], kinds: Sequence[str]) -> None:
         self.planned[fault] += 1
         as_meant = trajectory.stop_reason in reasons
         if kinds and not any(f"could not be checked ({kind})" in trajectory.error for kind in kinds):

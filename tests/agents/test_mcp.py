@@ -118,9 +118,7 @@ def test_a_call_that_hangs_is_taken_back(stdio: Mcp) -> None:
     assert say(box_of(stdio), "add", a=2).text == "3", "the connection goes on"
 
 
-def test_no_call_waits_for_a_connection_that_has_ended(
-    script: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_call_waits_for_a_connection_that_has_ended(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that comes as the connection ends has nobody to answer it."""
     source = Mcp([sys.executable, str(script)], start_timeout=120.0)
     connection = source._shared

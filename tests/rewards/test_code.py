@@ -430,7 +430,7 @@ def test_a_sandbox_that_is_killed_from_outside_makes_no_solution_fail(
         always = Killer(verifier, monkeypatch, where, 100)
         with pytest.raises(VerificationError, match="ended from outside"):
             verifier.verify("    return 2 * n\n", TASK)
-        assert always.kills == 2
+        assert always.kills >= 2, "and in vain a second time"
 
 
 def test_a_program_whose_sandbox_is_ended_has_no_score() -> None:
