@@ -15,36 +15,30 @@ What must hold at the end:
 - no result of a tool is wrong: ``wrong_results``. Interpreters are asked what they hold of other episodes.
 - processes, threads, descriptors and files are what they were at the beginning. Orphans count too: the script runs
   under a process that inherits them.
-- memory is flat: the upper end of the 95% interval of its slope over the rounds after the first quarter.
+- memory is flat: the upper end of the 95% interval of its slope over the rounds after the first quarter, for this
+  process (``rss``) and for the mean process of each kind below it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import gc
 import importlib.util
 import json
-import math
 import os
 import random
-import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import memory, parser, report, say
-from benchmarks.sandbox import shared_memory
+from benchmarks.common import parser, report, say
+from benchmarks.soak_account import Account
 from benchmarks.soak_faults import (
     ENVIRONMENT_FAULTS,
     TOOL_FAULTS,
@@ -53,13 +47,13 @@ from benchmarks.soak_faults import (
     BreakingTasks,
     Dice,
     Doze,
-    Move,
     Plan,
     ScriptedEngine,
     brittle,
     leave,
     ledger,
 )
+from benchmarks.soak_state import KINDS, Chaos, State, processes_below, settled, slope
 from benchmarks.soak_verifier import FAULTS as VERIFIER_FAULTS
 from rehearsal.agents.agent import Limits
 from rehearsal.agents.protocol import Protocol
@@ -74,271 +68,12 @@ from rehearsal.models.chat import ChatRenderer
 from rehearsal.models.load import load_policy
 from rehearsal.rollout import Rollout, Task, run_coroutine
 from rehearsal.sandbox.inside import libc, processes
-from rehearsal.trajectory import StopReason, ToolCall, Trajectory, all_trajectories
+from rehearsal.trajectory import Trajectory, all_trajectories
 
 GROUP = 4
-_SECONDS_TO_SETTLE = 60.0
 _STEP, _TOOL, _CHECK, _CODE = 20.0, 2.0, 2.0, 1.0
 """Seconds that a step of an environment, a call of a tool, a check of a verifier and a call of Python may take."""
-_YOUNG = 3.0
-"""Seconds for which the MCP server is left in peace."""
 _INSIDE = "REHEARSAL_SOAK_FOLDER"
-KINDS = {
-    "verifier": "rehearsal.rewards.worker",
-    "sandbox": "rehearsal.sandbox.inside.zygote",
-    "server": "soak_server.py",
-}
-"""What may be killed from outside, and how its command is known."""
-
-
-# What is watched
-
-
-def processes_below(root: int) -> dict[int, str]:
-    """The processes that descend from one, with their commands; those that ended and were not fetched have none."""
-    proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
-    found: dict[int, str] = {}
-    try:
-        for pid in processes.below(root, proc):
-            with contextlib.suppress(OSError):
-                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                found[pid] = b" ".join(words).decode("utf-8", "replace")
-    finally:
-        os.close(proc)
-    return found
-
-
-@dataclass(frozen=True)
-class State:
-    """What this process holds at a quiet moment.
-
-    Attributes:
-        rss: bytes of memory.
-        below: bytes of memory of all processes below, shared pages divided by their users.
-        children: processes below this one and orphans of theirs.
-        threads, descriptors: their numbers.
-        files: in the folder for temporary files.
-    """
-
-    rss: int
-    below: int
-    children: int
-    threads: int
-    descriptors: int
-    files: int
-
-    @classmethod
-    def now(cls, folder: Path) -> State:
-        gc.collect()
-        return cls(
-            memory("VmRSS"), shared_memory(os.getpid()) - memory_of_this(),
-            len(processes_below(os.getppid())) - 1, len(os.listdir("/proc/self/task")),
-            len(os.listdir("/proc/self/fd")), len(list(folder.iterdir())),
-        )  # fmt: skip
-
-    def beyond(self, other: State) -> dict[str, int]:
-        """What there is more of than in another state, memory apart."""
-        names = ("children", "threads", "descriptors", "files")
-        return {name: max(0, getattr(self, name) - getattr(other, name)) for name in names}
-
-
-def memory_of_this() -> int:
-    """Proportional memory of this process alone."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-
-
-def settled(folder: Path, like: State | None = None) -> State:
-    """The state once what ends by itself has ended: what was left behind takes seconds to notice."""
-    deadline = time.monotonic() + _SECONDS_TO_SETTLE
-    while True:
-        state = State.now(folder)
-        if like is None or not any(state.beyond(like).values()) or time.monotonic() > deadline:
-            return state
-        time.sleep(0.25)
-
-
-def slope(values: Sequence[float], episodes: Sequence[float]) -> tuple[float, float]:
-    """The slope of a line through the points, and half the width of its 95% interval."""
-    n = len(values)
-    x, y = statistics.fmean(episodes), statistics.fmean(values)
-    spread = sum((e - x) ** 2 for e in episodes)
-    rise = sum((e - x) * (v - y) for e, v in zip(episodes, values, strict=True)) / spread
-    rest = sum((v - y - rise * (e - x)) ** 2 for e, v in zip(episodes, values, strict=True))
-    if n < 3:
-        return rise, math.inf
-    # Student's quantile from the normal one (Abramowitz and Stegun, 26.7.5).
-    z, free = statistics.NormalDist().inv_cdf(0.975), n - 2
-    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
-    return rise, t * math.sqrt(rest / free / spread)
-
-
-# What is killed from outside
-
-
-def age(pid: int) -> float:
-    """Seconds since a process began; 0 if it has ended."""
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        begun = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-        return float(Path("/proc/uptime").read_text().split()[0]) - begun / os.sysconf("SC_CLK_TCK")
-    return 0.0
-
-
-class Chaos:
-    """Sends SIGKILL to processes below this one at random moments, until it is stopped.
-
-    Attributes:
-        kills: how many of each kind.
-    """
-
-    def __init__(self, seed: int, seconds: float, patience: float) -> None:
-        self.kills: Counter[str] = Counter()
-        self._rng = random.Random(f"chaos {seed}")
-        self._seconds, self._young = seconds, patience * _YOUNG
-        self._leave = threading.Event()
-        self._turn = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="chaos", daemon=True)
-        self._thread.start()
-
-    @contextlib.contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Nothing is killed inside the block."""
-        with self._turn:
-            yield
-
-    def stop(self) -> None:
-        self._leave.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._leave.wait(self._rng.uniform(0.2, 1.8) * self._seconds):
-            with self._turn:
-                kind = self._rng.choice(["sandbox", "sandbox", "sandbox", "verifier", "verifier", "server"])
-                found = [pid for pid, command in processes_below(os.getpid()).items() if KINDS[kind] in command]
-                if kind == "server":
-                    # One that never gets to its feet would leave nothing to see of the rest.
-                    found = [pid for pid in found if age(pid) > self._young]
-                if found:
-                    # The first one is the zygote itself, or the process around it: all interpreters end with it.
-                    pid = min(found) if self._rng.random() < 0.3 else self._rng.choice(found)
-                    self.kills[kind] += _killed(pid, KINDS[kind])
-
-
-def _killed(pid: int, command: str) -> bool:
-    """Kill a process, unless its number has gone to another one meanwhile."""
-    try:
-        handle = os.pidfd_open(pid)
-    except OSError:
-        return False
-    try:
-        if command.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes():
-            return False
-        signal.pidfd_send_signal(handle, signal.SIGKILL)
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
-
-
-# What became of the episodes
-
-
-@dataclass
-class Account:
-    """What became of the episodes.
-
-    Attributes:
-        stops: episodes by stop reason.
-        planned: faults by name, of those that the episode came to.
-        silent: of these, the ones that left no trace.
-        collateral: failures that no plan has, by what failed.
-        problems: sentences about what cannot be.
-    """
-
-    episodes: int = 0
-    turns: int = 0
-    calls: int = 0
-    stops: Counter[str] = field(default_factory=Counter)
-    planned: Counter[str] = field(default_factory=Counter)
-    silent: Counter[str] = field(default_factory=Counter)
-    collateral: Counter[str] = field(default_factory=Counter)
-    unaccounted: int = 0
-    unexplained: int = 0
-    wrong: int = 0
-    problems: list[str] = field(default_factory=list)
-
-    def add(self, trajectory: Trajectory, plans: dict[int, Plan], dice: Dice) -> None:
-        """Take in an episode."""
-        self.episodes += 1
-        self.turns += len(trajectory.turns)
-        reason = trajectory.stop_reason
-        self.stops[reason.value if reason is not None else "none"] += 1
-        failed = reason in (StopReason.ERROR, StopReason.TIMEOUT)
-        sound = not trajectory.error and not math.isnan(trajectory.reward)
-        if reason is None or (failed and (not trajectory.error or not math.isnan(trajectory.reward))):
-            self._problem("unaccounted", trajectory, "has no stop reason, no error or a reward that it cannot have")
-            return
-        if not failed and not sound:
-            self._problem("unaccounted", trajectory, f"has the error {trajectory.error!r}")
-            return
-        fault = dice.environment_fault(trajectory.seed, trajectory.sample)
-        plan = self._plan(trajectory, plans)
-        for turn, move in zip(trajectory.turns, plan.moves if plan is not None else (), strict=False):
-            for call in turn.calls:
-                self._call(trajectory, move, call)
-        if fault:
-            self._fatal(trajectory, fault, (StopReason.TIMEOUT,) if "hangs" in fault else (StopReason.ERROR,), ())
-        elif plan is not None and plan.fault:
-            self._fatal(trajectory, plan.fault, (StopReason.ERROR,), (*VERIFIER_FAULTS[plan.fault], "crash"))
-        elif failed:
-            # Only a verifier's process that was killed from outside takes an episode with it.
-            if reason == StopReason.ERROR and "could not be checked (crash)" in trajectory.error:
-                self.collateral["verifier"] += 1
-            else:
-                self._problem("unexplained", trajectory, f"failed with {trajectory.error!r}")
-        elif reason != StopReason.TERMINATED or trajectory.reward != 1.0 or trajectory.success is not True:
-            self._problem("unexplained", trajectory, f"ended with {reason} and {trajectory.reward}")
-
-    def _plan(self, trajectory: Trajectory, plans: dict[int, Plan]) -> Plan | None:
-        """The plan of an episode, which its first call names."""
-        if not trajectory.turns or not trajectory.turns[0].calls:
-            return None
-        return plans.pop(int(trajectory.turns[0].calls[0].arguments["entry"]))
-
-    def _call(self, trajectory: Trajectory, move: Move, call: ToolCall) -> None:
-        self.calls += 1
-        if move.fault:
-            self.planned[move.fault] += 1
-            kind = TOOL_FAULTS[move.fault][1]
-            lost = call.error and move.tool in ("python", "die", "stall")  # something else was faster
-            if call.error != kind and not lost:
-                self.silent[move.fault] += 1
-                self.problems.append(f"{move.fault}: {call}")
-        elif call.error:
-            # What was killed from outside, or had been left by a call before, cannot answer.
-            if move.tool in ("python", "double"):
-                self.collateral[move.tool] += 1
-            else:
-                self._problem("unexplained", trajectory, f"{call}")
-        elif not call.result.endswith(move.expected):
-            self._problem("wrong", trajectory, f"{call} instead of {move.expected}")
-
-    def _fatal(self, trajectory: Trajectory, fault: str, reasons: Sequence[StopReason], kinds: Sequence[str]) -> None:
-        self.planned[fault] += 1
-        as_meant = trajectory.stop_reason in reasons
-        if kinds and not any(f"could not be checked ({kind})" in trajectory.error for kind in kinds):
-            as_meant = False
-        if not as_meant:
-            self.silent[fault] += 1
-            self.problems.append(f"{fault}: {trajectory.stop_reason} {trajectory.error}")
-
-    def _problem(self, which: str, trajectory: Trajectory, what: str) -> None:
-        setattr(self, which, getattr(self, which) + 1)
-        self.problems.append(f"{trajectory.environment} {trajectory.seed}/{trajectory.sample}: {what}")
-
-
-# The soak
 
 
 class Soak:
@@ -495,13 +230,15 @@ def figures_of(
     figures |= {f"left_{name}": count for name, count in left.items()}
     warm = states[len(states) // 4 :]
     figures["rss_mib"], figures["rss_begin_mib"] = warm[-1][1].rss / 2**20, begin.rss / 2**20
-    figures["below_mib"] = warm[-1][1].below / 2**20
     figures["below_most_mib"] = max(state.below for _, state in warm) / 2**20
     if len(warm) >= 3:
-        measures: dict[str, Callable[[State], float]] = {"rss": lambda s: s.rss, "below": lambda s: s.below}
-        for name, measure in measures.items():
-            rise, half = slope([measure(state) / 1024 for _, state in warm], [float(count) for count, _ in warm])
-            figures[f"{name}_slope_kib"], figures[f"{name}_slope_kib_high"] = rise, rise + half
+        measured = {"rss": [(count, float(state.rss)) for count, state in warm]}
+        for kind in KINDS:
+            measured[kind] = [(count, state.each[kind]) for count, state in warm if state.each.get(kind)]
+        for name, points in measured.items():
+            if len(points) >= 3:
+                rise, half = slope([value / 1024 for _, value in points], [float(count) for count, _ in points])
+                figures[f"{name}_slope_kib"], figures[f"{name}_slope_kib_high"] = rise, rise + half
     return figures
 
 
@@ -526,7 +263,8 @@ def main() -> None:
                *(f"left_{name}" for name in ("children", "threads", "descriptors", "files")))  # fmt: skip
     goals = dict.fromkeys(nothing, "<= 0")
     if not args.quick:
-        goals |= {"episodes": ">= 2000", "rss_slope_kib_high": "<= 4", "below_slope_kib_high": "<= 4"}
+        goals |= {"episodes": f">= {episodes}", "rss_slope_kib_high": "<= 4", "below_most_mib": "<= 1024"}
+        goals |= {f"{kind}_slope_kib_high": "<= 4" for kind in KINDS if f"{kind}_slope_kib_high" in figures}
     report("soak", figures, goals, [args.seed], args.quick)
 
 

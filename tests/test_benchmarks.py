@@ -19,8 +19,9 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import interleaved, met, ratio, report  # noqa: E402
 from benchmarks.counting import decoder_weights, items_of, packed_counts, training_flops  # noqa: E402
-from benchmarks.soak import Account, slope  # noqa: E402
+from benchmarks.soak_account import Account  # noqa: E402
 from benchmarks.soak_faults import Dice, Move, Plan  # noqa: E402
+from benchmarks.soak_state import slope  # noqa: E402
 from rehearsal.models.packing import PackItem, make_packs  # noqa: E402
 from rehearsal.sandbox import available  # noqa: E402
 from rehearsal.training.base_config import BaseConfig  # noqa: E402

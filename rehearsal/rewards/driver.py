@@ -159,13 +159,15 @@ class Driver:
                 self._verifiers, self._progress, self._limits.timeout, self._limits.memory, self._limits.start_timeout
             )
             try:
-                worker.wait_until_ready()
+                worker.wait_until_ready(self.stop)
                 return worker
             except RewardError:
                 worker.kill()
                 raise
             except WorkerEndedError as problem:
                 worker.kill()
+                if self.stop.is_set():
+                    raise RewardError(CLOSED) from problem
                 if attempt == _START_TRIES - 1:
                     raise RewardError(
                         f"A process for verifiers {problem} {_START_TRIES} times in a row; "

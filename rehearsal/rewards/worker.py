@@ -85,18 +85,28 @@ class WorkerProcess:
         """How many items of the present chunk it has begun."""
         return int(_COUNT.unpack_from(self._progress)[0])
 
-    def wait_until_ready(self) -> None:
+    def wait_until_ready(self, stop: threading.Event) -> None:
         """Wait for its libraries.
+
+        Args:
+            stop: nobody waits for it any more once this is set.
 
         Raises:
             RewardError: if its verifiers cannot be made there, in its own words.
-            WorkerEndedError: if it died or was too slow.
+            WorkerEndedError: if it died, was too slow, or is not wanted any more.
         """
-        try:
-            what, content = self._inbox.get(timeout=self._start_timeout)
-        except queue.Empty:
-            self.kill()
-            raise WorkerEndedError(f"was not ready after {self._start_timeout:g} s") from None
+        deadline = time.monotonic() + self._start_timeout
+        while True:
+            try:
+                what, content = self._inbox.get(timeout=0.1)
+                break
+            except queue.Empty:
+                if stop.is_set():
+                    raise WorkerEndedError("is not wanted any more") from None
+                if time.monotonic() > deadline:
+                    raise WorkerEndedError(f"was not ready after {self._start_timeout:g} s") from None
+                if self._has_ended():
+                    self._end_group()
         if what == "broken":
             raise RewardError(content)
         if what == "ended":

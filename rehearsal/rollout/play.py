@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
@@ -22,7 +22,7 @@ from rehearsal.errors import RecipeError, RehearsalError
 from rehearsal.generation.sampling import SamplingParams, stream_key
 from rehearsal.generation.session import Engine, Session
 from rehearsal.models.chat import ChatRenderer, Rendered
-from rehearsal.rollout.places import HungError, OddError, Place, run_coroutine
+from rehearsal.rollout.places import HungError, OddError, Place, run_coroutine, together
 from rehearsal.trajectory import Group, StopReason, Trajectory, Turn, info_success
 
 T = TypeVar("T")
@@ -140,7 +140,7 @@ class Rollout:
             async with in_flight:
                 return await self._group(task, group_size, step, sampling or self.sampling, stepping, on_episode)
 
-        return await _together([one(task) for task in tasks])
+        return await together([one(task) for task in tasks])
 
     def check_opening(self) -> None:
         """See whether rules and first observation leave room for an answer, on one training task.
@@ -183,11 +183,11 @@ class Rollout:
         begun: list[Episode] = []
         sessions: list[Any] = []
         try:
-            openings = await _together(
+            openings = await together(
                 [self._open(task, sample, step, stepping, begun=begun) for sample in range(size)]
             )  # fmt: skip
             sessions = self._sessions(openings, task, step)
-            trajectories = await _together(
+            trajectories = await together(
                 [
                     self._episode(episode, session, sampling, stepping, on_episode)
                     for episode, session in zip(openings, sessions, strict=True)
@@ -363,19 +363,6 @@ class Rollout:
         else:
             told = " ".join(str(error).split())[:200]
             episode.trajectory.error = f"{name}.{where} raised {type(error).__name__}{': ' + told if told else ''}."
-
-
-async def _together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of all, side by side. Once one of them raises, the others are cancelled and have ended before that
-    is heard of."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
 
 
 def _close_toolbox(agent: Agent) -> None:

@@ -120,3 +120,16 @@ class Unlucky:
         if completion == "die":
             os._exit(3)
         return Score(1.0, True)
+
+
+@dataclass(frozen=True)
+class SlowStart:
+    """Takes for ever to warm up."""
+
+    name: str = "slow"
+
+    def warm_up(self) -> None:
+        time.sleep(600)
+
+    def verify(self, completion: str, task: Task) -> Score:
+        raise AssertionError("never called")

@@ -15,7 +15,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from strange import Broken, DiesAtStart, Strange, Unlucky
+from strange import Broken, DiesAtStart, SlowStart, Strange, Unlucky
 
 from rehearsal.errors import RewardError
 from rehearsal.rewards.mathematics import LastNumber
@@ -239,6 +239,16 @@ def test_nothing_is_left_after_closing() -> None:
         check(pool, "fine")
 
 
+def test_closing_does_not_wait_for_processes_that_are_about_to_start() -> None:
+    before = set(children_of(os.getpid()))
+    pool = VerifierPool(SlowStart(), workers=2)
+    time.sleep(0.3)
+    begun = time.monotonic()
+    pool.close(now=True)
+    assert time.monotonic() - begun < 20.0
+    assert set(children_of(os.getpid())) <= before
+
+
 def test_an_exception_does_not_wait_for_the_rest() -> None:
     problems: list[Exception] = []
 
@@ -371,6 +381,8 @@ class AtOnce:
     def verify_batch(self, completions: list[str], tasks: list[Task]) -> list[Score | Failure]:
         if "raise" in completions:
             raise ValueError("too much")
+        if "leave" in completions:
+            raise SystemExit(1)
         if "few" in completions:
             return []
         return [Score(float(len(completions)), True) for _ in completions]
@@ -394,3 +406,6 @@ def test_verifiers_of_batches() -> None:
         assert [reward_of(result) for result in results] == [3.0, 3.0, 3.0, 4.0]
         assert kinds(pool.verify(["raise", "x"], [TASK] * 2, "a")) == ["error", "error"]
         assert kinds(pool.verify(["few", "x"], [TASK] * 2, "a")) == ["error", "error"]
+        begun = time.monotonic()
+        assert kinds(pool.verify(["leave", "x"], [TASK] * 2, "a")) == ["error", "error"]
+        assert time.monotonic() - begun < 60.0, "nobody waits for the time limit of threads"
