@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rehearsal.agents.tools import ArgumentError, Tool, ToolFailure, as_tool, clean_text, result_text
+from rehearsal.agents.tools import ArgumentError, Tool, ToolFailure, as_tool, clean_text, patience, result_text
 from rehearsal.environments.base import TextEnv
 from rehearsal.errors import EnvironmentFault, RecipeError, RehearsalError, ToolError
 from rehearsal.trajectory import ToolCall
@@ -338,6 +338,7 @@ def _in_time(function: Callable[[], str], seconds: float) -> str:
     box: list[tuple[str, BaseException | None]] = []
 
     def work() -> None:
+        patience.set(seconds)
         try:
             box.append((function(), None))
         except BaseException as error:

@@ -177,5 +177,17 @@ def _pool(verifier: str, options: str, timeout: float) -> VerifierPool:
         if key not in _POOLS:
             made = VerifierPool(_verifier(verifier, options), timeout=timeout)
             _POOLS[key] = made
-            atexit.register(made.close, now=True)
         return _POOLS[key]
+
+
+def close_pools() -> None:
+    """End the processes of all verifiers, which outlive the environments; the next check starts new ones. What waits
+    for a check fails. It is called when this process ends.
+    """
+    with _LOCK:
+        pools = [_POOLS.popitem()[1] for _ in range(len(_POOLS))]
+    for pool in pools:
+        pool.close(now=True)
+
+
+atexit.register(close_pools)

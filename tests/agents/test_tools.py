@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import functools
 import sys
@@ -65,6 +66,23 @@ def test_the_schema_of_a_function() -> None:
         "required": ["city"],
     }
     assert tool.signature == 'forecast(city: string, days: integer = 1, unit: "C" | "F" = "C", places: array, optional)'
+
+
+def test_a_coroutine_that_hangs_is_cancelled() -> None:
+    """A thread cannot be stopped; what waits in a coroutine can be, and its thread ends with it."""
+    ended = threading.Event()
+
+    async def wait() -> str:
+        """Waits."""
+        try:
+            await asyncio.sleep(600)
+        finally:
+            ended.set()
+        return ""
+
+    box = Toolbox([tool_from(wait)], ToolLimits(timeout=0.1))
+    assert box.execute(ToolCall("wait", {})).error == "timeout"
+    assert ended.wait(20)
 
 
 def test_methods_partials_coroutines_and_odd_names() -> None:

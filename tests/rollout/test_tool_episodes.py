@@ -341,6 +341,68 @@ def test_whatever_happens_tools_are_given_back(renderer: ChatRenderer) -> None:
     assert source.closed
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_rules_that_cannot_be_told_keep_no_tools(fast: bool, play: Any) -> None:
+    source = Leases()
+
+    class Mute(Door):
+        @property
+        def instructions(self) -> str:
+            raise ValueError("no rules")
+
+    Mute.fast = fast
+    (group,) = play(OPEN, make=Mute, kit=Toolkit([source]), size=2)
+    assert {t.stop_reason for t in group} == {StopReason.ERROR}
+    assert (source.opened, source.open_now) == (2, 0)
+
+
+@pytest.mark.parametrize("what", ["session", "sample", "told"])
+def test_play_that_is_broken_off_gives_everything_back(what: str, renderer: ChatRenderer) -> None:
+    source = Leases()
+    made: list[Door] = []
+
+    class Slow(Door):
+        fast = False
+
+        def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+            if seed == 1:
+                time.sleep(0.3)  # still on its way
+            return super().reset(seed=seed, options=options)
+
+    def make() -> Door:
+        made.append(Slow())
+        return made[-1]
+
+    class Fails(ScriptedEngine):
+        def session(self, key: int) -> Any:
+            if what == "session":
+                raise MemoryError("no room for another session")
+            session = super().session(key)
+            if what == "sample":
+                session.fork = lambda key: Failing(self)  # type: ignore[method-assign]
+            return session
+
+    class Failing(ScriptedSession):
+        async def sample(self, params: SamplingParams) -> Sampled:
+            raise MemoryError("no room for another session")
+
+    def told(_: Trajectory) -> None:
+        raise MemoryError("no room for another session")
+
+    limits = Limits(max_turns=4, max_actions=4, max_context=4000)
+    before = threading.active_count()
+    rollout = Rollout(make, Fails(renderer, OPEN), renderer, BARE, limits, toolkit=Toolkit([source]))
+    with pytest.raises(MemoryError, match="no room"):
+        rollout.play([Task(seed) for seed in range(4)], 2, on_episode=told if what == "told" else None)
+    rollout.close()
+    deadline = time.monotonic() + 20
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before, "no environment's thread waits for ever"
+    assert all(env.closed for env in made)
+    assert source.open_now == 0
+
+
 def test_a_source_that_cannot_open_fails_its_episodes(play: Any) -> None:
     class Empty(ToolSource):
         fast = True
