@@ -175,6 +175,8 @@ class Turn:
         predictions: what the thought expected of actions, in the rehearse protocol.
         calls: the tools that the answer called, in order, at most as many as a turn allows. An answer with calls has no
             actions.
+        foreseeable: whether what the environment answered follows from what the agent had been shown, as far as the
+            environment tells it.
     """
 
     observation: str
@@ -190,6 +192,7 @@ class Turn:
     state: str = ""
     predictions: list[Prediction] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
+    foreseeable: bool = False
 
     @property
     def reward(self) -> float:

@@ -217,6 +217,7 @@ class Agent:
         """
         turn = self.turns[-1]
         turn.executed, turn.rewards, turn.penalty = list(result.executed), list(result.rewards), result.penalty
+        turn.foreseeable = result.foreseeable
         if result.illegal:
             turn.valid = False
             self.counters["illegal_actions"] += 1

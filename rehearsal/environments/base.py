@@ -44,6 +44,8 @@ class TextEnv(gym.Env[str, str]):
     - ``success`` (bool, at every step): whether the task is solved, apart from the reward.
     - ``state`` (str): a key of the present state, used to count repeated states.
     - ``effective`` (bool, at a step): whether the action changed the state.
+    - ``foreseeable`` (bool, at a step): whether the observation follows from the rules, what the agent has been shown
+      and the action, so that it tells nothing about the world that could not be worked out.
     """
 
     name: str = "environment"

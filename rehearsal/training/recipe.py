@@ -221,6 +221,9 @@ class WorldOptions(_Options):
     coefficient: float | None = Field(
         default=None, ge=0, description="weight of the observation loss; if left out, 0.05 where shared, else 1"
     )
+    foreseeable: bool = Field(
+        default=True, description="whether answers are learnt too that follow from what the agent had been shown"
+    )
     learning_rate_ratio: float = Field(
         default=1.0, gt=0, description="learning rate of the world adapter over that of the policy"
     )
