@@ -93,14 +93,27 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, set[str]]]:
     evaluate.add_argument("--recipe", help="where environment and limits come from; a run folder brings its own")
     evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"))
     evaluate.add_argument("--episodes", type=int, default=256)
-    evaluate.add_argument("--temperature", type=float, default=1.0)
+    evaluate.add_argument("--temperature", type=float, help="1 if left out, 0 with --protocol mint")
     evaluate.add_argument("--samples", type=int, default=1, help="episodes of each task, for pass@k")
     evaluate.add_argument("--against", help="another policy, compared on the same tasks")
+    evaluate.add_argument("--verifier", help="picks the best of several samples; a name or package.module:Class")
+    evaluate.add_argument("--verifier-options", metavar="JSON", help="of the verifier, as an object")
+    evaluate.add_argument(
+        "--protocol", default="plain", choices=("plain", "mint"), help="mint: success after k turns, with feedback"
+    )
+    evaluate.add_argument("--turns", type=int, help="mint: the most turns; 5 if left out")
+    evaluate.add_argument("--proposals", type=int, help="mint: answers to a task; 2 if left out")
+    evaluate.add_argument(
+        "--feedback", metavar="USER", help="mint: scripted (if left out), none, or the address of a server"
+    )
+    evaluate.add_argument("--feedback-model", help="mint: the model's name on that server")
+    evaluate.add_argument("--feedback-key-env", help="mint: environment variable with that server's key")
     evaluate.add_argument("--url", help="of a server that speaks the OpenAI API; POLICY is the model's name there")
     evaluate.add_argument(
         "--api-key-env", help="environment variable with the server's key; OPENAI_API_KEY if there is one"
     )
     evaluate.add_argument("--json", type=Path, help="write the figures here")
+    evaluate.add_argument("--page", type=Path, help="write an HTML page here")
 
     probe = command("probe", "Say what a policy knows of its world.", _probe, dotted=True)
     probe.add_argument("policy", help="a run folder, a Hugging Face folder, or base")
@@ -255,39 +268,71 @@ def _type_name(annotation: Any) -> str:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from rehearsal.display import percent
-    from rehearsal.evaluation.run import evaluate_policy
+    from rehearsal.reports.evaluation import check_page, evaluation_parts, write_evaluation_page
 
-    figures = evaluate_policy(
-        options.policy, recipe=options.recipe, overrides=options.dotted, split=options.split, episodes=options.episodes,
-        temperature=options.temperature, samples=options.samples, against=options.against, url=options.url,
-        api_key_env=options.api_key_env,
-    )  # fmt: skip
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    if "success" in figures:
-        interval = f"({percent(figures['success_low'])} to {percent(figures['success_high'])})"
-        table.add_row("success", f"{percent(figures['success'])} {interval}")
-    for name, value in figures.items():
-        if name.endswith(("/low", "/high")) or name.startswith(("success", "against/")):
-            continue
-        if f"{name}/low" in figures:
-            interval = f"({percent(figures[f'{name}/low'])} to {percent(figures[f'{name}/high'])})"
-            table.add_row(name, f"{percent(value)} {interval}")
-        else:
-            table.add_row(name, f"{value:.4g}")
-    if "against/success" in figures:
-        found = {name.removeprefix("against/"): value for name, value in figures.items() if name.startswith("against/")}
-        table.add_row(f"success of {options.against}", percent(found["success"]))
-        table.add_row(
-            "difference",
-            f"{100 * found['difference']:+.1f} points ({100 * found['low']:+.1f} to {100 * found['high']:+.1f}), "
-            f"p = {found['p_value']:.2g}; better in {found['better']:.0f} of {found['tasks']:.0f} tasks, worse in "
-            f"{found['worse']:.0f}",
-        )
-    Console().print(table)
+    if options.page is not None:
+        check_page(options.page)
+    figures = _mint(options) if options.protocol == "mint" else _plain_evaluation(options)
+    console = Console()
+    for part in evaluation_parts(figures, options.against or ""):
+        headless = not any(part.columns)
+        table = Table(
+            *part.columns, box=None, show_header=not headless, padding=(0, 2, 0, 0),
+            title=None if part.title == "Result" else part.title, title_justify="left", title_style="bold",
+        )  # fmt: skip
+        for row in part.rows:
+            table.add_row(*(escape(cell) for cell in row))
+        console.print(table)
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if options.page is not None:
+        about = {"policy": options.policy, "recipe": options.recipe, "split": options.split, "against": options.against,
+                 "command": options.command_line}  # fmt: skip
+        write_evaluation_page(options.page, figures, {name: str(value) for name, value in about.items() if value})
     return 0
+
+
+def _plain_evaluation(options: argparse.Namespace) -> dict[str, float]:
+    from rehearsal.evaluation.run import evaluate_policy
+
+    for name in ("turns", "proposals", "feedback", "feedback_model", "feedback_key_env"):
+        if getattr(options, name) is not None:
+            raise RecipeError(f"--{name.replace('_', '-')} goes with --protocol mint.")
+    if options.verifier_options is not None and options.verifier is None:
+        raise RecipeError("--verifier-options needs a --verifier.")
+    if options.verifier is not None and options.samples < 2:
+        raise RecipeError("A --verifier picks among several samples of a task: add --samples 4.")
+    return evaluate_policy(
+        options.policy, recipe=options.recipe, overrides=options.dotted, split=options.split, episodes=options.episodes,
+        temperature=1.0 if options.temperature is None else options.temperature, samples=options.samples,
+        against=options.against, url=options.url, api_key_env=options.api_key_env, verifier=options.verifier,
+        verifier_options=_object("--verifier-options", options.verifier_options),
+    )  # fmt: skip
+
+
+def _mint(options: argparse.Namespace) -> dict[str, float]:
+    from rehearsal.evaluation.run import evaluate_mint
+
+    for name in ("against", "verifier", "verifier_options"):
+        if getattr(options, name) is not None:
+            raise RecipeError(f"--{name.replace('_', '-')} does not go with --protocol mint.")
+    given = {name: getattr(options, name) for name in ("turns", "proposals", "feedback", "temperature")}
+    return evaluate_mint(
+        options.policy, recipe=options.recipe, overrides=options.dotted, split=options.split, episodes=options.episodes,
+        feedback_model=options.feedback_model, feedback_key_env=options.feedback_key_env, samples=options.samples,
+        url=options.url, api_key_env=options.api_key_env,
+        **{name: value for name, value in given.items() if value is not None},
+    )  # fmt: skip
+
+
+def _object(flag: str, text: str | None) -> dict[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except ValueError as problem:
+        raise RecipeError(f"{flag} is not JSON: {problem}.") from problem
+    if not isinstance(value, dict):
+        raise RecipeError(f'{flag} must be an object, such as \'{{"pattern": "[0-9]+"}}\'.')
+    return value
 
 
 def _probe(options: argparse.Namespace) -> int:
@@ -321,7 +366,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _diagnose(options: argparse.Namespace) -> int:
-    from rehearsal.reports.diagnosis import FIGURES, diagnose
+    from rehearsal.reports.diagnosis import diagnose, figure_words
 
     found = diagnose(options.run_folder)
     if options.json:
@@ -341,7 +386,7 @@ def _diagnose(options: argparse.Namespace) -> int:
         console.print(f"[dim]Not judged, for want of figures: {', '.join(found.unjudged)}.[/]", highlight=False)
     table = Table("", "start", "end", box=None, padding=(0, 2, 0, 0))
     for name, (start, end) in found.figures.items():
-        table.add_row(FIGURES[name], f"{start:.3g}", f"{end:.3g}")
+        table.add_row(figure_words(name), f"{start:.3g}", f"{end:.3g}")
     if found.figures:
         console.print(table)
     return 0

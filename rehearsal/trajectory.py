@@ -175,6 +175,8 @@ class Turn:
         predictions: what the thought expected of actions, in the rehearse protocol.
         calls: the tools that the answer called, in order, at most as many as a turn allows. An answer with calls has no
             actions.
+        foreseeable: whether what the environment answered follows from what the agent had been shown, as far as the
+            environment tells it.
     """
 
     observation: str
@@ -190,6 +192,7 @@ class Turn:
     state: str = ""
     predictions: list[Prediction] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
+    foreseeable: bool = False
 
     @property
     def reward(self) -> float:
@@ -217,6 +220,8 @@ class Trajectory:
         policy_step: the optimiser step of the policy that played it.
         topic: what the task is about, if the environment says so (info["topic"]): tasks of one topic have in common
             what is worth remembering about them, such as the company that is called.
+        category: the kind of task that it is, if the environment says so (info["category"]): results are told for each
+            kind apart.
     """
 
     environment: str
@@ -233,6 +238,7 @@ class Trajectory:
     counters: dict[str, float] = field(default_factory=dict)
     policy_step: int = 0
     topic: str = ""
+    category: str = ""
 
     @property
     def failed(self) -> bool:

@@ -19,10 +19,21 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import interleaved, met, ratio, report  # noqa: E402
 from benchmarks.counting import decoder_weights, items_of, packed_counts, training_flops  # noqa: E402
+from benchmarks.soak_account import Account  # noqa: E402
+from benchmarks.soak_faults import Dice, Move, Plan  # noqa: E402
+from benchmarks.soak_state import slope  # noqa: E402
 from rehearsal.models.packing import PackItem, make_packs  # noqa: E402
 from rehearsal.sandbox import available  # noqa: E402
 from rehearsal.training.base_config import BaseConfig  # noqa: E402
-from rehearsal.trajectory import Group, Kind, Segment, Trajectory  # noqa: E402
+from rehearsal.trajectory import (  # noqa: E402
+    Group,
+    Kind,
+    Segment,
+    StopReason,
+    ToolCall,
+    Trajectory,
+    Turn,
+)
 
 FIELDS = {"name", "command", "commit", "device", "seeds", "figures", "goals", "holds"}
 
@@ -196,6 +207,65 @@ def test_the_cost_of_the_sandbox_is_measured() -> None:
     check_result(result)
     assert result["figures"]["sandbox_call_ms"] > 0
     assert 0 < result["figures"]["memory_each_mib"] < 64
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="it reads /proc")
+def test_a_soak_accounts_for_every_episode_and_leaves_nothing() -> None:
+    if all(available().values()):
+        pytest.skip("there is no sandbox here")
+    result = run_script("soak", "--quick", "--episodes", "48", "--patience", "3")
+    check_result(result)
+    assert result["figures"]["episodes"] == 48
+    assert sum(count for name, count in result["figures"].items() if name.startswith("stop/")) == 48
+    assert sum(count for name, count in result["figures"].items() if name.startswith("fault/")) > 10
+    assert {name: result["figures"][name] for name in result["goals"]} == dict.fromkeys(result["goals"], 0.0)
+
+
+def trajectory(**changes: Any) -> Trajectory:
+    """An episode of the soak that went as planned."""
+    call = ToolCall("ledger", {"entry": "7"}, result="noted 7")
+    turns = [Turn("o", calls=[call]), Turn("o", executed=["3"], rewards=[1.0])]
+    settings: dict[str, Any] = {"turns": turns, "success": True, "stop_reason": StopReason.TERMINATED, **changes}
+    return Trajectory("calculate", 0, **settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault", "what"),
+    [
+        ({}, "", None),
+        ({"stop_reason": None}, "", "unaccounted"),
+        ({"stop_reason": StopReason.ERROR, "turns": []}, "", "unaccounted"),
+        ({"error": "x"}, "", "unaccounted"),
+        ({"success": False}, "", "unexplained"),
+        ({"stop_reason": StopReason.TURN_LIMIT}, "", "unexplained"),
+        ({"stop_reason": StopReason.ERROR, "error": "E.step raised KeyError."}, "", "unexplained"),
+        ({}, "verifier hangs", "silent"),
+        ({"stop_reason": StopReason.ERROR, "error": "could not be checked (error): x"}, "verifier hangs", "silent"),
+        ({"stop_reason": StopReason.ERROR, "error": "could not be checked (timeout): x"}, "verifier hangs", None),
+        ({"turns": [Turn("o", calls=[ToolCall("ledger", {"entry": "7"}, result="noted 8")]),
+                    Turn("o", rewards=[1.0])]}, "", "wrong"),
+        ({"turns": [Turn("o", calls=[ToolCall("ledger", {"entry": "7"}, error="raised")]),
+                    Turn("o", rewards=[1.0])]}, "", "unexplained"),
+    ],
+)  # fmt: skip
+def test_what_the_soak_takes_for_a_problem(changes: dict[str, Any], fault: str, what: str | None) -> None:
+    plan = Plan(7, (Move("ledger", {"entry": "7"}, expected="noted 7"),), fault)
+    account = Account()
+    account.add(trajectory(**changes), {7: plan}, Dice(0.0, True))
+    counts = {"unaccounted": account.unaccounted, "unexplained": account.unexplained, "wrong": account.wrong,
+              "silent": sum(account.silent.values())}  # fmt: skip
+    assert [name for name, count in counts.items() if count] == ([what] if what else [])
+
+
+def test_a_slope_tells_growth_from_noise() -> None:
+    rng = np.random.default_rng(0)
+    episodes = np.arange(80.0, 2001.0, 80.0)
+    noise = rng.normal(0.0, 300.0, len(episodes))
+    for growth in (0.0, 8.0):
+        rise, half = slope(list(5e5 + growth * episodes + noise), list(episodes))
+        assert abs(rise - growth) < half
+        assert half < 1.0
 
 
 @pytest.mark.slow

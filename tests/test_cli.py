@@ -247,7 +247,7 @@ def test_all_options_are_listed(run: Run) -> None:
 def test_lists(run: Run) -> None:
     code, out, _ = run("envs")
     assert code == 0
-    for name in ("frozenlake", "sokoban", "bandit", "countdown", "helpdesk", "calculate", "lookup"):
+    for name in ("frozenlake", "sokoban", "bandit", "countdown", "helpdesk", "calculate", "lookup", "repair"):
         assert name in out
     code, out, _ = run("recipes")
     assert code == 0

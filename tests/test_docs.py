@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import difflib
 import importlib
+import importlib.util
 import inspect
 import re
 import shlex
@@ -215,6 +216,13 @@ def test_commands_exist(block: Block) -> None:
                 extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
                 for extra in re.findall(r"rehearsal\[([\w-]+)\]", " ".join(packages)):
                     assert extra in extras, f"{block}: there is no extra {extra}"
+            case ["python", "-m", module, *_]:
+                assert importlib.util.find_spec(module) is not None, f"{block}: there is no module {module}"
+            case ["inspect", "eval", task, *_]:
+                project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+                package, _, name = task.partition("/")
+                file = ROOT / (project["entry-points"]["inspect_ai"][package].replace(".", "/") + ".py")
+                assert f"\n@task\ndef {name}(" in file.read_text(), f"{block}: there is no task {task}"
             case ["python", script, *_]:
                 assert (ROOT / script).is_file(), f"{block}: there is no {script}"
             case ["source", ".venv/bin/activate"] | ["pre-commit", "install"]:

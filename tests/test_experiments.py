@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments import collapse, filtering, main_job  # noqa: E402
+from experiments import collapse, filtering, helpdesk, main_job, world_model_rl  # noqa: E402
 from experiments.cells import run_cells  # noqa: E402
 from rehearsal.algorithms.filters import make_filter  # noqa: E402
 from rehearsal.diagnostics import Thresholds  # noqa: E402
@@ -141,3 +141,52 @@ def test_cells_are_stored_as_they_finish(tmp_path: Path) -> None:
     run_cells("x", cells, wait, tmp_path, workers=2)
     stored = {name: (tmp_path / "x" / f"{name}.json").stat().st_mtime for name in cells}
     assert stored["fast"] < stored["slow"]
+
+
+def test_the_arms_of_the_help_desk_are_recipes() -> None:
+    names = {arm: resolve_recipe(None, {**helpdesk.COMMON, **changes}) for arm, changes in helpdesk.ARMS.items()}
+    for arm, recipe in names.items():
+        ranks = recipe.adapters.policy_rank + recipe.adapters.world_rank
+        assert ranks == 64, f"{arm} has as many parameters as the others"
+        make(recipe.environment.name, **recipe.environment.params)
+    assert names["placebo"].agent.rehearse == names["dual_rehearse"].agent.rehearse is True
+    assert names["placebo"].world.mode == "placebo"
+
+
+def test_only_companies_of_the_training_split_are_called() -> None:
+    for span in (helpdesk.LEAD_IN, helpdesk.NEW, helpdesk.MANY):
+        env = make("helpdesk")
+        called = helpdesk.training_companies(span)
+        assert {env.unwrapped.company(index).split for index in called} == {"train"}
+        assert len(called) == pytest.approx(0.8 * len(span), abs=1)
+
+
+def test_a_person_needs_few_calls() -> None:
+    companies = helpdesk.training_companies(helpdesk.NEW)[:8]
+    new, changed = helpdesk.person(companies, 0)
+    assert len(new) == len(changed) == 8
+    assert 1.0 <= np.mean(new) < 2.0, "what was said once is known"
+    # Some want less than before: what is known of them still serves.
+    assert 0.5 <= np.mean(changed) < 3.0
+    assert helpdesk.person(companies, 0) == (new, changed)
+
+
+def test_episodes_to_a_level_lie_between_the_tests() -> None:
+    curve = [[0.0, 0.2], [100.0, 0.4], [200.0, 0.8]]
+    assert world_model_rl.episodes_to(curve, 0.6) == pytest.approx(150.0)
+    assert world_model_rl.episodes_to(curve, 0.4) == pytest.approx(100.0)
+    assert world_model_rl.episodes_to(curve, 0.1) == 0.0
+    assert math.isnan(world_model_rl.episodes_to(curve, 0.9))
+    mean = world_model_rl.mean_curve([{"curve": curve}, {"curve": [[0.0, 0.4], [100.0, 0.6]]}])
+    assert [point[0] for point in mean] == [0.0, 100.0, 200.0]
+    assert [point[1] for point in mean] == pytest.approx([0.3, 0.5, 0.8])
+
+
+def test_the_arms_of_the_world_model_are_recipes() -> None:
+    for environment in world_model_rl.ENVIRONMENTS.values():
+        for arm, changes in world_model_rl.ARMS.items():
+            recipe = resolve_recipe(
+                environment["recipe"], {**world_model_rl.COMMON, **environment["overrides"], **changes}
+            )
+            assert recipe.adapters.policy_rank + recipe.adapters.world_rank == 64, arm
+            assert 0 < environment["first"] < recipe.training.steps

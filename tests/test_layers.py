@@ -38,6 +38,7 @@ SAME_FLOOR = {
     ("rewards", "trajectory"),
     ("environments", "rewards"),  # tasks with verifiable answers
     ("rewards", "sandbox"),  # code is checked by running it
+    ("environments", "sandbox"),  # programs that agents write are tried by running them
     ("generation", "models"),  # the engine runs the model
     ("training", "evaluation"),  # the loop plays held-out tasks on its way
     ("evaluation", "training"),  # evaluating a run by name reads its recipe and its checkpoint

@@ -217,6 +217,7 @@ class Agent:
         """
         turn = self.turns[-1]
         turn.executed, turn.rewards, turn.penalty = list(result.executed), list(result.rewards), result.penalty
+        turn.foreseeable = result.foreseeable
         if result.illegal:
             turn.valid = False
             self.counters["illegal_actions"] += 1
@@ -253,7 +254,8 @@ class Agent:
             if self.keep_ending:
                 self._end(pieces, role)
             return None
-        notices = [text for text in (self._problem, self.toolbox.count_notice(result.calls), self._status()) if text]
+        said = (self._problem, self.toolbox.count_notice(result.calls), result.notice, self._status())
+        notices = [text for text in said if text]
         shown = Turn("".join(piece.text for piece in pieces), notice=" ".join(notices), state=turn.state)
         pieces.append(Piece("\n" + shown.notice, Kind.NOTICE))
         prompt = self._show(shown, self.renderer.after_answer(self._sampled_ids, pieces, role))

@@ -91,7 +91,7 @@ def _broken(text: str, begin: int, error: ValueError) -> str:
     """Where the JSON breaks, in few words; some models close a call before its braces."""
     if isinstance(error, json.JSONDecodeError):
         # The decoder counts from the beginning of the answer, which the agent cannot see.
-        where = f"{error.msg} at character {error.pos - begin + 1}"
+        where = f"{error.msg.removesuffix(' at')} at character {error.pos - begin + 1}"
     else:
         where = str(error).split(";")[0][:60]
     return f"a tool call that is no valid JSON ({where})"

@@ -43,6 +43,8 @@ class PlayResult:
         not_executed: how many actions were left out because of an illegal one before them, or because the actions of
             the episode were used up.
         ineffective: how many executed actions changed nothing, as far as the environment told it.
+        foreseeable: whether the observation followed from what the agent had been shown: as far as the environment told
+            it, or because nothing was done.
         calls: the tool calls of the answer, with what came of them.
         results: what came of them, in the same order.
     """
@@ -59,6 +61,7 @@ class PlayResult:
     illegal: str = ""
     not_executed: int = 0
     ineffective: int = 0
+    foreseeable: bool = True
     calls: list[ToolCall] = field(default_factory=list)
     results: list[ToolResult] = field(default_factory=list)
 
@@ -98,6 +101,7 @@ def play_actions(
         if toolbox is None:
             raise ValueError("the answer calls tools, so play_actions needs the agent's toolbox")
         result.calls, result.results = toolbox.play(turn.calls)
+        result.foreseeable = False
         result.penalty = -math.fsum(call.cost for call in result.calls)
         return result
     planned = turn.actions[: max(0, remaining_actions)]
@@ -153,6 +157,7 @@ def _step(env: TextEnv, action: str, result: PlayResult) -> None:
     result.success = info_success(info)
     result.state = str(info["state"]) if info.get("state") is not None else None
     result.ineffective += info.get("effective") is not None and not info["effective"]
+    result.foreseeable = result.foreseeable and bool(info.get("foreseeable", False))
 
 
 def _observation(env: TextEnv, where: str, observation: object) -> str:

@@ -12,11 +12,11 @@ import math
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rehearsal.agents.tools import ArgumentError, Tool, ToolFailure, as_tool, clean_text, result_text
+from rehearsal.agents.tools import ArgumentError, Tool, ToolFailure, as_tool, clean_text, patience, result_text
 from rehearsal.environments.base import TextEnv
 from rehearsal.errors import EnvironmentFault, RecipeError, RehearsalError, ToolError
 from rehearsal.trajectory import ToolCall
@@ -258,10 +258,19 @@ class Toolkit:
     Args:
         sources: of the tools that agents have in every environment.
         limits: what an episode's tools may use, those of the environment included.
+        names: of the sources, in the same order, for those that may be locked.
+
+    Raises:
+        ToolError: for names that are not as many as the sources.
     """
 
-    def __init__(self, sources: Sequence[ToolSource] = (), limits: ToolLimits | None = None) -> None:
+    def __init__(
+        self, sources: Sequence[ToolSource] = (), limits: ToolLimits | None = None, names: Sequence[str] | None = None
+    ) -> None:  # fmt: skip
         self.sources = list(sources)
+        self.names = [""] * len(self.sources) if names is None else list(names)
+        if len(self.names) != len(self.sources):
+            raise ToolError(f"There are {len(self.sources)} sources of tools and {len(self.names)} names for them.")
         self.limits = limits or ToolLimits()
 
     @property
@@ -269,11 +278,18 @@ class Toolkit:
         """Whether episodes can call the tools in line, without a thread."""
         return all(source.fast for source in self.sources)
 
-    def open(self, env: TextEnv) -> Toolbox | None:
+    def add(self, source: ToolSource, name: str = "") -> None:
+        """Add a source; the toolkit closes it."""
+        self.sources.append(source)
+        self.names.append(name)
+
+    def open(self, env: TextEnv, locked: Collection[str] = ()) -> Toolbox | None:
         """The tools of one episode: the environment's own first; None if there are none at all.
 
         Args:
             env: in the state that it has after its reset.
+            locked: names of sources and of the environment's own tools that this episode does not have: to the agent
+                they are tools that there are not.
 
         Raises:
             EnvironmentFault: if the environment's tools cannot be used.
@@ -281,13 +297,13 @@ class Toolkit:
         """
         # A fast environment says of itself that nothing in it takes long.
         try:
-            own = [as_tool(function, fast=env.fast) for function in env.tools]
+            own = [tool for tool in (as_tool(one, fast=env.fast) for one in env.tools) if tool.name not in locked]
         except RehearsalError as error:
             raise EnvironmentFault(f"{type(env).__name__}.tools cannot be used: {error}") from error
         opened: list[Tool] = []
         try:
-            for source in self.sources:
-                opened += source.open()
+            for source, name in zip(self.sources, self.names, strict=True):
+                opened += source.open() if name not in locked else ()
             return Toolbox([*own, *opened], self.limits, [tool.name for tool in own]) if own or opened else None
         except BaseException:
             _close(opened)
@@ -322,6 +338,7 @@ def _in_time(function: Callable[[], str], seconds: float) -> str:
     box: list[tuple[str, BaseException | None]] = []
 
     def work() -> None:
+        patience.set(seconds)
         try:
             box.append((function(), None))
         except BaseException as error:

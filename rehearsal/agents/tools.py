@@ -23,6 +23,7 @@ import re
 import typing
 import warnings
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,7 +34,12 @@ from pydantic.errors import PydanticSchemaGenerationError
 from rehearsal.environments.tooling import ToolFailure, clean_text
 from rehearsal.errors import ToolError
 
-__all__ = ["ArgumentError", "Tool", "ToolFailure", "as_tool", "clean_text", "result_text", "tool_from"]
+__all__ = ["ArgumentError", "Tool", "ToolFailure", "as_tool", "clean_text", "patience", "result_text",
+           "tool_from"]  # fmt: skip
+
+patience: ContextVar[float | None] = ContextVar("patience", default=None)
+"""Within a call that is not fast: after how many seconds it is left behind. A tool that waits for something else should
+give up soon after, because its thread is there until it does; None where nobody keeps the time."""
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 _SECTION = re.compile(r"(Args|Arguments|Parameters|Returns|Yields|Raises|Examples?|Notes?):\s*")
@@ -168,7 +174,7 @@ def tool_from(
         first = [value for parameter, value in arguments.items() if parameter in positional]
         rest = {parameter: value for parameter, value in arguments.items() if parameter not in positional}
         value = function(*first, **rest)
-        return asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value
+        return asyncio.run(_awaited(value, patience.get())) if inspect.isawaitable(value) else value
 
     return Tool(name, description, _schema_of(model), run, check, fast, timeout, cost)
 
@@ -198,8 +204,9 @@ def result_text(value: Any) -> str:
     return clean_text(value)
 
 
-async def _awaited(value: Any) -> Any:
-    return await value
+async def _awaited(value: Any, seconds: float | None) -> Any:
+    # A little longer than anybody waits, so that it is the caller who tells that it took too long.
+    return await asyncio.wait_for(value, None if seconds is None else seconds + 1.0)
 
 
 def _docstring(function: Any) -> tuple[str, dict[str, str]]:

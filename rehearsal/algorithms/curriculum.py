@@ -24,6 +24,8 @@ Floats = NDArray[np.float64]
 
 NEWEST_WEIGHT = 0.5
 """Weight of a visit in the average success of its task."""
+RISE = 0.02
+"""How much the success of a stage has to grow for it not to stall: less is what chance does to a window."""
 
 
 class Draw(NamedTuple):
@@ -229,12 +231,19 @@ class Prioritised(_Pool):
 class Staged:
     """Harder environments one after the other, each when the one before is mastered.
 
+    A stage that brings relief, such as a tool, may also begin when the one before has turned out too hard: its success
+    is below the threshold and has stopped rising.
+
     Attributes:
         stages: how many; environments ``environment`` to ``environment + stages - 1``.
         threshold: success over the last ``window`` groups of the present stage that ends it.
         window: groups.
         review: share of the draws that goes to earlier stages.
         environment: the first one.
+        relief: the stages that also begin when the one before has stalled.
+        patience: groups of a stage in which its success, over the last ``window`` of them, has not risen by
+            :data:`RISE`, after which it has stalled; None if no stage ever does.
+        stage: the present one, from 0.
     """
 
     stages: int = 1
@@ -242,10 +251,16 @@ class Staged:
     window: int = 64
     review: float = 0.1
     environment: int = 0
+    relief: frozenset[int] = frozenset()
+    patience: int | None = None
     stage: int = field(default=0, init=False)
     _recent: list[float] = field(default_factory=list, init=False, repr=False)
+    _best: float | None = field(default=None, init=False, repr=False)
+    _since_rise: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.patience is not None and self.patience < 1:
+            raise RecipeError(f"The patience of a staged curriculum is at least one group, not {self.patience}.")
         if self.stages < 1 or self.window < 1:
             raise RecipeError(f"A staged curriculum needs stages and a window, not {self.stages} and {self.window}.")
         _check_share("threshold", self.threshold)
@@ -260,28 +275,44 @@ class Staged:
         ]
 
     def observe(self, draws: Sequence[Draw], success_P: Sequence[float] | Floats) -> None:
-        for draw, success in zip(draws, success_P, strict=True):
-            if draw.environment == self.environment + self.stage and not np.isnan(success):
-                self._recent.append(float(success))
-        self._recent = self._recent[-self.window :]
-        mastered = len(self._recent) == self.window and sum(self._recent) / self.window >= self.threshold
-        if mastered and self.stage + 1 < self.stages:
+        played = [
+            float(success)
+            for draw, success in zip(draws, success_P, strict=True)
+            if draw.environment == self.environment + self.stage and not np.isnan(success)
+        ]
+        self._recent = [*self._recent, *played][-self.window :]
+        if len(self._recent) < self.window:
+            return
+        success = sum(self._recent) / self.window
+        if self._best is None or success >= self._best + RISE:
+            self._best, self._since_rise = success, 0
+        else:
+            self._since_rise += len(played)
+        stalled = self.patience is not None and self._since_rise >= self.patience
+        over = success >= self.threshold or (stalled and self.stage + 1 in self.relief)
+        if over and self.stage + 1 < self.stages:
             self.stage += 1
-            self._recent = []
+            self._recent, self._best, self._since_rise = [], None, 0
 
     def figures(self) -> dict[str, float]:
         figures = {"curriculum/stage": float(self.stage)}
         if self._recent:
             figures["curriculum/stage_success"] = sum(self._recent) / len(self._recent)
+        if self.patience is not None:
+            figures["curriculum/since_rise"] = float(self._since_rise)
         return figures
 
     def state_dict(self) -> dict[str, Any]:
-        return {"stage": self.stage, "recent": list(self._recent)}
+        return {
+            "stage": self.stage, "recent": list(self._recent), "best": self._best, "since_rise": self._since_rise,
+        }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if not 0 <= state["stage"] < self.stages:
             raise RecipeError(f"This run has reached stage {state['stage'] + 1}, and the curriculum has {self.stages}.")
         self.stage, self._recent = int(state["stage"]), [float(value) for value in state["recent"]]
+        # Runs that began before stages could stall have no such state.
+        self._best, self._since_rise = state.get("best"), int(state.get("since_rise", 0))
 
 
 @dataclass

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from rehearsal.diagnostics.series import Series
+from rehearsal.diagnostics.tool_use import TOOL_FIGURES, abandoned_tools
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Thresholds:
         invalid: of turns with broken or illegal answers, above what it was at the start.
         mismatch: mean difference of log-probs between generation and learning before the first update, in nats.
         success_fall: fall of success from its highest mean, over that mean.
+        tool_use: share of the episodes that call a tool, over its highest mean, below which the tool is given up.
         certain: standard errors that a rise or a fall must have to be more than chance.
     """
 
@@ -58,6 +60,7 @@ class Thresholds:
     invalid: float = 0.15
     mismatch: float = 0.02
     success_fall: float = 0.2
+    tool_use: float = 0.2
     certain: float = 3.0
 
 
@@ -276,6 +279,22 @@ def _foreign_world(series: Series, limits: Thresholds) -> str | None:
     return f"The perplexity of what the environment answers is {perplexity:.0f}, and it has {symbols:.0f} symbols."
 
 
+def _tool_abandoned(series: Series, limits: Thresholds) -> str | None:
+    found = abandoned_tools(series, share=limits.tool_use, certain=limits.certain, done=limits.success_done)
+    if not found:
+        return None
+    told = []
+    for one in found:
+        failed = "" if math.isnan(one.failures) else f", when {_percent(one.failures)} of its calls failed"
+        told.append(f"{_percent(one.now)} of the episodes call {one.name}; it was {_percent(one.most)}{failed}.")
+    evidence = " ".join(told)
+    before, after, scale = found[0].before, found[0].after, found[0].scale
+    if math.isnan(before):
+        return evidence
+    spell = _percent if scale == "success" else "{:.3g}".format
+    return f"{evidence} Since then {scale} went from {spell(before)} to {spell(after)}."
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         "too_easy", "Too easy", "Where everything succeeds there is nothing to compare, and little is left to learn.",
@@ -374,6 +393,13 @@ RULES: tuple[Rule, ...] = (
         "The policy foretells the environment worse than somebody who knows nothing but its symbols.",
         "Let it learn the world first: world.mode = world_only for some steps, or dual from the start.",
         "probe/perplexity", _foreign_world, begins_after=1, ends_after=1,
+    ),
+    Rule(
+        "tool_abandoned", "Tool abandoned",
+        "An agent whose first calls fail or bring nothing stops calling, and what it does not try it cannot learn.",
+        "See in the report why its calls failed. Then begin with tasks that need the tool (curriculum.name = staged), "
+        "lower tools.cost, add a small entropy_coefficient, or let it learn from results (world.mode = shared).",
+        f"{TOOL_FIGURES}calls", _tool_abandoned, begins_after=5,
     ),
 )  # fmt: skip
 """All rules, in the order in which they are looked at."""

@@ -65,10 +65,18 @@ class Series:
         """Whether the figure was measured in the last step."""
         return not math.isnan(self.last(name))
 
+    def fresh_names(self) -> list[str]:
+        """The figures that were measured in the last step, in the order in which they were written."""
+        return [name for name in self._rows[self._end - 1] if self.fresh(name)] if self._end else []
+
     def recent(self, name: str, count: int = 5) -> float:
         """Mean of the last ``count`` measured values; NaN if there is none."""
         values = self.measured(name)[-count:]
         return float(values.mean()) if len(values) else math.nan
+
+    def recent_rows(self, name: str, count: int = 5) -> NDArray[np.intp]:
+        """Places of the last ``count`` measured values."""
+        return np.flatnonzero(~np.isnan(self.values(name)))[-count:]
 
     def start(self, name: str, count: int = 3) -> float:
         """Mean of the first ``count`` measured values; NaN before there are as many."""
@@ -77,10 +85,18 @@ class Series:
 
     def best(self, name: str, count: int = 5) -> float:
         """The largest mean of ``count`` measured values in a row; NaN before there are as many."""
-        values = self.measured(name)
-        if len(values) < count:
-            return math.nan
-        return float(np.convolve(values, np.ones(count) / count, mode="valid").max())
+        rows = self.best_rows(name, count)
+        return float(self.values(name)[rows].mean()) if len(rows) else math.nan
+
+    def best_rows(self, name: str, count: int = 5) -> NDArray[np.intp]:
+        """Places of the ``count`` measured values in a row with the largest mean, the earliest where several are
+        equal; empty before there are as many."""
+        values = self.values(name)
+        rows = np.flatnonzero(~np.isnan(values))
+        if len(rows) < count:
+            return rows[:0]
+        start = int(np.convolve(values[rows], np.ones(count) / count, mode="valid").argmax())
+        return rows[start : start + count]
 
     def fall(self, name: str, count: int = 5) -> float:
         """How far the recent mean lies below the best one, in standard errors of their difference.
@@ -103,6 +119,16 @@ class Series:
         if len(values) < 2 * count:
             return math.nan
         return _in_errors(self.recent(name, count) - self.start(name, count // 2), values, 3 / count)
+
+    def rise_since_best(self, name: str, of: str, count: int = 5) -> float:
+        """How far the recent mean of a figure lies above what it was while another was at its best, in standard errors
+        of their difference; negative where it lies below. NaN before there are ``count`` values of both."""
+        then = self.values(name)[self.best_rows(of, count)]
+        then = then[~np.isnan(then)]
+        values = self.measured(name)
+        if len(values) < count or not len(then):
+            return math.nan
+        return _in_errors(self.recent(name, count) - float(then.mean()), values[-4 * count :], 2 / count)
 
 
 def _in_errors(difference: float, values: Floats, share: float) -> float:

@@ -38,11 +38,14 @@ class TextEnv(gym.Env[str, str]):
     - ``task`` (str, at reset): a key of the task's content. Two resets with the same key show the same task.
     - ``topic`` (str, at reset): what the task is about, for a memory that keeps a bit of everything: tasks of one topic
       have in common what is worth remembering.
+    - ``category`` (str, at reset): the kind of task, of which there are a few: success is told for each apart.
     - ``split`` (str): the split that the task was drawn from. Only an environment that honours ``options["split"]``
       gives it: its splits are then disjoint in content.
     - ``success`` (bool, at every step): whether the task is solved, apart from the reward.
     - ``state`` (str): a key of the present state, used to count repeated states.
     - ``effective`` (bool, at a step): whether the action changed the state.
+    - ``foreseeable`` (bool, at a step): whether the observation follows from the rules, what the agent has been shown
+      and the action, so that it tells nothing about the world that could not be worked out.
     """
 
     name: str = "environment"

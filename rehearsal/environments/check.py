@@ -225,6 +225,7 @@ class _Checker:
             ("state", str),
             ("success", bool),
             ("effective", bool),
+            ("foreseeable", bool),
             ("split", str),
         ):
             if key in info and not isinstance(info[key], kind):

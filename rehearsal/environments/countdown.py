@@ -126,6 +126,9 @@ class Countdown(EpisodeEnv):
         self._answer = ""
         return self._puzzle.content
 
+    def _foreseeable(self, action: str) -> bool:
+        return True
+
     def _act(self, action: str) -> tuple[float, bool, bool, bool]:
         self._answer = action
         reward = self.score(action)

@@ -99,7 +99,11 @@ class EpisodeEnv(TextEnv):
         self._steps += 1
         truncated = not terminated and self._steps >= self.max_steps
         self._over = terminated or truncated
-        return self._observation(), reward, terminated, truncated, {**self._info(), "effective": effective}
+        info = {**self._info(), "effective": effective}
+        foreseeable = self._foreseeable(legal)
+        if foreseeable is not None:
+            info["foreseeable"] = foreseeable
+        return self._observation(), reward, terminated, truncated, info
 
     @property
     def steps_left(self) -> int:
@@ -109,6 +113,10 @@ class EpisodeEnv(TextEnv):
     def _need_reset(self) -> None:
         if not self._started:
             raise gym.error.ResetNeeded(f"The {self.name} episode has not begun: call reset() first.")
+
+    def _foreseeable(self, action: str) -> bool | None:
+        """Whether what came of the action just taken followed from what had been shown; None if that is not told."""
+        return None
 
     def _info(self) -> dict[str, Any]:
         return {"task": self._task, "state": self._state(), "success": self._success, "split": self._split}

@@ -181,6 +181,10 @@ class FrozenLake(SpatialEnv):
         self._inner.reset()
         return lake.content
 
+    def _foreseeable(self, action: str) -> bool:
+        # The whole grid is shown: without slipping everything else follows.
+        return self.slip == 0
+
     def _act(self, action: str) -> tuple[float, bool, bool, bool]:
         before = self._player
         self._inner.np_random = self.np_random  # slips come from the episode's own stream

@@ -285,6 +285,10 @@ class Helpdesk(EpisodeEnv):
         )
         return self._text
 
+    def _foreseeable(self, action: str) -> bool:
+        # What a company wants is all that one has to be told.
+        return action not in REACH.values() or not self._reached
+
     def _act(self, action: str) -> tuple[float, bool, bool, bool]:
         if self._reached:
             return self._in_contact(action)

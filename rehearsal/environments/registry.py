@@ -23,6 +23,7 @@ _GYMNASIUM_IDS = {
     "rehearsal/Helpdesk-v0": "rehearsal.environments.helpdesk:Helpdesk",
     "rehearsal/Calculate-v0": "rehearsal.environments.calculate:Calculate",
     "rehearsal/Lookup-v0": "rehearsal.environments.lookup:Lookup",
+    "rehearsal/Repair-v0": "rehearsal.environments.repair:Repair",
 }
 
 _registered: dict[str, str | Factory] = {
@@ -33,6 +34,7 @@ _registered: dict[str, str | Factory] = {
     "helpdesk": _GYMNASIUM_IDS["rehearsal/Helpdesk-v0"],
     "calculate": _GYMNASIUM_IDS["rehearsal/Calculate-v0"],
     "lookup": _GYMNASIUM_IDS["rehearsal/Lookup-v0"],
+    "repair": _GYMNASIUM_IDS["rehearsal/Repair-v0"],
     "tasks": "rehearsal.environments.tasks:VerifiedTasks",
     "reasoning-gym": "rehearsal.environments.adapters:ReasoningGymEnv",
 }

@@ -46,6 +46,7 @@ class VerifiedTasks(EpisodeEnv):
         told: what an agent is told about all the tasks, once.
         turns: turns of an episode; more than 1 where an agent has tools to use first.
         timeout: seconds that a check may take.
+        category: name of a field that says what kind of task it is; success is told for each kind apart.
 
     Raises:
         RecipeError: for a parameter out of its range, or splits without a train and a test split.
@@ -61,13 +62,17 @@ class VerifiedTasks(EpisodeEnv):
         self, source: str, verifier: str, prompt: str = "prompt", reference: str | None = "reference",
         options: Mapping[str, Any] | None = None, splits: Mapping[str, str] | None = None,
         told: str = "Do the task. The action is the answer.", turns: int = 1, timeout: float = 10.0,
+        category: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(max_steps=1)
+        self._category = category
         self.max_turns = whole_number("turns", turns, 1, 1000)
         self.told = told
         self._pools = (verifier, json.dumps(options or {}, sort_keys=True), real_number("timeout", timeout, 0.01, 3600))
         self._tasks = _split_tasks(source, prompt, reference, None if splits is None else tuple(sorted(splits.items())))
         _verifier(*self._pools[:2])  # one that cannot be made is told of at once
+        if category is not None:
+            _check_category(category, self._tasks)
         self._now = Task("")
         self._score: Score | None = None
 
@@ -94,9 +99,12 @@ class VerifiedTasks(EpisodeEnv):
         return found.value, True, found.passed, True
 
     def _info(self) -> dict[str, Any]:
+        info = super()._info()
+        if self._category is not None:
+            info["category"] = str(self._now.data[self._category])
         if self._score is None:
-            return super()._info()
-        return {**super()._info(), "evidence": self._score.evidence, "parts": dict(self._score.parts)}
+            return info
+        return {**info, "evidence": self._score.evidence, "parts": dict(self._score.parts)}
 
     def _observation(self) -> str:
         return self._now.prompt if self._score is None else f"score {self._score.value:g}"
@@ -115,6 +123,16 @@ class VerifiedTasks(EpisodeEnv):
         """``prompt``, ``reference`` and ``data`` of the task."""
         self._need_reset()
         return {"prompt": self._now.prompt, "reference": self._now.reference, "data": dict(self._now.data)}
+
+
+def _check_category(field: str, splits: Mapping[str, Sequence[Task]]) -> None:
+    """Refuse a field of categories that a task lacks, or that is its prompt or reference."""
+    for task in (task for tasks in splits.values() for task in tasks):
+        if field not in task.data:
+            raise RecipeError(
+                f"There is no field {field!r} to take categories from; it is one of "
+                f"{', '.join(sorted(task.data)) or 'no fields, for the tasks have prompts and references alone'}."
+            )
 
 
 @lru_cache(maxsize=8)
@@ -159,5 +177,17 @@ def _pool(verifier: str, options: str, timeout: float) -> VerifierPool:
         if key not in _POOLS:
             made = VerifierPool(_verifier(verifier, options), timeout=timeout)
             _POOLS[key] = made
-            atexit.register(made.close, now=True)
         return _POOLS[key]
+
+
+def close_pools() -> None:
+    """End the processes of all verifiers, which outlive the environments; the next check starts new ones. What waits
+    for a check fails. It is called when this process ends.
+    """
+    with _LOCK:
+        pools = [_POOLS.popitem()[1] for _ in range(len(_POOLS))]
+    for pool in pools:
+        pool.close(now=True)
+
+
+atexit.register(close_pools)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rehearsal.evaluation.categories import category_figures, token_figures
 from rehearsal.evaluation.samples import sample_figures
 from rehearsal.evaluation.statistics import mean_interval, wilson_interval
 from rehearsal.generation.sampling import SamplingParams, stream_key
@@ -24,8 +25,10 @@ class Evaluation:
     Attributes:
         groups: the episodes of each task.
         figures: "success" and "reward", each with its 95% interval ("success_low", "success_high"), "episodes",
-            "turns", "response_tokens", "format_errors", "failed_episodes" and the shares of stop reasons; where several
-            environments were played, "success/NAME" of each.
+            "turns", "response_tokens", "format_errors", "failed_episodes" and the shares of stop reasons; the cost by
+            :func:`rehearsal.evaluation.categories.token_figures`; where there are several environments or kinds of
+            tasks, those of :func:`rehearsal.evaluation.categories.category_figures`, and "success/NAME" of each
+            environment.
     """
 
     groups: list[Group]
@@ -74,4 +77,4 @@ def evaluation_figures(groups: Sequence[Group]) -> dict[str, float]:
     if scored:
         rewards = [trajectory.reward for trajectory in scored]
         plain["reward"], plain["reward_low"], plain["reward_high"] = mean_interval(rewards)
-    return plain
+    return {**plain, **token_figures(groups), **category_figures(groups)}

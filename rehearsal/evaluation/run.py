@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rehearsal.agents.agent import Limits
+from rehearsal.agents.feedback import Feedback
+from rehearsal.algorithms.curriculum import Staged
+from rehearsal.environments.base import TextEnv
 from rehearsal.errors import ModelError, RecipeError
+from rehearsal.evaluation.best_of import best_of_figures, verify_episodes
 from rehearsal.evaluation.held_out import Evaluation, evaluate
+from rehearsal.evaluation.mint import judge_figures, mint_environments, mint_figures, play_mint, user_of
 from rehearsal.evaluation.remote import ChatRollout
 from rehearsal.evaluation.samples import compare, success_by_task
 from rehearsal.generation.remote import RemoteEngine
 from rehearsal.models.load import Policy, load_policy
-from rehearsal.rollout import check_failures
+from rehearsal.rollout import Rollout, check_failures
 from rehearsal.training.checkpoint import checkpoints, load_checkpoint, restore_weights
 from rehearsal.training.playing import answer_protocol, episode_limits, make_rollout, make_toolkit, policy_of
 from rehearsal.training.recipe import Recipe, resolve_recipe
@@ -25,7 +32,7 @@ def evaluate_policy(
     policy: str | Path, *, recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
     overrides: Mapping[str, Any] | Sequence[str] = (), split: str = "test", episodes: int = 256,
     temperature: float = 1.0, samples: int = 1, against: str | Path | None = None, url: str | None = None,
-    api_key_env: str | None = None,
+    api_key_env: str | None = None, verifier: str | None = None, verifier_options: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Play held-out tasks.
 
@@ -42,6 +49,9 @@ def evaluate_policy(
         url: of a server that speaks the OpenAI chat API; ``policy`` is the model's name there.
         api_key_env: environment variable with the server's key. If None, that of OPENAI_API_KEY if it is set, else
             none: a server on one's own machine wants no key.
+        verifier: picks the best of several samples, by what it thinks of them alone. The figures of
+            :func:`rehearsal.evaluation.best_of.best_of_figures` come with it.
+        verifier_options: of the verifier.
 
     Returns:
         the figures of :class:`rehearsal.evaluation.held_out.Evaluation`.
@@ -59,25 +69,115 @@ def evaluate_policy(
                 "A policy behind a server cannot be compared here; evaluate both and compare the figures."
             )
         recipe = resolve_recipe(recipe, overrides)
-        return _evaluate_remote(str(policy), recipe, split, episodes, temperature, samples, url, api_key_env)
+        result = _evaluate_remote(str(policy), recipe, split, episodes, temperature, samples, url, api_key_env)
+        return {**result.figures, **_picked(result, verifier, verifier_options)}
     recipe, loaded = load_for_evaluation(policy, recipe, overrides)
+    source = _tasks_of(recipe, policy)
     if against is None:
-        return _played(recipe, loaded, split, episodes, temperature, samples).figures
+        result = _played(recipe, source, loaded, split, episodes, temperature, samples)
+        return {**result.figures, **_picked(result, verifier, verifier_options)}
     # Both are looked for before either plays.
     _, other = load_for_evaluation(against, recipe, ())
-    result = _played(recipe, loaded, split, episodes, temperature, samples)
-    rival = _played(recipe, other, split, episodes, temperature, samples)
+    result = _played(recipe, source, loaded, split, episodes, temperature, samples)
+    rival = _played(recipe, source, other, split, episodes, temperature, samples)
     if "success" not in result.figures or "success" not in rival.figures:
         raise RecipeError("The environment tells no success, by which the policies could be compared.")
     found = compare(success_by_task(result.groups), success_by_task(rival.groups))
     figures = {f"against/{name}": float(value) for name, value in vars(found).items()}
+    figures |= _picked(result, verifier, verifier_options)
     return {**result.figures, "against/success": rival.figures["success"], **figures}
 
 
-def _played(recipe: Recipe, policy: Policy, split: str, episodes: int, temperature: float, samples: int) -> Evaluation:
+def evaluate_mint(
+    policy: str | Path, *, recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    overrides: Mapping[str, Any] | Sequence[str] = (), split: str = "test", episodes: int = 256, turns: int = 5,
+    proposals: int = 2, feedback: str | Feedback | None = "scripted", feedback_model: str | None = None,
+    feedback_key_env: str | None = None, temperature: float = 0.0, samples: int = 1, url: str | None = None,
+    api_key_env: str | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Success after k turns with tools, with and without feedback; see :mod:`rehearsal.evaluation.mint`.
+
+    Args:
+        policy, recipe, overrides, split, episodes, samples, url, api_key_env: as for :func:`evaluate_policy`.
+        turns: the most turns; tasks are played with 1, 2, ... of them.
+        proposals: answers to a task, of which only the last may be right.
+        feedback: "scripted", "none", the address of a server that speaks the OpenAI chat API, or a user of your own.
+        feedback_model, feedback_key_env: the model there, and the environment variable with the server's key.
+        temperature: of the answers; MINT takes the likeliest token.
+
+    Returns:
+        the figures of :func:`rehearsal.evaluation.mint.mint_figures`, and what remarks of a model have cost.
+
+    Raises:
+        RehearsalError: with one sentence, for whatever the user can mend.
+    """
+    if episodes < 1:
+        raise RecipeError(f"episodes must be 1 or more, not {episodes}.")
+    if samples < 1:
+        raise RecipeError(f"samples must be 1 or more, not {samples}.")
+    user = user_of(feedback, feedback_model, feedback_key_env) if isinstance(feedback, str | None) else feedback
+    loaded: Policy | RemoteEngine
+    if url is not None:
+        recipe = resolve_recipe(recipe, overrides)
+        loaded = _remote_engine(str(policy), recipe, url, api_key_env)
+    else:
+        recipe, loaded = load_for_evaluation(policy, recipe, overrides)
+    tasks = _tasks_of(recipe, None if url is not None else policy).held_out(recipe.evaluation.seed, split, episodes)
+    with _mint_player(recipe, loaded, turns, proposals, None) as player:
+        plain = play_mint(player, tasks, turns, temperature=temperature, samples=samples)
+    check_failures([group for groups in plain for group in groups], recipe.training.abort_failed_share)
+    assisted = None
+    if user is not None:
+        with _mint_player(recipe, loaded, turns, proposals, user) as player:
+            # With a single turn there is nothing to comment on: those episodes are the same.
+            helped = play_mint(player, tasks, turns, first=2, temperature=temperature, samples=samples)
+        check_failures([group for groups in helped for group in groups], recipe.training.abort_failed_share)
+        assisted = [plain[0], *helped]
+    return {**mint_figures(plain, assisted), **judge_figures(user)}
+
+
+@contextlib.contextmanager
+def _mint_player(
+    recipe: Recipe, policy: Policy | RemoteEngine, turns: int, proposals: int, user: Feedback | None
+) -> Iterator[Rollout]:
+    makers, limits = mint_environments(recipe, turns, proposals)
+    if isinstance(policy, RemoteEngine):
+        rollout: Rollout = _chat_rollout(recipe, policy, makers=makers, limits=limits, feedback=user)
+    else:
+        rollout = make_rollout(recipe, policy, makers=makers, limits=limits, feedback=user)
+    try:
+        yield rollout
+    finally:
+        rollout.close()
+
+
+def _picked(result: Evaluation, verifier: str | None, options: Mapping[str, Any] | None) -> dict[str, float]:
+    if verifier is None:
+        return {}
+    return best_of_figures(result.groups, verify_episodes(result.groups, verifier, options))
+
+
+def _tasks_of(recipe: Recipe, policy: str | Path | None) -> TaskSource:
+    """The tasks of a recipe with the tools of the stage that a run has reached; those of the last stage for a policy
+    that is no run."""
+    source = TaskSource(recipe)
+    if not isinstance(source.sampler, Staged):
+        return source
+    saved = checkpoints(Path(policy) / "checkpoints") if policy is not None else []
+    state = load_checkpoint(saved[-1])[1]["tasks"] if saved else {}
+    if "stage" in state:
+        source.sampler.load_state_dict(state)
+    else:
+        source.sampler.stage = source.sampler.stages - 1
+    return source
+
+
+def _played(
+    recipe: Recipe, source: TaskSource, policy: Policy, split: str, episodes: int, temperature: float, samples: int
+) -> Evaluation:  # fmt: skip
     rollout = make_rollout(recipe, policy)
     try:
-        tasks = TaskSource(recipe).held_out(recipe.evaluation.seed, split, episodes)
+        tasks = source.held_out(recipe.evaluation.seed, split, episodes)
         result = evaluate(rollout, tasks, temperature=temperature, samples=samples)
         check_failures(result.groups, recipe.training.abort_failed_share)
         return result
@@ -127,20 +227,33 @@ def _evaluate_remote(
     samples: int,
     url: str,
     api_key_env: str | None,
-) -> dict[str, float]:
-    if api_key_env is None and os.environ.get("OPENAI_API_KEY", "").strip():
-        api_key_env = "OPENAI_API_KEY"
-    engine = RemoteEngine(url, name, api_key_env=api_key_env, concurrency=min(32, recipe.engine.max_sessions))
-    rollout = ChatRollout(
-        [variant.maker for variant in variants_of(recipe)], engine, answer_protocol(recipe), episode_limits(recipe),
-        seed=recipe.seed, workers=recipe.environment.workers, step_timeout=recipe.environment.step_timeout,
-        toolkit=make_toolkit(recipe),
-    )  # fmt: skip
+) -> Evaluation:
+    engine = _remote_engine(name, recipe, url, api_key_env)
+    rollout = _chat_rollout(recipe, engine)
     try:
-        tasks = TaskSource(recipe).held_out(recipe.evaluation.seed, split, episodes)
+        tasks = _tasks_of(recipe, None).held_out(recipe.evaluation.seed, split, episodes)
         result = evaluate(rollout, tasks, temperature=temperature, samples=samples)
         check_failures(result.groups, recipe.training.abort_failed_share)
     finally:
         rollout.close()
     tokens = float(engine.stats.tokens_sampled)
-    return {**result.figures, "server_tokens": tokens, "server_retries": float(engine.stats.retries)}
+    result.figures |= {"server_tokens": tokens, "server_retries": float(engine.stats.retries)}
+    return result
+
+
+def _remote_engine(name: str, recipe: Recipe, url: str, api_key_env: str | None) -> RemoteEngine:
+    if api_key_env is None and os.environ.get("OPENAI_API_KEY", "").strip():
+        api_key_env = "OPENAI_API_KEY"
+    return RemoteEngine(url, name, api_key_env=api_key_env, concurrency=min(32, recipe.engine.max_sessions))
+
+
+def _chat_rollout(
+    recipe: Recipe, engine: RemoteEngine, *, makers: Sequence[Callable[[], TextEnv]] | None = None,
+    limits: Sequence[Limits] | None = None, feedback: Feedback | None = None,
+) -> ChatRollout:  # fmt: skip
+    return ChatRollout(
+        [variant.maker for variant in variants_of(recipe)] if makers is None else makers, engine,
+        answer_protocol(recipe), episode_limits(recipe) if limits is None else limits,
+        seed=recipe.seed, workers=recipe.environment.workers, step_timeout=recipe.environment.step_timeout,
+        toolkit=make_toolkit(recipe), feedback=feedback,
+    )  # fmt: skip

@@ -101,17 +101,21 @@ def sample_figures(groups: Sequence[Group]) -> dict[str, float]:
     most = max(n for n, _ in counts)
     figures: dict[str, float] = {}
     measures: Mapping[str, Callable[[int, int, int], float]] = {"pass@": pass_at_k, "pass^": pass_hat_k}
-    k = 1
-    while k <= most:
+    for k in counts_up_to(most):
         for name, measure in measures.items():
             values = [measure(n, c, k) for n, c in counts if n >= k]
             mean, low, high = mean_interval(values)
             figures |= {f"{name}{k}": mean, f"{name}{k}/low": low, f"{name}{k}/high": high}
-        k = most if k < most < 2 * k else 2 * k
     if all(len(_actions(one)) == 1 for episodes in played for one in episodes):
         mean, low, high = mean_interval([_majority_is_right(episodes) for episodes in played])
         figures |= {f"majority@{most}": mean, f"majority@{most}/low": low, f"majority@{most}/high": high}
     return figures
+
+
+def counts_up_to(most: int) -> list[int]:
+    """1, 2, 4, ... and ``most`` itself."""
+    counts = [2**i for i in range(max(0, most).bit_length())]
+    return counts if not counts or counts[-1] == most else [*counts, most]
 
 
 @dataclass(frozen=True)

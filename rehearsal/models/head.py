@@ -47,6 +47,21 @@ def token_certainties(model: Any, hidden_ND: Tensor, *, temperature: float = 1.0
     return torch.cat(parts)
 
 
+def token_ranks(model: Any, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs of ``targets_N`` after each hidden state, float32 of shape (N,), and whether each is the likeliest
+    token, bool of shape (N,); without gradient."""
+    vocabulary = model.config.get_text_config().vocab_size
+    size = max(64, _CHUNK_ENTRIES // vocabulary)
+    logprobs = [hidden_ND.new_empty(0, dtype=torch.float32)]
+    likeliest = [torch.empty(0, dtype=torch.bool, device=hidden_ND.device)]
+    for start in range(0, len(hidden_ND), size):
+        targets = targets_N[start : start + size]
+        logits_NV = logits_of(model, hidden_ND[start : start + size]).float()
+        logprobs.append(logits_NV.gather(1, targets[:, None])[:, 0] - torch.logsumexp(logits_NV, dim=-1))
+        likeliest.append(logits_NV.argmax(dim=-1) == targets)
+    return torch.cat(logprobs), torch.cat(likeliest)
+
+
 def token_logprobs(
     model: Any, hidden_ND: Tensor, targets_N: Tensor, *, temperature: float | Tensor = 1.0, entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rehearsal.models.head import token_logprobs
+from rehearsal.models.head import token_logprobs, token_ranks
 from rehearsal.models.packed import causal_lm, packed_hidden
 from rehearsal.models.packing import Pack, PackItem, make_packs
 from rehearsal.models.parallel import map_packs, pack_workers
@@ -44,12 +44,33 @@ def target_logprobs(
     return each_target([model], items, logprobs_of, pack_tokens, share_prefixes, device, pack_workers(model))
 
 
+def target_ranks(
+    model: Any, items: Sequence[PackItem], *, pack_tokens: int = 4096, share_prefixes: bool = True
+) -> list[np.ndarray]:
+    """Log-probs in nats of the target tokens, and whether each is the likeliest one.
+
+    Args:
+        model, items, pack_tokens, share_prefixes: as for :func:`target_logprobs`.
+
+    Returns:
+        float32 arrays of shape (targets, 2), one a sequence, in order: log-prob, and 1 or 0.
+    """
+    device = next(causal_lm(model).parameters()).device
+
+    def ranks_of(pack: Pack) -> np.ndarray:
+        hidden_ND = packed_hidden(model, pack.token_ids_T, pack.positions_T, pack.plan, pack.sources_N)
+        logprobs_N, likeliest_N = token_ranks(causal_lm(model), hidden_ND, pack.targets_N)
+        return torch.stack([logprobs_N.float(), likeliest_N.float()], dim=1).cpu().numpy()
+
+    return each_target([model], items, ranks_of, pack_tokens, share_prefixes, device, pack_workers(model))
+
+
 @torch.no_grad()
 def each_target(
     models: Sequence[Any], items: Sequence[PackItem], flat_of: Callable[[Pack], np.ndarray], pack_tokens: int,
     share_prefixes: bool, device: torch.device | str, workers: int,
 ) -> list[np.ndarray]:  # fmt: skip
-    """A number for every target token, by ``flat_of`` a pack; one array a sequence, in order."""
+    """A number, or a row of them, for every target token, by ``flat_of`` a pack; one array a sequence, in order."""
     packs = make_packs(items, pack_tokens, share_prefixes=share_prefixes, device=device)
     parts = list(map_packs(models, flat_of, packs, workers))
     flat_N = np.concatenate(parts) if parts else np.empty(0, np.float32)
@@ -57,4 +78,4 @@ def each_target(
     return np.split(flat_N, ends)[:-1]
 
 
-__all__ = ["each_target", "target_logprobs"]
+__all__ = ["each_target", "target_logprobs", "target_ranks"]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rehearsal.diagnostics.tool_use import TOOL_FIGURES
 from rehearsal.reports.chart_plans import PLANS, SIGNAL_PLANS, Plan
 from rehearsal.reports.data import ReportData
 from rehearsal.reports.plots import Chart, Series, Span
@@ -101,7 +102,7 @@ def chart_groups(data: ReportData) -> list[ChartGroup]:
             charts.insert(1, _time_shares(data))
         groups.append(ChartGroup(title, [chart for chart in charts if not chart.empty]))
     used |= {name for plans in SIGNAL_PLANS.values() for plan in plans for name in plan.metrics}
-    elsewhere = (_STOPS, _LOSSES, *_SIGNAL)
+    elsewhere = (_STOPS, _LOSSES, TOOL_FIGURES, *_SIGNAL)
     rest = [name for name in data.metric_names if name not in used and not name.startswith(elsewhere)]
     other = [Chart(name, "", [_line(data, name, name, 0)], zero=False) for name in rest]
     return [group for group in (*groups, ChartGroup("Other metrics", other)) if group.charts]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rehearsal.diagnostics import RULES, Verdict, judge
+from rehearsal.diagnostics.tool_use import TOOL_FIGURES, tool_names
 from rehearsal.errors import CheckpointError
 from rehearsal.reports.verdict import number
 from rehearsal.training.json_lines import read_json_lines
@@ -66,6 +67,12 @@ FIGURES = {
 _ENDS = 3
 
 
+def figure_words(name: str) -> str:
+    """What a figure of :class:`Diagnosis` is, for people."""
+    tool = next(iter(tool_names([name])), None)
+    return FIGURES[name] if tool is None else f"episodes that call {tool}"
+
+
 def diagnose(run_path: str | Path) -> Diagnosis:
     """Judge a run from its metrics, finished or not.
 
@@ -80,7 +87,8 @@ def diagnose(run_path: str | Path) -> Diagnosis:
     ordered = [rows[step] for step in sorted(rows)]
     measured = {name for row in ordered for name in row}
     figures = {}
-    for name in FIGURES:
+    tools = [f"{TOOL_FIGURES}{name}/used" for name in sorted(tool_names(measured))]
+    for name in (*FIGURES, *tools):
         values = [value for row in ordered if (value := number(row.get(name))) is not None]
         if values:
             first, last = values[:_ENDS], values[-_ENDS:]

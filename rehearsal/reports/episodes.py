@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from rehearsal.errors import CheckpointError
+from rehearsal.reports.calls import Use, call_views, told_above, use_of
 from rehearsal.training.runs import RunFolder
 from rehearsal.training.trajectory_store import read_table, read_trajectories
 from rehearsal.trajectory import Group, Trajectory, all_trajectories
@@ -76,6 +77,11 @@ class Episode:
         if self.trajectory.failed:
             return "failed"
         return {True: "solved", False: "unsolved", None: "open"}[self.trajectory.success]
+
+    @property
+    def use(self) -> Use:
+        """How it used its tools, see :func:`rehearsal.reports.calls.use_of`."""
+        return use_of(self.trajectory)
 
     @property
     def same_task(self) -> tuple[Any, ...]:
@@ -229,14 +235,16 @@ def _spread(items: Sequence[T], count: int) -> list[T]:
 
 
 def _text_limit(episodes: Sequence[Episode]) -> int:
-    sizes = np.array(
-        [
-            len(text)
-            for one in episodes
-            for turn in one.trajectory.turns
-            for text in (turn.observation, turn.notice, turn.thought, turn.response)
-        ],
-        dtype=np.int64,
-    )
+    sizes = np.array([len(text) for one in episodes for text in _texts(one.trajectory)], dtype=np.int64)
     fitting = (limit for limit in _TEXT_LIMITS if np.minimum(sizes, limit).sum() <= TEXT_BUDGET)
     return next(fitting, _TEXT_LIMITS[-1])
+
+
+def _texts(trajectory: Trajectory) -> Iterator[str]:
+    """The texts of an episode that are shown."""
+    for place, turn in enumerate(trajectory.turns):
+        yield "" if told_above(trajectory.turns, place) else turn.observation
+        yield from (turn.notice, turn.thought, turn.response)
+        for call in call_views(turn):
+            yield call.result
+            yield from (argument.text for argument in call.arguments)

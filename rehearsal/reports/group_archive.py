@@ -17,9 +17,10 @@ from typing import Any
 
 from rehearsal.algorithms.variance import group_variance
 from rehearsal.errors import CheckpointError
+from rehearsal.reports.calls import BrokenCall, CallView, broken_call, call_views, told_above
 from rehearsal.training.runs import RunFolder
 from rehearsal.training.trajectory_store import read_table, read_trajectories
-from rehearsal.trajectory import Group, Trajectory, rewards_matrix
+from rehearsal.trajectory import Group, Trajectory, Turn, rewards_matrix
 
 BYTES_BUDGET = 4_000_000
 """Of all blocks, as they stand in the page."""
@@ -134,19 +135,39 @@ def _episode(trajectory: Trajectory, kept: bool) -> dict[str, Any]:
         "stop": trajectory.stop_reason.value,
         "error": trajectory.error,
         "end": _cut(trajectory.final_observation),
-        "turns": [
-            {
-                "o": _cut(turn.observation),
-                "n": _cut(turn.notice),
-                "t": _cut(turn.thought),
-                "a": [_cut(action) for action in turn.actions],
-                "x": len(turn.executed),
-                "v": turn.valid,
-                "r": _number(turn.reward),
-            }
-            for turn in trajectory.turns
-        ],
+        "turns": [_turn(turn, told_above(trajectory.turns, place)) for place, turn in enumerate(trajectory.turns)],
     }
+
+
+def _turn(turn: Turn, above: bool) -> dict[str, Any]:
+    packed: dict[str, Any] = {
+        # Results of calls stand with their calls.
+        "o": None if above else _cut(turn.observation),
+        "n": _cut(turn.notice),
+        "t": _cut(turn.thought),
+        "a": [_cut(action) for action in turn.actions],
+        "x": len(turn.executed),
+        "v": turn.valid,
+        "r": _number(turn.reward),
+    }
+    if turn.calls:
+        packed["c"] = [_call(call) for call in call_views(turn)]
+    elif broken := broken_call(turn):
+        packed["b"] = _broken(broken)
+    return packed
+
+
+def _call(call: CallView) -> dict[str, Any]:
+    return {
+        "n": _cut(call.tool),
+        "a": [[_cut(one.name), _cut(one.text), int(one.long)] for one in call.arguments],
+        "r": _cut(call.result) if call.answered else None,
+        "e": call.error,
+    }
+
+
+def _broken(call: BrokenCall) -> list[str]:
+    return [_cut(call.text), call.problem]
 
 
 def _number(value: float) -> float | None:

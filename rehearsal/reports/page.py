@@ -11,6 +11,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from rehearsal.reports.calls import UNREAD, broken_call, call_counts, call_views, told_above, use_of
 from rehearsal.reports.data import ReportData, gather, moment
 from rehearsal.reports.plots import draw, spell
 from rehearsal.reports.sections import SECTIONS
@@ -40,7 +41,7 @@ def write_report(run_path: str | Path) -> Path:
 
 def render(data: ReportData) -> str:
     """The whole page as HTML."""
-    templates = _templates(data)
+    templates = page_templates(data.episodes.text_limit)
     parts = []
     for section in sorted(SECTIONS.values(), key=lambda section: section.order):
         html = section.render(data, templates)
@@ -58,7 +59,8 @@ def render(data: ReportData) -> str:
     )
 
 
-def _templates(data: ReportData) -> jinja2.Environment:
+def page_templates(text_limit: int) -> jinja2.Environment:
+    """The templates of this folder; texts of others that they show are cut after so many characters."""
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -67,8 +69,9 @@ def _templates(data: ReportData) -> jinja2.Environment:
         lstrip_blocks=True,
     )
     templates.filters["spell"] = spell
-    templates.filters["clip"] = partial(_clip, limit=data.episodes.text_limit)
-    templates.globals.update(draw=draw, stop_words=STOP_WORDS)
+    templates.filters["clip"] = partial(_clip, limit=text_limit)
+    templates.filters.update(calls=call_views, broken_call=broken_call, use=use_of, call_counts=call_counts)
+    templates.globals.update(draw=draw, stop_words=STOP_WORDS, told_above=told_above, unread=UNREAD)
     return templates
 
 

@@ -176,12 +176,36 @@ function amount(value) {
   return (value > 0 ? "+" : value < 0 ? "\u2212" : "") + Math.abs(value);
 }
 
-function block(kind, content) {
+function block(kind, content, label) {
   const outer = make("div", "block " + kind);
+  if (label) outer.append(make("div", "label", label));
   const body = make("div", "body");
   body.append(...content);
   outer.append(body);
   return outer;
+}
+
+function calls(turn) {
+  return turn.c.flatMap((call) => {
+    const line = make("div", "call-line");
+    line.append(make("b", "act tool", call.n));
+    const body = [line];
+    for (const [name, text, long] of call.a) {
+      const one = make(long ? "div" : "span", long ? "arg long" : "arg");
+      one.append(make("i", "", name), " ", make(long ? "pre" : "code", "", text));
+      if (long) body.push(one);
+      else line.append(one);
+    }
+    const called = block("call", body);
+    if (call.r === null) return [called, make("p", "unread", "Nothing came back: the episode broke off.")];
+    const answer = [make("pre", "", call.r)];
+    return [called, call.e ? block("error", answer, "Error: " + call.e) : block("output", answer, "Result")];
+  });
+}
+
+function broken([text, problem]) {
+  const flag = make("span", "flag", "not valid" + (problem ? ": it has " + problem : ""));
+  return block("call", [make("pre", "", text), flag]);
 }
 
 function mini(episode, number) {
@@ -193,9 +217,15 @@ function mini(episode, number) {
   card.append(head);
   for (const turn of episode.turns) {
     const one = make("div", "turn");
-    one.append(block("observation", [make("pre", "", turn.o)]));
+    if (turn.o !== null) one.append(block("observation", [make("pre", "", turn.o)]));
     if (turn.n) one.append(block("notice", [make("p", "", turn.n)]));
     if (turn.t) one.append(block("thought", [make("p", "", turn.t)]));
+    if (turn.c || turn.b) {
+      one.append(...(turn.c ? calls(turn) : [broken(turn.b)]));
+      if (turn.r) one.append(make("span", "reward " + (turn.r > 0 ? "up" : "down"), amount(turn.r)));
+      card.append(one);
+      continue;
+    }
     const acts = turn.a.map((action, k) => make("span", "act" + (k < turn.x ? "" : " skipped"), action));
     if (!acts.length) acts.push(make("span", "act none", "no action could be read"));
     if (!turn.v) acts.push(make("span", "flag", "not valid"));

@@ -23,6 +23,7 @@ from rehearsal.reports.plane import draw_plane, plane_of
 from rehearsal.reports.plots import spell_seconds
 from rehearsal.reports.recipe import highlighted
 from rehearsal.reports.tables import evaluation_rows, metric_rows, stop_rows
+from rehearsal.reports.tool_use import tool_use
 
 Render = Callable[[ReportData, jinja2.Environment], Markup | None]
 
@@ -110,8 +111,8 @@ def signal(data: ReportData, templates: jinja2.Environment) -> Markup | None:
 @section("learning", "Learning curves", order=20)
 def learning(data: ReportData, templates: jinja2.Environment) -> Markup | None:
     """All other curves, by the question that they answer."""
-    groups = chart_groups(data)
-    return _fill(templates, "learning.html.jinja", groups=groups) if groups else None
+    groups, tools = chart_groups(data), tool_use(data)
+    return _fill(templates, "learning.html.jinja", groups=groups, tools=tools) if groups or tools else None
 
 
 @section("before-after", "Before and after", order=40)

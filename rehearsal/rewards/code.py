@@ -35,13 +35,22 @@ import time
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rehearsal.errors import SandboxError
 from rehearsal.rewards import code_judge
 from rehearsal.rewards.code_judge import defined_names, free_names
 from rehearsal.rewards.verifier import Score, Task, VerificationError
-from rehearsal.sandbox import Interpreter, InterpreterPool, Isolation, Limits, Outcome, ProgramRunner
+from rehearsal.sandbox import (
+    CallResult,
+    Interpreter,
+    InterpreterPool,
+    Isolation,
+    Limits,
+    Outcome,
+    ProgramResult,
+    ProgramRunner,
+)
 from rehearsal.sandbox.inside import plain
 
 _JUDGE = Path(code_judge.__file__).read_text(encoding="utf-8")
@@ -50,6 +59,12 @@ _SECONDS_OF_THE_JUDGE = 5.0
 _WELL = (Outcome.FINISHED, Outcome.OUTPUT)
 _FENCED = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
 _LONGEST_EVIDENCE = 1000
+
+Result = TypeVar("Result", CallResult, ProgramResult)
+
+
+class _Gone(Exception):
+    """The sandbox was ended from outside: the code has no score yet."""
 
 
 class CodeVerifier:
@@ -111,15 +126,14 @@ class CodeVerifier:
         code = extract_code(completion)
         with self._turns:
             try:
-                if isinstance(task.reference, str):
-                    return self._functions(code, task, task.reference, check=True)
-                if isinstance(task.reference, Sequence) and task.reference:
-                    if all(isinstance(test, str) for test in task.reference):
-                        return self._functions(code, task, "\n".join(task.reference), check=False)
-                    return self._program(code, [_pair(test) for test in task.reference])
+                try:
+                    return self._checked(code, task)
+                except _Gone:  # whoever ended it, it was not the code
+                    return self._checked(code, task)
+            except _Gone as error:
+                raise VerificationError("The sandbox was ended from outside, twice, as it checked the code.") from error
             except SandboxError as error:
                 raise VerificationError(f"The sandbox could not check the code: {error}") from error
-        raise VerificationError("The tests of a task are a text, a list of assertions or a list of inputs and outputs.")
 
     def close(self) -> None:
         """End the sandbox."""
@@ -140,6 +154,15 @@ class CodeVerifier:
                 self._pool = InterpreterPool(2 * self._concurrent, limits=self.limits, **self._options)
             return self._pool
 
+    def _checked(self, code: str, task: Task) -> Score:
+        if isinstance(task.reference, str):
+            return self._functions(code, task, task.reference, check=True)
+        if isinstance(task.reference, Sequence) and task.reference:
+            if all(isinstance(test, str) for test in task.reference):
+                return self._functions(code, task, "\n".join(task.reference), check=False)
+            return self._program(code, [_pair(test) for test in task.reference])
+        raise VerificationError("The tests of a task are a text, a list of assertions or a list of inputs and outputs.")
+
     # --- assertions ---------------------------------------------------------------------------------------------------
 
     def _functions(self, code: str, task: Task, tests: str, *, check: bool) -> Score:
@@ -150,8 +173,8 @@ class CodeVerifier:
             given += "\n" + (extra if isinstance(extra, str) else "\n".join(extra))
         names = self._names(task, tests, given, check)
         with self._sandbox().interpreter() as candidate:
-            candidate.run("__name__ = 'solution'")
-            loaded = candidate.run(_whole(code, prompt, names[0]))
+            _there(candidate.run("__name__ = 'solution'"))
+            loaded = _there(candidate.run(_whole(code, prompt, names[0])))
             if loaded.outcome not in _WELL:
                 return self._score(0, 1, f"The code does not run: {loaded.error}")
             with self._sandbox().interpreter() as judge:
@@ -189,9 +212,9 @@ class CodeVerifier:
                 gone.append(reply["gone"])
             return json.dumps({"gone": gone[0]})
 
-        judge.run(_JUDGE)
+        _there(judge.run(_JUDGE))
         seconds = self.limits.seconds + _SECONDS_OF_THE_JUDGE
-        said = judge.call("judge", arguments, seconds=seconds, answer=answer)
+        said = _there(judge.call("judge", arguments, seconds=seconds, answer=answer))
         report = (said.value or {}).get("result")
         if report is None:
             why = (said.value or {}).get("error") or said.error or said.outcome.value
@@ -211,10 +234,7 @@ class CodeVerifier:
         passed, failure = 0, ""
         runner = self._programs or self._sandbox()
         for number, (given, wanted) in enumerate(pairs, 1):
-            result = runner.run_program(code, stdin=given, limits=self.limits)
-            if result.outcome is Outcome.BROKEN:
-                # Did the code break the sandbox, or did somebody else?
-                result = runner.run_program(code, stdin=given, limits=self.limits)
+            result = _there(runner.run_program(code, stdin=given, limits=self.limits))
             said = _complaint(result.outcome, result.stderr) or _difference(result.stdout, wanted)
             if not said:
                 passed += 1
@@ -273,10 +293,16 @@ def _complaint(outcome: Outcome, errors: str) -> str:
     return " ".join(part for part in (f"the program ended with {outcome.value}.", _short(last)) if part)
 
 
+def _there(result: Result) -> Result:
+    if result.outcome is Outcome.GONE:
+        raise _Gone
+    return result
+
+
 def _called(candidate: Interpreter, question: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """What the candidate says to one call, in coded plain values."""
     positional, named = plain.decode(question["arguments"])
-    result = candidate.call(question["function"], positional, named, seconds=seconds)
+    result = _there(candidate.call(question["function"], positional, named, seconds=seconds))
     if result.outcome not in _WELL or result.value is None:
         if result.outcome is Outcome.RAISED and result.error is not None:  # there is no such function
             kind, _, said = result.error.splitlines()[-1].partition(": ")

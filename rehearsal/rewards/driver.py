@@ -20,6 +20,8 @@ CLOSED = "This pool of verifiers is closed; make another one."
 
 _START_TRIES = 3
 """Processes that may die in a row before they have begun a check; after that nothing more is tried."""
+_CHUNK_TRIES = 3
+"""Chunks in a row for which no process can be had; after that nothing more is tried."""
 _SLOW_START = 30.0
 """Seconds that a process may take to begin a chunk, over and above the time limit of a check."""
 
@@ -43,9 +45,11 @@ class Batch:
                     self.done.set()
 
     def fail(self, problem: Exception) -> None:
-        """Let the caller raise."""
-        self.broken = problem
-        self.done.set()
+        """Let the caller raise, unless it has all that it waits for."""
+        with self._lock:
+            if not self.done.is_set():
+                self.broken = problem
+                self.done.set()
 
 
 @dataclass
@@ -66,6 +70,20 @@ class Limits:
     start_timeout: float
 
 
+class Working:
+    """How many drivers of a pool still have a process, or try to."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._lock = threading.Lock()
+
+    def leave(self) -> bool:
+        """One fewer; whether there are others."""
+        with self._lock:
+            self._count -= 1
+            return self._count > 0
+
+
 class Driver:
     """Takes chunks from a queue until it finds None there, and has them checked by its process, or by another one where
     that hangs or dies.
@@ -79,7 +97,7 @@ class Driver:
 
     def __init__(
         self, chunks: queue.SimpleQueue[list[Item] | None], verifiers: Mapping[str, Verifier], limits: Limits,
-        progress: Path,
+        progress: Path, working: Working,
     ) -> None:  # fmt: skip
         self.warm = threading.Event()
         self.broken: Exception | None = None
@@ -89,30 +107,48 @@ class Driver:
         self._verifiers = verifiers
         self._limits = limits
         self._progress = progress
+        self._working = working
+        self._worker: WorkerProcess | None = None
         self.thread = threading.Thread(target=self._drive, daemon=True, name=f"verifiers-{progress.name}")
         self.thread.start()
 
     def _drive(self) -> None:
         try:
-            worker = self._start()
-        except (RewardError, OSError) as problem:
-            self._refuse(problem)
+            self._worker = self._start()
+        except Exception as problem:
+            self._refuse(_told(problem))
             return
         self.warm.set()
+        in_vain = 0
         while (chunk := self._chunks.get()) is not None:
             try:
-                worker = self._check(worker, chunk)
-            except (RewardError, OSError) as problem:
+                # A process may have been killed from outside, by a system that is short of memory: the next chunk may
+                # find it better.
+                self._worker = self._worker or self._start()
+                in_vain = 0
+                self._check(chunk)
+            except Exception as problem:  # whatever it is: callers wait for this chunk, and others for the next one
+                self._drop()
                 for item in chunk:
-                    item.batch.fail(problem)
-                self._refuse(problem)
-                return
-        worker.close()
+                    item.batch.fail(_told(problem))
+                in_vain += 1
+                if in_vain == _CHUNK_TRIES:
+                    self._refuse(_told(problem))
+                    return
+        if self._worker is not None:
+            self._worker.close()
+
+    def _drop(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+        self._worker = None
 
     def _refuse(self, problem: Exception) -> None:
-        """What becomes of all further chunks once no process can be had."""
+        """What becomes of all further chunks once no process can be had: others check them, as long as there are."""
         self.broken = problem
         self.warm.set()
+        if self._working.leave():
+            return
         while (chunk := self._chunks.get()) is not None:
             for item in chunk:
                 item.batch.fail(problem)
@@ -123,13 +159,15 @@ class Driver:
                 self._verifiers, self._progress, self._limits.timeout, self._limits.memory, self._limits.start_timeout
             )
             try:
-                worker.wait_until_ready()
+                worker.wait_until_ready(self.stop)
                 return worker
             except RewardError:
                 worker.kill()
                 raise
             except WorkerEndedError as problem:
                 worker.kill()
+                if self.stop.is_set():
+                    raise RewardError(CLOSED) from problem
                 if attempt == _START_TRIES - 1:
                     raise RewardError(
                         f"A process for verifiers {problem} {_START_TRIES} times in a row; "
@@ -137,16 +175,17 @@ class Driver:
                     ) from problem
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def _check(self, worker: WorkerProcess, chunk: list[Item]) -> WorkerProcess:
-        """Let a process check a chunk, and as many others as it takes; returns the last one."""
+    def _check(self, chunk: list[Item]) -> None:
+        """Have a chunk checked by the process, and by as many others as it takes."""
         left = list(chunk)
         idle_deaths = 0
         while left:
-            done, failure = self._watch(worker, left)
+            assert self._worker is not None
+            done, failure = self._watch(self._worker, left)
             left = left[done:]
             if failure is None:
                 continue
-            worker.kill()
+            self._drop()
             self.restarts += 1
             if failure.message:
                 left[0].batch.put(left[0].index, failure)
@@ -156,8 +195,7 @@ class Driver:
                 idle_deaths += 1
                 if idle_deaths == _START_TRIES:
                     raise RewardError("Processes for verifiers die before they begin a check; look at the memory left.")
-            worker = self._start()
-        return worker
+            self._worker = self._start()
 
     def _watch(self, worker: WorkerProcess, items: list[Item]) -> tuple[int, Failure | None]:
         """Send items and take in results until all are there or the process must be replaced.
@@ -212,3 +250,10 @@ class Driver:
             items.insert(done, guilty)
             return done, Failure(kind, message)
         return done, Failure(kind, "")
+
+
+def _told(problem: Exception) -> RewardError:
+    """What callers are told where no process could be had."""
+    if isinstance(problem, RewardError):
+        return problem
+    return RewardError(f"A process for verifiers cannot be had: {type(problem).__name__}: {problem}")

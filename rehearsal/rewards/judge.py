@@ -87,8 +87,8 @@ class RubricJudge:
                 '{"criteria": [{"number": 1, "why": "in a few words", "met": true}, ...]} with every criterion once.'
             )},
             {"role": "user", "content": (
-                f"{_quoted('task', task.prompt)}\n\n{_reference(task)}"
-                f"{_quoted('response', without_thought(completion))}\n\nCriteria:\n{listed}"
+                f"{quoted('task', task.prompt)}\n\n{_reference(task)}"
+                f"{quoted('response', without_thought(completion))}\n\nCriteria:\n{listed}"
             )},
         ]  # fmt: skip
         met, why = self.client.ask(messages, lambda text: _decisions(text, len(criteria)))
@@ -156,20 +156,21 @@ class PairJudge:
                 'JSON object only: {"why": "in a few words", "better": "A"}, with "A", "B" or "tie".'
             )},
             {"role": "user", "content": (
-                f"{_quoted('task', prompt)}\n\n{_quoted('response A', first)}\n\n{_quoted('response B', second)}\n\n"
+                f"{quoted('task', prompt)}\n\n{quoted('response A', first)}\n\n{quoted('response B', second)}\n\n"
                 f"{self.question}"
             )},
         ]  # fmt: skip
         return self.client.ask(messages, _preference)
 
 
-def _quoted(what: str, text: str) -> str:
+def quoted(what: str, text: str) -> str:
+    """A text between marks that it cannot contain, since they hold a hash of it."""
     mark = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
     return f"[{what} {mark} begins]\n{text}\n[{what} {mark} ends]"
 
 
 def _reference(task: Task) -> str:
-    return f"{_quoted('reference answer', task.reference)}\n\n" if isinstance(task.reference, str) else ""
+    return f"{quoted('reference answer', task.reference)}\n\n" if isinstance(task.reference, str) else ""
 
 
 def _criteria(given: object) -> tuple[Criterion, ...]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 
 from rehearsal.errors import RewardError
-from rehearsal.rewards.driver import CLOSED, Batch, Driver, Item, Limits
+from rehearsal.rewards.driver import CLOSED, Batch, Driver, Item, Limits, Working
 from rehearsal.rewards.threads import check_in_threads
 from rehearsal.rewards.verifier import Failure, Score, Task, Verifier
 
@@ -118,10 +118,12 @@ class VerifierPool:
                     "make it of plain data, or let it run in threads."
                 ) from problem
             self._folder = tempfile.TemporaryDirectory(prefix="rehearsal-verifiers-")
-            for number in range(int(limits["workers"] or 1)):
+            count = int(limits["workers"] or 1)
+            working = Working(count)
+            for number in range(count):
                 place = Path(self._folder.name) / str(number)
                 allowed = Limits(timeout, memory, start_timeout)
-                self._drivers.append(Driver(self._queue, self._sent, allowed, place))
+                self._drivers.append(Driver(self._queue, self._sent, allowed, place, working))
 
     @property
     def restarts(self) -> int:

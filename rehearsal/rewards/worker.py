@@ -59,6 +59,8 @@ class WorkerProcess:
         with progress.open("r+b") as file:
             self._progress = mmap.mmap(file.fileno(), _COUNT.size)
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._ending = threading.Lock()
+        self._group_ended = False
         self._start_timeout = start_timeout
         one_thread = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
         # Where modules are found comes first: what is sent may need it.
@@ -69,27 +71,42 @@ class WorkerProcess:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **one_thread}, start_new_session=True,
         )  # fmt: skip
         self._input = cast(BinaryIO, self._process.stdin)
-        self._send((str(progress), timeout, memory))
-        self._send(dict(verifiers))
-        threading.Thread(target=self._listen, daemon=True, name="rehearsal-verifier").start()
+        self._listener = threading.Thread(target=self._listen, daemon=True, name="rehearsal-verifier")
+        try:
+            self._send((str(progress), timeout, memory))
+            self._send(dict(verifiers))
+            self._listener.start()
+        except BaseException:  # nobody else knows of the process
+            self.kill()
+            raise
 
     @property
     def begun(self) -> int:
         """How many items of the present chunk it has begun."""
         return int(_COUNT.unpack_from(self._progress)[0])
 
-    def wait_until_ready(self) -> None:
+    def wait_until_ready(self, stop: threading.Event) -> None:
         """Wait for its libraries.
+
+        Args:
+            stop: nobody waits for it any more once this is set.
 
         Raises:
             RewardError: if its verifiers cannot be made there, in its own words.
-            WorkerEndedError: if it died or was too slow.
+            WorkerEndedError: if it died, was too slow, or is not wanted any more.
         """
-        try:
-            what, content = self._inbox.get(timeout=self._start_timeout)
-        except queue.Empty:
-            self.kill()
-            raise WorkerEndedError(f"was not ready after {self._start_timeout:g} s") from None
+        deadline = time.monotonic() + self._start_timeout
+        while True:
+            try:
+                what, content = self._inbox.get(timeout=0.1)
+                break
+            except queue.Empty:
+                if stop.is_set():
+                    raise WorkerEndedError("is not wanted any more") from None
+                if time.monotonic() > deadline:
+                    raise WorkerEndedError(f"was not ready after {self._start_timeout:g} s") from None
+                if self._has_ended():
+                    self._end_group()
         if what == "broken":
             raise RewardError(content)
         if what == "ended":
@@ -109,6 +126,8 @@ class WorkerProcess:
         try:
             what, content = self._inbox.get(timeout=timeout)
         except queue.Empty:
+            if self._has_ended():
+                self._end_group()  # what it started may hold the pipe, whose end would then never be read
             return []
         if what != "results":
             raise WorkerEndedError(content)
@@ -116,21 +135,42 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """End it now, with all processes that it started."""
-        if self._process.poll() is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        self._end_group()
         self._process.wait()
         with contextlib.suppress(OSError):
             self._input.close()
 
     def close(self) -> None:
-        """Let it read the end of its input and leave."""
+        """Let it read the end of its input and leave; what it started ends too."""
         with contextlib.suppress(OSError):
             self._input.close()
+        self._listener.join(_SECONDS_TO_LEAVE)
+        self.kill()
+
+    def _has_ended(self) -> bool:
+        if not hasattr(os, "waitid"):
+            return False
         try:
-            self._process.wait(_SECONDS_TO_LEAVE)
-        except subprocess.TimeoutExpired:
-            self.kill()
+            how = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            return os.waitid(os.P_PID, self._process.pid, how) is not None
+        except ChildProcessError:  # it was fetched
+            return True
+
+    def _fetch(self) -> int:
+        """Wait for its end and end what it started, which may outlive it and hold the pipe; its exit code."""
+        if hasattr(os, "waitid"):
+            # Until it is fetched, its number, which is that of its group too, goes to no other process.
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        self._end_group()
+        return self._process.wait()
+
+    def _end_group(self) -> None:
+        with self._ending:
+            if not self._group_ended:
+                self._group_ended = True
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
 
     def _send(self, content: Any) -> None:
         with contextlib.suppress(BrokenPipeError, ValueError):  # the listening thread tells that it ended
@@ -143,7 +183,7 @@ class WorkerProcess:
             while True:
                 self._inbox.put(pickle.load(output))
         except (EOFError, OSError):
-            code = self._process.wait()
+            code = self._fetch()
             told = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with code {code}"
         except Exception as problem:  # nobody may wait for ever for an answer that cannot be read
             told = f"sent what cannot be read ({type(problem).__name__}: {problem})"

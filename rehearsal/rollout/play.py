@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from rehearsal.agents.agent import Agent, Limits
+from rehearsal.agents.feedback import Feedback, with_feedback
 from rehearsal.agents.play import check_reset, play_actions
 from rehearsal.agents.protocol import Protocol as AnswerProtocol
 from rehearsal.agents.toolbox import Toolkit
@@ -22,7 +23,7 @@ from rehearsal.errors import RecipeError, RehearsalError
 from rehearsal.generation.sampling import SamplingParams, stream_key
 from rehearsal.generation.session import Engine, Session
 from rehearsal.models.chat import ChatRenderer, Rendered
-from rehearsal.rollout.places import HungError, OddError, Place, run_coroutine
+from rehearsal.rollout.places import HungError, OddError, Place, run_coroutine, together
 from rehearsal.trajectory import Group, StopReason, Trajectory, Turn, info_success
 
 T = TypeVar("T")
@@ -40,12 +41,14 @@ class Task:
         environment: which of the rollout's environments.
         options: what the environment is reset with beside split and chance, such as ``{"company": 51}`` at the help
             desk.
+        locked: tools that its episodes do not have, see :meth:`rehearsal.agents.toolbox.Toolkit.open`.
     """
 
     seed: int
     split: str = "train"
     environment: int = 0
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    locked: tuple[str, ...] = ()
 
 
 def tasks_of_step(seed: int, step: int, count: int, split: str = "train", first: int = 0) -> list[Task]:
@@ -82,13 +85,14 @@ class Rollout:
         keep_ending: whether the environment's last words, which no answer follows, are among an episode's tokens; a
             world model learns from them.
         toolkit: the tools that agents have beside those of their environment; closed with the rollout.
+        feedback: the user who comments on answers, if there is one.
     """
 
     def __init__(
         self, make_env: Callable[[], TextEnv] | Sequence[Callable[[], TextEnv]], engine: Engine,
         renderer: ChatRenderer | None, protocol: AnswerProtocol, limits: Limits | Sequence[Limits], *,
         sampling: SamplingParams | None = None, seed: int = 0, workers: int = 64, step_timeout: float = 60.0,
-        keep_ending: bool = False, toolkit: Toolkit | None = None,
+        keep_ending: bool = False, toolkit: Toolkit | None = None, feedback: Feedback | None = None,
     ) -> None:  # fmt: skip
         self.makers = [make_env] if callable(make_env) else list(make_env)
         self.engine = engine
@@ -101,6 +105,7 @@ class Rollout:
         self.step_timeout = step_timeout
         self.keep_ending = keep_ending
         self.toolkit = toolkit or Toolkit()
+        self.feedback = feedback
         self._places: list[list[Place]] = [[] for _ in self.makers]
 
     @property
@@ -140,7 +145,7 @@ class Rollout:
             async with in_flight:
                 return await self._group(task, group_size, step, sampling or self.sampling, stepping, on_episode)
 
-        return list(await asyncio.gather(*(one(task) for task in tasks)))
+        return await together([one(task) for task in tasks])
 
     def check_opening(self) -> None:
         """See whether rules and first observation leave room for an answer, on one training task.
@@ -180,15 +185,28 @@ class Rollout:
         self, task: Task, size: int, step: int, sampling: SamplingParams, stepping: asyncio.Semaphore,
         on_episode: Callable[[Trajectory], None] | None,
     ) -> Group:  # fmt: skip
-        openings = await asyncio.gather(*(self._open(task, sample, step, stepping) for sample in range(size)))
-        sessions = self._sessions(openings, task, step)
-        trajectories = await asyncio.gather(
-            *(
-                self._episode(episode, session, sampling, stepping, on_episode)
-                for episode, session in zip(openings, sessions, strict=True)
+        begun: list[Episode] = []
+        sessions: list[Any] = []
+        try:
+            openings = await together(
+                [self._open(task, sample, step, stepping, begun=begun) for sample in range(size)]
+            )  # fmt: skip
+            sessions = self._sessions(openings, task, step)
+            trajectories = await together(
+                [
+                    self._episode(episode, session, sampling, stepping, on_episode)
+                    for episode, session in zip(openings, sessions, strict=True)
+                ]
             )
-        )
-        return Group(list(trajectories))
+        except BaseException:
+            # Play is broken off, by Ctrl-C or because the engine fails: what the episodes hold is given back.
+            for session in sessions:
+                if session is not None:
+                    session.close()
+            for episode in begun:
+                self._abandon(episode)
+            raise
+        return Group(trajectories)
 
     def _sessions(self, openings: Sequence[Episode], task: Task, step: int) -> list[Any]:
         """A session for each episode that has begun. What the members of a group have in common is computed once: each
@@ -217,8 +235,11 @@ class Rollout:
 
     def _new_place(self, environment: int) -> Place:
         env = self.makers[environment]()
-        # Tools are called where the environment is stepped: one that takes long must not hold up the others.
-        return Place(env, threaded=not (env.fast and self.toolkit.fast))
+        # Tools are called where the environment is stepped, and users asked: one that takes long must not hold up the
+        # others.
+        return Place(
+            env, threaded=not (env.fast and self.toolkit.fast and (self.feedback is None or self.feedback.fast))
+        )
 
     async def _answer(self, agent: Agent, session: Any, sampling: SamplingParams) -> Turn:
         """Sample the agent's next answer, and have it read."""
@@ -234,7 +255,8 @@ class Rollout:
         session.extend(prompt.token_ids)
 
     async def _open(
-        self, task: Task, sample: int, step: int, stepping: asyncio.Semaphore, limits: Limits | None = None
+        self, task: Task, sample: int, step: int, stepping: asyncio.Semaphore, limits: Limits | None = None,
+        begun: list[Episode] | None = None,
     ) -> Episode:  # fmt: skip
         idle = self._places[task.environment]
         place = idle.pop() if idle else self._new_place(task.environment)
@@ -242,6 +264,8 @@ class Rollout:
         trajectory = Trajectory(env.name, task.seed, task.split, sample=sample, policy_step=step)
         agent = self._new_agent(limits or self.all_limits[task.environment])
         episode = Episode(trajectory, agent, place, kind=task.environment)
+        if begun is not None:
+            begun.append(episode)
 
         def reset() -> tuple[dict[str, Any], Rendered | None]:
             # The members of a group share their task and not their luck: with the same slips and payouts for all, a
@@ -249,15 +273,21 @@ class Rollout:
             returned = env.reset(seed=task.seed, options={**task.options, "split": task.split, "chance": sample})
             observation, info = check_reset(env, returned)
             # Rules and legal actions are the environment's own code too, which may be slow or hang.
-            toolbox = self.toolkit.open(env)
-            if toolbox is not None and trajectory.failed:
-                toolbox.close()  # it came too late, and nobody waits for it any more
-            return info, agent.opening(env.instructions, observation, str(info.get("state", "")), env, toolbox)
+            toolbox = self.toolkit.open(env, task.locked)
+            prompt = None
+            try:
+                prompt = agent.opening(env.instructions, observation, str(info.get("state", "")), env, toolbox)
+            finally:
+                # The agent may not have it yet where the rules raise; and nobody waits for it if it came too late.
+                if toolbox is not None and (prompt is None or trajectory.failed):
+                    toolbox.close()
+            return info, prompt
 
         try:
             info, episode.prompt = await self._call(place, reset, stepping)
             trajectory.task = str(info.get("task", ""))
             trajectory.topic = str(info.get("topic", ""))
+            trajectory.category = str(info.get("category", ""))
             # Holds until an action is executed; an agent that never acts has not succeeded.
             trajectory.success = info_success(info)
         except Exception as error:
@@ -274,10 +304,12 @@ class Rollout:
                 turn = await self._answer(agent, session, sampling)
 
                 def act(turn: Any = turn) -> Any:
-                    return play_actions(place.env, turn, agent.protocol, agent.actions_left, agent.toolbox)
+                    played = play_actions(place.env, turn, agent.protocol, agent.actions_left, agent.toolbox)
+                    return with_feedback(self.feedback, place.env, agent, played)
 
                 # Calls have time limits of their own, and the agent is told which of them took too long.
                 extra = agent.toolbox.seconds_for(turn.calls) if agent.toolbox is not None else 0.0
+                extra += self.feedback.seconds if self.feedback is not None else 0.0
                 try:
                     result = await self._call(place, act, stepping, self.step_timeout + extra)
                 except Exception as error:
@@ -299,6 +331,7 @@ class Rollout:
             trajectory.success = agent.success
         trajectory.final_observation = agent.final_observation
         trajectory.counters |= {name: float(count) for name, count in agent.counters.items()}
+        episode.over = True
         if trajectory.failed or (agent.toolbox is not None and agent.toolbox.disturbed):
             # Nobody knows what state it is in: the next episode gets a new one.
             place.close()
@@ -307,6 +340,16 @@ class Rollout:
         if on_episode is not None:
             on_episode(trajectory)
         return trajectory
+
+    def _abandon(self, episode: Episode) -> None:
+        """Give back what an episode holds that is not played to its end."""
+        if not episode.over:
+            episode.over = True
+            # For a reset that is still on its way.
+            episode.trajectory.stop_reason = StopReason.ERROR
+            episode.trajectory.error = "The episode was broken off."
+            _close_toolbox(episode.agent)
+            episode.place.close()
 
     async def _call(
         self, place: Place, function: Callable[[], T], stepping: asyncio.Semaphore, timeout: float | None = None
@@ -348,6 +391,7 @@ class Episode:
         place: where its environment lives.
         prompt: the tokens before the next answer; None once it is over, or if it never began.
         kind: which of the rollout's environments it is played in.
+        over: whether its environment was given back.
     """
 
     trajectory: Trajectory
@@ -355,3 +399,4 @@ class Episode:
     place: Place
     prompt: Rendered | None = None
     kind: int = 0
+    over: bool = False

@@ -23,7 +23,7 @@ from rehearsal.sandbox.isolation import Isolation
 from rehearsal.sandbox.limits import CallResult, Limits, Outcome, ProgramResult
 from rehearsal.sandbox.probing import require
 from rehearsal.sandbox.program import run_in
-from rehearsal.sandbox.zygote import Zygote
+from rehearsal.sandbox.zygote import TRIES, Zygote
 
 
 class Interpreter:
@@ -111,7 +111,7 @@ class Interpreter:
             except CellGone:
                 assert self._cell is not None
                 self._drop()
-                return self._result({"outcome": "broken", "output": "", "error": None}, begun, lost_here)
+                return self._result({"outcome": "gone", "output": "", "error": None}, begun, lost_here)
             except BaseException:
                 self._drop()  # what `answer` raised leaves a call unanswered
                 raise
@@ -221,11 +221,18 @@ class InterpreterPool:
         self.close()
 
     def _new_cell(self) -> Cell:
-        self._running()
-        with self._lock:
-            cell = self._spare.popleft() if self._spare else self._started()
-            self._fill()
-            return cell
+        for tries_left in reversed(range(TRIES)):
+            zygote = self._running()
+            with self._lock:
+                try:
+                    cell = self._spare.popleft() if self._spare else self._started()
+                except SandboxError:
+                    if self._closed or zygote.alive or not tries_left:
+                        raise
+                    continue  # it ended this very moment
+                self._fill()
+                return cell
+        raise AssertionError("unreachable: the last try returns or raises")
 
     def _running(self) -> Zygote:
         """The zygote; a new one if it was ended from outside."""
@@ -242,8 +249,9 @@ class InterpreterPool:
             return self._zygote
 
     def _fill(self) -> None:
-        while len(self._spare) < self._wanted_spare:
-            self._spare.append(self._started())
+        with contextlib.suppress(SandboxError):  # the zygote has ended, which is found out when one is needed
+            while len(self._spare) < self._wanted_spare:
+                self._spare.append(self._started())
 
     def _started(self) -> Cell:
         cell = Cell(self._zygote, self.limits)
@@ -276,4 +284,5 @@ _SENTENCES = {
     Outcome.EXITED: "The interpreter ended itself; all variables are lost.",
     Outcome.KILLED: "The interpreter crashed or was killed; all variables are lost.",
     Outcome.BROKEN: "The interpreter stopped answering and was ended; all variables are lost.",
+    Outcome.GONE: "The sandbox was ended from outside; all variables are lost.",
 }

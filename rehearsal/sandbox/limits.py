@@ -62,7 +62,9 @@ class Outcome(enum.Enum):
     KILLED = "killed"
     """A signal ended it: it crashed, or killed itself."""
     BROKEN = "broken"
-    """It broke the pipe to its sandbox, or the sandbox itself was ended from outside."""
+    """It broke the pipe to its sandbox."""
+    GONE = "gone"
+    """The sandbox itself was ended from outside, or does not answer any more: this says nothing about the program."""
 
 
 @dataclass(frozen=True)

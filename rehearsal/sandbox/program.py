@@ -38,7 +38,7 @@ def run_in(
         message = {"do": "program", "source": source, "stdin": stdin, "files": coded}
         said = cell.ask(message, limits.seconds)
     except CellGone:
-        said = {"outcome": "broken", "output": "", "errors": "", "status": None, "error": None}
+        said = {"outcome": "gone", "output": "", "errors": "", "status": None, "error": None}
     finally:
         cell.close()
     return ProgramResult(

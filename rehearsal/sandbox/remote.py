@@ -134,7 +134,7 @@ def _outcome(status: str, code: Any, stderr: str, cut: bool) -> Outcome:
     if status == "TimeLimitExceeded":
         return Outcome.TIMEOUT
     if status != "Finished":
-        return Outcome.BROKEN
+        return Outcome.GONE
     if code == 0:
         return Outcome.OUTPUT if cut else Outcome.FINISHED
     if isinstance(code, int) and code < 0:

@@ -8,11 +8,12 @@ import os
 import threading
 from collections.abc import Mapping
 
+from rehearsal.errors import SandboxError
 from rehearsal.sandbox.isolation import Isolation
 from rehearsal.sandbox.limits import Limits, ProgramResult
 from rehearsal.sandbox.probing import require
 from rehearsal.sandbox.program import run_in
-from rehearsal.sandbox.zygote import Zygote
+from rehearsal.sandbox.zygote import TRIES, Zygote
 
 _lock = threading.Lock()
 _zygotes: dict[tuple[Isolation, str | None], Zygote] = {}
@@ -39,13 +40,19 @@ def run_program(
         SandboxError: if the level is not to be had, or a file lies elsewhere than in the program's folder.
     """
     level = require(isolation, python)
-    with _lock:
-        zygote = _zygotes.get((level, python))
-        if zygote is None or not zygote.alive:
-            if zygote is not None:
-                zygote.close()
-            zygote = _zygotes[level, python] = Zygote(level, python=python)
-    return run_in(zygote, source, stdin=stdin, files=files, limits=limits)
+    for tries_left in reversed(range(TRIES)):
+        with _lock:
+            zygote = _zygotes.get((level, python))
+            if zygote is None or not zygote.alive:
+                if zygote is not None:
+                    zygote.close()
+                zygote = _zygotes[level, python] = Zygote(level, python=python)
+        try:
+            return run_in(zygote, source, stdin=stdin, files=files, limits=limits)
+        except SandboxError:
+            if zygote.alive or not tries_left:
+                raise
+    raise AssertionError("unreachable: the last try returns or raises")
 
 
 def close_all() -> None:

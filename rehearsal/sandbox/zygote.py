@@ -25,6 +25,8 @@ from rehearsal.sandbox.isolation import Isolation
 from rehearsal.sandbox.limits import Limits
 
 _HERE = Path(__file__).resolve().parent
+TRIES = 3
+"""How often a cell is asked for where zygotes end as soon as they have begun."""
 _SECONDS_TO_START = 60.0
 _SECONDS_TO_LEAVE = 5.0
 _ROOTS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store", "/gnu/store")
@@ -64,6 +66,8 @@ class Zygote:
         self.isolation = isolation
         self._lock = threading.Lock()
         self._closed = False
+        self._deaf = False
+        self._last_words: list[str] = []
         executable, prefix = _python(python)
         folders = [os.path.realpath(folder) for folder in packages]
         for folder in folders:
@@ -101,13 +105,15 @@ class Zygote:
                     socket.send_fds(self._control, [request], [its.fileno()])
             except OSError as error:
                 mine.close()
+                self._deaf = True
                 raise SandboxError("The sandbox was ended from outside; make a new one.") from error
         return mine
 
     @property
     def alive(self) -> bool:
-        """Whether it still runs."""
-        return not self._closed and self._process.poll() is None
+        """Whether it still runs, as far as anybody knows."""
+        # The process that was started may be the one around the zygote, and end a little later.
+        return not self._closed and not self._deaf and self._process.poll() is None
 
     def close(self) -> None:
         """End it with every cell, and leave no file behind."""
@@ -169,7 +175,6 @@ class Zygote:
 
     def _listen(self) -> None:
         """Keep the last lines that the zygote and its wardens write."""
-        self._last_words: list[str] = []
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self._last_words = [*self._last_words[-9:], line.decode("utf-8", "replace").strip()]

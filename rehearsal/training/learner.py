@@ -170,7 +170,9 @@ class Learner:
         together = self.world is not None and not self.world.apart
         if self.world is not None and together:
             objectives.append(self.world.objective)
-        sequences = collect(groups, answers=together)
+        sequences = collect(
+            groups, answers=together, foreseeable=self.world is None or self.world.foreseeable
+        )  # fmt: skip
         if not any(len(targets) for targets in sequences.targets):
             return [], {}
         batch, figures = policy_batch(

@@ -107,6 +107,7 @@ class Trainer:
                 learning_rate_ratio=recipe.world.learning_rate_ratio,
                 hindsight=recipe.world.hindsight,
                 updates=recipe.world.updates,
+                foreseeable=recipe.world.foreseeable,
             ),
         )
         self.monitor = Monitor(

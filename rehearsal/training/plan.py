@@ -11,7 +11,7 @@ from rehearsal.models.packed import causal_lm
 from rehearsal.models.parallel import pack_workers
 from rehearsal.training.playing import make_rollout, make_toolkit, policy_of
 from rehearsal.training.recipe import Recipe
-from rehearsal.training.tasks import variants_of
+from rehearsal.training.tasks import unlocked_tools, variants_of
 from rehearsal.training.world import MODE_TEXTS
 
 _MIB = 2**20
@@ -87,4 +87,8 @@ def _tool_lines(recipe: Recipe) -> list[str]:
     told += [f"{count} of {name}" for name, count in limits.per_tool.items()]
     told += [f"{limits.cost:g} off the reward for each"] if limits.cost else []
     told += [f"{limits.timeout:g} s for a call that is not fast"]
-    return [f"tools, at most {', '.join(told)}:", *(f"  {call}: {text}" for call, text in found.items())]
+    lines = [f"tools, at most {', '.join(told)}:", *(f"  {call}: {text}" for call, text in found.items())]
+    for stage, unlocked in enumerate(unlocked_tools(recipe), start=1):
+        if unlocked and stage > 1:
+            lines.append(f"  stage {stage} unlocks {', '.join(sorted(unlocked))}")
+    return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 
 from rehearsal.agents.agent import Limits
+from rehearsal.agents.feedback import Feedback
 from rehearsal.agents.protocol import Protocol as AnswerProtocol
 from rehearsal.agents.toolbox import Toolkit, ToolLimits
-from rehearsal.agents.toolkit import make_source, tool_path
+from rehearsal.agents.toolkit import make_source, source_name, tool_path
 from rehearsal.environments.base import TextEnv
 from rehearsal.environments.registry import check_names, import_path
 from rehearsal.errors import RecipeError
@@ -23,7 +25,7 @@ from rehearsal.models.adapters import POLICY, WORLD, AdapterSettings, activate, 
 from rehearsal.models.load import Policy, load_policy, save_policy
 from rehearsal.rollout import ProcessRollout, Rollout, may_share
 from rehearsal.training.recipe import Recipe
-from rehearsal.training.tasks import variants_of
+from rehearsal.training.tasks import unlocked_tools, variants_of
 
 _MANY_EPISODES = 4000
 """A process takes seconds to begin, which fewer episodes than these do not pay for."""
@@ -107,7 +109,7 @@ def make_toolkit(recipe: Recipe) -> Toolkit:
 
     Raises:
         ToolError: for tools that cannot be made.
-        RecipeError: for a limit on a tool that there is not.
+        RecipeError: for a limit on a tool that there is not, or a stage that unlocks one.
     """
     options = recipe.tools
     limits = ToolLimits(
@@ -117,8 +119,9 @@ def make_toolkit(recipe: Recipe) -> Toolkit:
     toolkit = Toolkit([], limits)
     try:
         for name in options.names:
-            toolkit.sources.append(make_source(name, options.options.get(name)))
+            toolkit.add(make_source(name, options.options.get(name)), source_name(name))
         _check_limited(recipe, toolkit)
+        _check_unlocked(recipe)
     except BaseException:
         toolkit.close()
         raise
@@ -141,19 +144,52 @@ def _check_limited(recipe: Recipe, toolkit: Toolkit) -> None:
     check_names("tool", recipe.tools.per_tool, there)
 
 
-def make_rollout(recipe: Recipe, policy: Policy) -> Rollout:
-    """What plays the agent of a recipe in its environment, on a local engine."""
-    limits = episode_limits(recipe)
+def _check_unlocked(recipe: Recipe) -> None:
+    """Refuse a stage that unlocks a tool that there is not. Those of an environment are looked for in its first task:
+    one whose tools come with its tasks unlocks them itself."""
+    wanted = set[str]().union(*unlocked_tools(recipe)) - set(recipe.tools.names)
+    if not wanted:
+        return
+    there = set(recipe.tools.names)
+    for variant in variants_of(recipe):
+        with contextlib.closing(variant.make()) as env:
+            env.reset(seed=0)
+            toolbox = Toolkit().open(env)
+            there |= set(toolbox.tools) if toolbox is not None else set()
+    check_names("tool (in tools.names or of the environment, for a stage to unlock) called", sorted(wanted), there)
+
+
+def make_engine(recipe: Recipe, model: Any) -> LocalEngine:
+    """The local engine of a recipe."""
     memory = recipe.engine.memory_gib
-    engine = LocalEngine(
-        policy.model, max_context=recipe.agent.max_context, max_sessions=recipe.engine.max_sessions,
+    return LocalEngine(
+        model, max_context=recipe.agent.max_context, max_sessions=recipe.engine.max_sessions,
         memory_bytes=None if memory is None else int(memory * 2**30), prefill_tokens=recipe.engine.prefill_tokens,
     )  # fmt: skip
+
+
+def make_rollout(
+    recipe: Recipe, policy: Policy, *, engine: LocalEngine | None = None,
+    makers: Sequence[Callable[[], TextEnv]] | None = None, limits: Sequence[Limits] | None = None,
+    feedback: Feedback | None = None,
+) -> Rollout:  # fmt: skip
+    """What plays the agent of a recipe in its environment, on a local engine.
+
+    Args:
+        recipe: of the run.
+        policy: who plays.
+        engine: one that is there already; a new one if None.
+        makers, limits: of other environments than the recipe's.
+        feedback: the user who comments on answers, if there is one.
+    """
+    limits = episode_limits(recipe) if limits is None else limits
+    makers = [variant.maker for variant in variants_of(recipe)] if makers is None else makers
     rollout = Rollout(
-        [variant.maker for variant in variants_of(recipe)], engine, policy.renderer, answer_protocol(recipe), limits,
+        makers, make_engine(recipe, policy.model) if engine is None else engine, policy.renderer,
+        answer_protocol(recipe), limits,
         sampling=SamplingParams(recipe.sampling.temperature, recipe.sampling.top_k, recipe.sampling.top_p),
         seed=recipe.seed, workers=recipe.environment.workers, step_timeout=recipe.environment.step_timeout,
-        keep_ending=recipe.world.mode != "policy_only", toolkit=make_toolkit(recipe),
+        keep_ending=recipe.world.mode != "policy_only", toolkit=make_toolkit(recipe), feedback=feedback,
     )  # fmt: skip
     try:
         rollout.check_opening()
@@ -202,9 +238,17 @@ def make_processes(recipe: Recipe, policy: Policy, processes: int) -> ProcessRol
                 "options": {paths[name]: options for name, options in recipe.tools.options.items()},
             }
         )
+        stages = [
+            {**stage, "tools": [paths.get(name, name) for name in stage.get("tools", [])]}
+            for stage in recipe.curriculum.stages
+        ]
+        curriculum = recipe.curriculum.model_copy(update={"stages": stages})
         shared = recipe.model_copy(
-            update={"engine": engine, "model": model, "environment": environment, "mixture": mixture, "tools": tools}
-        )
+            update={
+                "engine": engine, "model": model, "environment": environment, "mixture": mixture, "tools": tools,
+                "curriculum": curriculum,
+            }
+        )  # fmt: skip
         return ProcessRollout(partial(_rollout_of, shared), policy.model, processes)
 
 

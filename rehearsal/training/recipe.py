@@ -82,11 +82,16 @@ class CurriculumOptions(_Options):
     retry: float = Field(default=0.1, ge=0, le=1, description="difficulty: share of tasks from outside the band")
     explore: float = Field(default=0.1, ge=0, le=1, description="variance, progress: share that is spread evenly")
     stages: list[dict[str, Any]] = Field(
-        default_factory=list, description="staged: parameters of the environment, and limits below agent"
-    )
+        default_factory=list,
+        description="staged: parameters of the environment, limits below agent, and tools that are unlocked",
+    )  # fmt: skip
     threshold: float = Field(default=0.8, ge=0, le=1, description="staged: success that ends a stage")
     window: int = Field(default=64, ge=1, description="staged: groups that this success is measured over")
     review: float = Field(default=0.1, ge=0, le=1, description="staged: share of tasks from earlier stages")
+    patience: int | None = Field(
+        default=None, ge=1,
+        description="staged: groups without a rise of success after which a stage begins that unlocks tools",
+    )  # fmt: skip
 
 
 class AgentOptions(_Options):
@@ -215,6 +220,9 @@ class WorldOptions(_Options):
     )
     coefficient: float | None = Field(
         default=None, ge=0, description="weight of the observation loss; if left out, 0.05 where shared, else 1"
+    )
+    foreseeable: bool = Field(
+        default=True, description="whether answers are learnt too that follow from what the agent had been shown"
     )
     learning_rate_ratio: float = Field(
         default=1.0, gt=0, description="learning rate of the world adapter over that of the policy"
@@ -363,6 +371,14 @@ class Recipe(_Options):
             raise ValueError(
                 "a staged curriculum needs curriculum.stages, a list of tables with the parameters of each stage, and "
                 "no other curriculum has them"
+            )
+        for number, stage in enumerate(self.curriculum.stages, start=1):
+            unlocked = stage.get("tools", [])
+            if not isinstance(unlocked, list) or not all(isinstance(name, str) for name in unlocked):
+                raise ValueError(f"tools in stage {number} must be a list of names, not {unlocked!r}")
+        if self.curriculum.patience is not None and not any(stage.get("tools") for stage in self.curriculum.stages[1:]):
+            raise ValueError(
+                "curriculum.patience ends a stage whose tasks are too hard without a tool: name tools in a later stage"
             )
         for name, options in self.tools.options.items():
             if name not in self.tools.names:

@@ -13,7 +13,7 @@ import numpy as np
 from rehearsal.agents.rehearse import Hindsight
 from rehearsal.algorithms.shaping import was_cut_off
 from rehearsal.models.packing import PackItem
-from rehearsal.trajectory import Group, Kind, Segment
+from rehearsal.trajectory import Group, Kind, Segment, Trajectory
 
 
 @dataclass
@@ -42,13 +42,16 @@ class Sequences:
         ]
 
 
-def collect(groups: Sequence[Group], sampled: bool = True, answers: bool = False) -> Sequences:
+def collect(
+    groups: Sequence[Group], sampled: bool = True, answers: bool = False, foreseeable: bool = True
+) -> Sequences:
     """The sequences of all episodes that did not fail.
 
     Args:
         groups: the episodes.
         sampled: whether what the policy sampled is among the targets.
         answers: whether what the environment answered is, see :func:`answer_mask`.
+        foreseeable: whether answers are that follow from what the agent had been shown.
     """
     collected = Sequences()
     for p, group in enumerate(groups):
@@ -60,7 +63,7 @@ def collect(groups: Sequence[Group], sampled: bool = True, answers: bool = False
                 if sampled:
                     wanted_T |= segment.sampled_mask
                 if answers:
-                    wanted_T |= answer_mask(segment)
+                    wanted_T |= answer_mask(segment) if foreseeable else surprise_mask(segment, trajectory)
                 targets = np.nonzero(wanted_T)[0]
                 collected.segments.append(segment)
                 collected.targets.append(targets[targets > 0])
@@ -74,6 +77,14 @@ def collect(groups: Sequence[Group], sampled: bool = True, answers: bool = False
 def answer_mask(segment: Segment) -> np.ndarray:
     """bool of shape (T,): the environment's answers. The first observation answers no action and is not among them."""
     return (segment.kinds == Kind.OBSERVATION) & (segment.turns > 0)
+
+
+def surprise_mask(segment: Segment, trajectory: Trajectory) -> np.ndarray:
+    """bool of shape (T,): the answers that do not follow from what the agent had been shown before, as far as the
+    environment tells it."""
+    # The words at the start of a turn answer what was done in the turn before.
+    known = np.array([False, *(turn.foreseeable for turn in trajectory.turns)])
+    return answer_mask(segment) & ~known[segment.turns]
 
 
 def with_shuffled_answers(groups: Sequence[Group], rng: np.random.Generator) -> list[Group]:

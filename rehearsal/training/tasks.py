@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import ValidationError
 
+from rehearsal.agents.toolkit import source_name
 from rehearsal.algorithms.curriculum import ByDifficulty, Draw, Fresh, Mixture, Prioritised, Sampler, Staged, Uniform
 from rehearsal.environments.base import TextEnv
 from rehearsal.environments.registry import check_names, make
@@ -59,7 +60,7 @@ def variants_of(recipe: Recipe) -> list[Variant]:
         return [Variant(own.name, own.params, recipe.agent)]
     variants = []
     for number, stage in enumerate(recipe.curriculum.stages, start=1):
-        params = {name: value for name, value in stage.items() if name != "agent"}
+        params = {name: value for name, value in stage.items() if name not in ("agent", "tools")}
         changes = stage.get("agent", {})
         if not isinstance(changes, Mapping):
             raise RecipeError(f"agent in stage {number} must be a table of options, not {changes!r}.")
@@ -75,6 +76,21 @@ def variants_of(recipe: Recipe) -> list[Variant]:
     return variants
 
 
+def unlocked_tools(recipe: Recipe) -> list[set[str]]:
+    """What each stage of a recipe unlocks, by the names of ``tools.names`` or of the environment's own tools."""
+    return [set(stage.get("tools", [])) for stage in recipe.curriculum.stages]
+
+
+def locked_tools(recipe: Recipe) -> list[tuple[str, ...]]:
+    """For each stage the tools that a later one unlocks, as a toolkit names them; one empty tuple without stages."""
+    unlocked = unlocked_tools(recipe) or [set[str]()]
+    locked = []
+    for stage in range(len(unlocked)):
+        later = set[str]().union(*unlocked[stage + 1 :]) - set[str]().union(*unlocked[: stage + 1])
+        locked.append(tuple(sorted(source_name(name) if name in recipe.tools.names else name for name in later)))
+    return locked
+
+
 def make_sampler(recipe: Recipe) -> Sampler:
     """The sampler that a recipe asks for.
 
@@ -83,7 +99,11 @@ def make_sampler(recipe: Recipe) -> Sampler:
     """
     options = recipe.curriculum
     if options.name == "staged":
-        return Staged(len(options.stages), options.threshold, options.window, options.review)
+        relief = frozenset(stage for stage, unlocked in enumerate(unlocked_tools(recipe)) if unlocked)
+        return Staged(
+            len(options.stages), options.threshold, options.window, options.review, relief=relief,
+            patience=options.patience,
+        )  # fmt: skip
     if recipe.mixture:
         parts = [_single(options, number) for number in range(len(recipe.mixture))]
         return Mixture(parts, [part.weight for part in recipe.mixture])
@@ -114,6 +134,7 @@ class TaskSource:
         self._mixed = bool(recipe.mixture)
         self._learns = recipe.curriculum.name not in ("fresh", "uniform")
         self.sampler = make_sampler(recipe)
+        self._locked = locked_tools(recipe)
         self._drawn: list[Draw] = []
 
     def of_step(self, step: int, count: int, first: int = 0) -> list[Task]:
@@ -135,7 +156,7 @@ class TaskSource:
         seed = fresh.seed
         if draw.number is not None:
             seed = stream_key(self._seed, "pool", draw.environment, draw.number) % 2**31
-        return Task(seed, fresh.split, draw.environment)
+        return Task(seed, fresh.split, draw.environment, locked=self.locked)
 
     def observe(self, groups: Sequence[Group]) -> None:
         """Tell the sampler how the tasks of the step went, in the order in which they were drawn.
@@ -157,13 +178,19 @@ class TaskSource:
         """The environment of each task of the step where several are mixed, else None."""
         return [draw.environment for draw in self._drawn] if self._mixed else None
 
+    @property
+    def locked(self) -> tuple[str, ...]:
+        """The tools that no episode has as yet. What is unlocked is so for tasks of earlier stages too."""
+        return self._locked[self.sampler.stage if isinstance(self.sampler, Staged) else 0]
+
     def held_out(self, seed: int, split: str, count: int) -> list[Task]:
-        """Tasks to be judged by: of a mixture all environments in turn, of stages the last one."""
+        """Tasks to be judged by: of a mixture all environments in turn, of stages the last one, with the tools of the
+        present one."""
         tasks = held_out_tasks(seed, split, count)
         n = len(self.variants)
         if self._mixed:
             return [Task(task.seed, task.split, i % n) for i, task in enumerate(tasks)]
-        return [Task(task.seed, task.split, n - 1) for task in tasks]
+        return [Task(task.seed, task.split, n - 1, locked=self.locked) for task in tasks]
 
 
 def success_share(group: Group) -> float:

@@ -83,6 +83,7 @@ _SCALARS: dict[str, tuple[pa.DataType, Callable[[Trajectory], Any]]] = {
     "split": (pa.string(), lambda one: one.split),
     "task": (pa.string(), lambda one: one.task),
     "topic": (pa.string(), lambda one: one.topic),
+    "category": (pa.string(), lambda one: one.category),
     "reward": (pa.float64(), lambda one: None if one.failed else one.reward),
     "success": (pa.bool_(), lambda one: None if one.success is None else bool(one.success)),
     "stop_reason": (pa.string(), lambda one: one.stop_reason.value),
@@ -92,8 +93,12 @@ _SCALARS: dict[str, tuple[pa.DataType, Callable[[Trajectory], Any]]] = {
     "n_sampled": (pa.int32(), lambda one: one.n_sampled),
     "policy_step": (pa.int64(), lambda one: int(one.policy_step)),
 }
-_STORED = ("environment", "seed", "split", "task", "topic", "success", "error", "policy_step", "final_observation")
+_STORED = (
+    "environment", "seed", "split", "task", "topic", "category", "success", "error", "policy_step", "final_observation",
+)  # fmt: skip
 """The fields of a trajectory that are read back as they are."""
+_STORED_LATER = {"category"}
+"""Those of them that files of this version may lack."""
 
 
 def write_trajectories(
@@ -267,11 +272,12 @@ def _bounds(array: pa.Array) -> Iterator[slice]:
 
 
 def _episodes(table: pa.Table) -> list[Trajectory]:
-    columns = {name: table.column(name).to_pylist() for name in (*_STORED, "sample", "stop_reason", "counters")}
+    stored = [name for name in _STORED if name not in _STORED_LATER or name in table.column_names]
+    columns = {name: table.column(name).to_pylist() for name in (*stored, "sample", "stop_reason", "counters")}
     segments, turns = _read_segments(_column(table, "segments")), _read_turns(_column(table, "turns"))
     return [
         Trajectory(
-            **{name: columns[name][row] for name in _STORED},
+            **{name: columns[name][row] for name in stored},
             sample=columns["sample"][row],
             stop_reason=StopReason(columns["stop_reason"][row]),
             counters=dict(columns["counters"][row]),

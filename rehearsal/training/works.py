@@ -77,7 +77,7 @@ def world_works(
     if world.apart:
         rng = np.random.default_rng([seed, step, 2])
         told = with_shuffled_answers(groups, rng) if world.shuffled else groups
-        works.append(_world_work(collect(told, sampled=False, answers=True), world, world.objective, rng))
+        works.append(_world_work(collect(told, False, True, world.foreseeable), world, world.objective, rng))
     for number, (name, some) in enumerate(situations.items()):
         rng = np.random.default_rng([seed, step, 3 + number])
         answers = collect_situations(with_other_answers(some, rng) if world.shuffled else some)

@@ -44,6 +44,7 @@ class WorldModel:
         policy: whether the policy learns.
         hindsight: weight of the true answers to what was rehearsed.
         updates: of the world model in a step; those after the first learn from what was rehearsed alone.
+        foreseeable: whether answers are learnt that follow from what the agent had been shown.
     """
 
     objective: ObservationLoss
@@ -54,6 +55,7 @@ class WorldModel:
     policy: bool = True
     hindsight: float = 1.0
     updates: int = 1
+    foreseeable: bool = True
 
 
 def policy_parameters(adapters: Sequence[str]) -> str:
@@ -73,7 +75,7 @@ def policy_objectives(algorithm: Algorithm, adapters: Sequence[str]) -> tuple[Ob
 
 def world_model(
     mode: WorldMode, adapters: Sequence[str], *, coefficient: float | None = None, learning_rate_ratio: float = 1.0,
-    hindsight: float = 1.0, updates: int = 1,
+    hindsight: float = 1.0, updates: int = 1, foreseeable: bool = True,
 ) -> WorldModel | None:  # fmt: skip
     """What a mode means for a model with these adapters; None if answers are not learnt from.
 
@@ -102,21 +104,20 @@ def world_model(
             "adapters.policy_rank is 0, which leaves the policy nothing to learn with; raise it, or set world.mode to "
             "world_only."
         )
+    objective = ObservationLoss(1.0 if coefficient is None else coefficient, parameters=world)
+    common = WorldModel(
+        objective, learning_rate_ratio=learning_rate_ratio, hindsight=hindsight, updates=updates,
+        foreseeable=foreseeable,
+    )  # fmt: skip
     if mode == "shared":
         weight = SHARED_COEFFICIENT if coefficient is None else coefficient
-        share = weight * hindsight  # relative to the policy's loss, as the weight of the answers is
-        return WorldModel(ObservationLoss(weight, parameters=own), hindsight=share)
-    objective = ObservationLoss(1.0 if coefficient is None else coefficient, parameters=world)
-    everyone = tuple(adapters)
+        # What was rehearsed counts relative to the policy's loss, as the answers do.
+        return WorldModel(
+            ObservationLoss(weight, parameters=own), hindsight=weight * hindsight, foreseeable=foreseeable
+        )
     if mode == "dual":
-        return WorldModel(objective, learning_rate_ratio=learning_rate_ratio, hindsight=hindsight, updates=updates)
+        return common
     if mode == "world_only":
         # No policy's passes to share, and no advantages to work out.
-        return WorldModel(
-            objective, apart=True, learning_rate_ratio=learning_rate_ratio, policy=False, hindsight=hindsight,
-            updates=updates,
-        )  # fmt: skip
-    return WorldModel(
-        objective, apart=True, shuffled=mode == "placebo", adapters=everyone, learning_rate_ratio=learning_rate_ratio,
-        hindsight=hindsight, updates=updates,
-    )  # fmt: skip
+        return replace(common, apart=True, policy=False)
+    return replace(common, apart=True, shuffled=mode == "placebo", adapters=tuple(adapters))

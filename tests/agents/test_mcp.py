@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +25,7 @@ from rehearsal.trajectory import ToolCall
 pytest.importorskip("mcp", reason="needs the extra mcp")
 
 SERVER = """
-import os, sys
+import os, sys, time
 from mcp.server import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 
@@ -50,6 +52,12 @@ def fail(word: str) -> str:
 def pid() -> int:
     "The server's process."
     return os.getpid()
+
+@server.tool()
+def stall() -> str:
+    "Says nothing."
+    time.sleep(600)
+    return ""
 
 @server.tool()
 def secret() -> str:
@@ -87,7 +95,7 @@ def say(box: Toolbox, tool_name: str, **arguments: Any) -> Any:
 
 def test_tools_of_a_server_that_is_started(stdio: Mcp) -> None:
     box = box_of(stdio)
-    assert list(box.tools) == ["add", "remember", "fail", "pid", "secret"]
+    assert list(box.tools) == ["add", "remember", "fail", "pid", "stall", "secret"]
     add = box.tools["add"]
     assert add.description == "Adds two numbers."
     assert add.signature == "add(a: integer, b: integer = 1)"
@@ -97,6 +105,42 @@ def test_tools_of_a_server_that_is_started(stdio: Mcp) -> None:
     failed = say(box, "fail", word="walk")
     assert failed.error == "raised"
     assert "cannot walk" in failed.text
+
+
+def test_a_call_that_hangs_is_taken_back(stdio: Mcp) -> None:
+    """Its thread would otherwise wait as long as the server runs."""
+    box = Toolbox(list(stdio.open()), ToolLimits(timeout=0.5))
+    assert say(box, "stall").error == "timeout"
+    deadline = time.monotonic() + 30
+    while any(thread.name == "rehearsal-tool" for thread in threading.enumerate()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(thread.name == "rehearsal-tool" for thread in threading.enumerate())
+    assert say(box_of(stdio), "add", a=2).text == "3", "the connection goes on"
+
+
+def test_no_call_waits_for_a_connection_that_has_ended(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that comes as the connection ends has nobody to answer it."""
+    source = Mcp([sys.executable, str(script)], start_timeout=120.0)
+    connection = source._shared
+    assert connection is not None
+    said: list[Any] = []
+
+    async def never(*_: Any) -> str:
+        await asyncio.sleep(3600)
+        return ""
+
+    connection._call = never  # type: ignore[method-assign]
+    box = box_of(source)
+    calls = [threading.Thread(target=lambda: said.append(say(box_of(source), "add", a=1).text)) for _ in range(3)]
+    for call in calls:
+        call.start()
+    time.sleep(0.3)
+    source.close()
+    for call in calls:
+        call.join(30)
+    assert said == ["Error: the server of this tool has ended"] * 3
+    monkeypatch.setattr(type(connection), "alive", True)  # as if it were not known yet
+    assert say(box, "add", a=1).text == "Error: the server of this tool has ended"
 
 
 def test_arguments_are_checked_before_the_server_sees_them(stdio: Mcp) -> None:
@@ -134,6 +178,29 @@ def test_a_server_for_each_episode_remembers_nothing(script: Path) -> None:
     while _runs(number) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _runs(number), "the server ends with its episode"
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_as_it_is_started_again_costs_no_episode(script: Path, tmp_path: Path) -> None:
+    dying = tmp_path / "dying.py"
+    log = tmp_path / "starts"
+    dying.write_text(
+        f"import os, sys\nwith open({str(log)!r}, 'a') as file:\n    file.write('x')\n"
+        f"if os.path.getsize({str(log)!r}) in (2, 3, 5, 6, 7):\n    os._exit(9)\n{script.read_text()}"
+    )
+    source = Mcp([sys.executable, str(dying)], start_timeout=120.0)
+    try:
+        os.kill(int(say(box_of(source), "pid").text), signal.SIGKILL)
+        assert say(box_of(source), "add", a=1).error in ("raised", "timeout")
+        assert say(box_of(source), "add", a=1).text == "2"
+        assert log.read_text() == "x" * 4
+        os.kill(int(say(box_of(source), "pid").text), signal.SIGKILL)
+        say(box_of(source), "add", a=1)
+        with pytest.raises(ToolError, match="cannot be used"):
+            source.open()
+        assert log.read_text() == "x" * 7, "it is not tried for ever"
+    finally:
+        source.close()
 
 
 @pytest.mark.slow

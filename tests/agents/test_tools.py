@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import functools
 import sys
@@ -65,6 +66,23 @@ def test_the_schema_of_a_function() -> None:
         "required": ["city"],
     }
     assert tool.signature == 'forecast(city: string, days: integer = 1, unit: "C" | "F" = "C", places: array, optional)'
+
+
+def test_a_coroutine_that_hangs_is_cancelled() -> None:
+    """A thread cannot be stopped; what waits in a coroutine can be, and its thread ends with it."""
+    ended = threading.Event()
+
+    async def wait() -> str:
+        """Waits."""
+        try:
+            await asyncio.sleep(600)
+        finally:
+            ended.set()
+        return ""
+
+    box = Toolbox([tool_from(wait)], ToolLimits(timeout=0.1))
+    assert box.execute(ToolCall("wait", {})).error == "timeout"
+    assert ended.wait(20)
 
 
 def test_methods_partials_coroutines_and_odd_names() -> None:
@@ -426,6 +444,25 @@ def test_tools_of_the_environment_come_first() -> None:
     env.tools = (lambda x: x,)
     with pytest.raises(EnvironmentFault, match=r"Plain\.tools cannot be used"):
         Toolkit().open(env)
+
+
+def test_locked_tools_are_tools_that_there_are_not() -> None:
+    env = Plain()
+    env.tools = (forecast,)
+    kit = Toolkit([Counter(), FunctionTools(tool_from(forecast, name="other"))], names=["counter", "more"])
+    box = kit.open(env, locked=("counter",))
+    assert box is not None
+    assert list(box.tools) == ["forecast", "other"]
+    told = call(box, "remember", word="a")
+    assert told.error == "unknown"
+    assert told.note.startswith('There is no tool "remember".') and "There are: forecast(" in told.note
+    box = kit.open(env, locked=["forecast", "more"])
+    assert box is not None and list(box.tools) == ["remember"]
+    assert kit.open(env, locked=["forecast", "more", "counter"]) is None, "as if there were none at all"
+    box = kit.open(env, locked=["remember"])
+    assert box is not None and "remember" in box.tools, "sources are locked by their own names"
+    with pytest.raises(ToolError, match="1 sources of tools and 2 names"):
+        Toolkit([Counter()], names=["a", "b"])
 
 
 def test_checks_of_tools_may_fail_too() -> None:

@@ -31,6 +31,7 @@ MAKERS: dict[str, Any] = {
     "variance": lambda: Prioritised(20),
     "progress": lambda: Prioritised(20, by="progress"),
     "staged": lambda: Staged(3, window=4),
+    "staged with relief": lambda: Staged(3, window=2, threshold=1.0, patience=6, relief=frozenset({1, 2})),
     "mixture": lambda: Mixture([Uniform(20, 0), ByDifficulty(20, 1), Fresh(2)], [1, 2, 1]),
 }
 
@@ -168,6 +169,68 @@ def test_stages() -> None:
     assert drawn[0] == pytest.approx(drawn[1], rel=0.3)
 
 
+def stalling(**changes: Any) -> Staged:
+    usual = {"threshold": 0.9, "window": 4, "review": 0.0, "patience": 8, "relief": frozenset({1})}
+    return Staged(3, **usual | changes)
+
+
+def play_stage(sampler: Staged, *success: float) -> int:
+    sampler.observe([Draw(sampler.stage)] * len(success), success)
+    return sampler.stage
+
+
+def test_a_stage_that_has_stalled_makes_way_for_relief() -> None:
+    sampler = stalling()
+    assert play_stage(sampler, 0.5, 0.5, 0.5) == 0, "the window is not full"
+    assert play_stage(sampler, 0.5) == 0
+    assert sampler.figures()["curriculum/since_rise"] == 0.0
+    assert play_stage(sampler, 0.5, 0.5, 0.5, 0.5) == 0
+    assert sampler.figures()["curriculum/since_rise"] == 4.0
+    assert play_stage(sampler, 0.5, 0.5, 0.5) == 0
+    assert play_stage(sampler, 0.5) == 1
+    assert sampler.figures() == {"curriculum/stage": 1.0, "curriculum/since_rise": 0.0}
+    # The next stage is only harder: whoever fails here stays here, and masters it to get on.
+    assert play_stage(sampler, *[0.1] * 100) == 1
+    assert play_stage(sampler, *[1.0] * 4) == 2
+
+
+def test_a_stage_that_rises_has_not_stalled() -> None:
+    sampler = stalling()
+    for step in range(30):
+        assert play_stage(sampler, *[0.2 + 0.012 * step] * 4) == 0, "slow, but it gets on"
+    for _ in range(20):
+        # What it loses and wins again is no rise.
+        play_stage(sampler, 0.0, 0.0, 0.0, 0.0)
+        play_stage(sampler, 0.55, 0.55, 0.55, 0.55)
+    assert sampler.stage == 1
+
+
+@pytest.mark.parametrize("changes", [{"patience": None}, {"relief": frozenset()}, {"relief": frozenset({2})}])
+def test_no_stage_stalls_unless_it_may(changes: dict[str, Any]) -> None:
+    assert play_stage(stalling(**changes), *[0.0] * 200) == 0
+
+
+def test_a_stage_may_be_mastered_before_it_stalls() -> None:
+    sampler = stalling()
+    play_stage(sampler, *[0.5] * 8)
+    assert play_stage(sampler, 1.0, 1.0, 1.0, 1.0) == 1
+
+
+def test_stalling_is_part_of_the_state() -> None:
+    whole, before = stalling(), stalling()
+    for sampler in (whole, before):
+        play_stage(sampler, *[0.5] * 4)
+        play_stage(sampler, *[0.5] * 5)
+    after = stalling()
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    for sampler in (whole, after):
+        assert play_stage(sampler, 0.5, 0.5) == 0
+        assert play_stage(sampler, 0.5) == 1
+    old = stalling()
+    old.load_state_dict({"stage": 1, "recent": [0.5]})
+    assert old.state_dict() == {"stage": 1, "recent": [0.5], "best": None, "since_rise": 0}
+
+
 def test_a_mixture_keeps_its_weights() -> None:
     sampler = Mixture([Fresh(0), Fresh(1), Fresh(2)], [5, 2, 1])
     total: Counter[int] = Counter()
@@ -199,6 +262,7 @@ def test_a_mixture_tells_each_part_its_own() -> None:
         (lambda: Prioritised(4, explore=-1.0), "explore"),
         (lambda: Staged(0), "needs stages"),
         (lambda: Staged(2, window=0), "window"),
+        (lambda: Staged(2, patience=0), "at least one group, not 0"),
         (lambda: Mixture([], []), "at least one environment"),
         (lambda: Mixture([Fresh()], [0.0]), "above 0"),
         (lambda: Uniform(4).load_state_dict(Uniform(5).state_dict()), "a pool of 5 tasks, not 4"),

@@ -34,6 +34,10 @@ HEALTHY: dict[str, Callable[[int], float]] = {
     "gradient/policy/norm": lambda i: 0.1,
     "probe/perplexity": lambda i: 1.5,
     "probe/symbols": lambda i: 13.0,
+    "train/episodes": lambda i: 256.0,
+    "train/tools/calls": lambda i: 0.8,
+    "train/tools/calculator/used": lambda i: 0.4 + 0.4 * i / 60,
+    "train/tools/calculator/failures": lambda i: 0.3,
 }
 """A run of sixty steps that gets better."""
 
@@ -84,6 +88,7 @@ SICK: dict[str, dict[str, Callable[[int], float]]] = {
     "success_fell": {"train__success": late(0.6, 0.3)},
     "sure_and_worse": {"signal__self_certainty": late(2.0, 3.0), "train__reward": risen_and_fallen},
     "foreign_world": {"probe__perplexity": late(1.5, 40.0)},
+    "tool_abandoned": {"train__tools__calculator__used": late(0.6, 0.05), "train__success": lambda i: 0.4},
 }  # fmt: skip
 
 
@@ -114,6 +119,9 @@ def test_each_rule_on_a_run_that_has_it(name: str) -> None:
         {"signal__reward_std_in_group": late(0.35, 0.05), "train__reward": lambda i: min(0.98, 0.5 + i / 60)},
         # A run that has learned most of its tasks.
         {"signal__dead_groups": late(0.3, 0.82), "signal__dead_groups_solved": late(0.2, 0.72)},
+        # An agent that learned to do without a tool, and one that had nothing left to gain by it.
+        {"train__tools__calculator__used": late(0.6, 0.02)},
+        {"train__tools__calculator__used": late(0.6, 0.02), "train__success": lambda i: 0.9},
         # One bad batch.
         {"train__success": lambda i: 0.1 if i == 40 else 0.6, "behaviour__invalid_turns": lambda i: 0.5 * (i == 40)},
     ],

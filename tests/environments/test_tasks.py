@@ -9,6 +9,7 @@ import pytest
 
 from rehearsal.environments import SPLITS, check_env, make
 from rehearsal.environments.splits import content_split
+from rehearsal.environments.tasks import _POOLS, close_pools
 from rehearsal.errors import EnvironmentFault, RecipeError, RewardError
 from rehearsal.rewards.verifier import Score, Task
 
@@ -85,6 +86,19 @@ def test_a_check_that_hangs_fails_the_episode_and_no_other(source):
         env.step("60")
     env.reset(seed=0)
     assert env.step("0")[1] == 1.0
+
+
+def test_pools_can_be_closed_and_come_back(source):
+    env = make("tasks", source=source, verifier="tests.environments.test_tasks:Sleeper", timeout=7.5)
+    env.reset(seed=0)
+    env.step("0")
+    pools = [pool for key, pool in _POOLS.items() if key[2] == 7.5]
+    close_pools()
+    assert not _POOLS
+    with pytest.raises(RewardError, match="closed"):
+        pools[0].verify(["0"], [Task("x")])
+    env.reset(seed=0)
+    assert env.step("0")[1] == 1.0, "whoever needs it makes another one"
 
 
 def test_a_verifier_of_ones_own_beside_the_data(source, tmp_path, monkeypatch):

@@ -57,6 +57,14 @@ class Strange:
                 with open(str(task.reference), "w") as file:
                     file.write(str(child.pid))
                 time.sleep(600)
+            case ["orphan"]:
+                child = os.fork()  # holds the pipe of its parent open
+                if child == 0:
+                    time.sleep(600)
+                    os._exit(0)
+                with open(str(task.reference), "w") as file:
+                    file.write(str(child))
+                os._exit(5)
         return Score(float(len(completion)), len(completion) > 3, {"length": float(len(completion))}, completion)
 
 
@@ -81,6 +89,47 @@ class DiesAtStart:
 
     def warm_up(self) -> None:
         os._exit(7)
+
+    def verify(self, completion: str, task: Task) -> Score:
+        raise AssertionError("never called")
+
+
+@dataclass(frozen=True)
+class Unlucky:
+    """Kills its process while it warms up, as long as there is a file; or, where there is none yet, makes one.
+
+    Attributes:
+        file: whose presence ends the process.
+        once: whether the first process makes the file.
+    """
+
+    file: str
+    once: bool = False
+    name: str = "unlucky"
+
+    def warm_up(self) -> None:
+        if self.once:
+            try:
+                open(self.file, "x").close()
+            except FileExistsError:
+                os._exit(7)
+        elif os.path.exists(self.file):
+            os._exit(7)
+
+    def verify(self, completion: str, task: Task) -> Score:
+        if completion == "die":
+            os._exit(3)
+        return Score(1.0, True)
+
+
+@dataclass(frozen=True)
+class SlowStart:
+    """Takes for ever to warm up."""
+
+    name: str = "slow"
+
+    def warm_up(self) -> None:
+        time.sleep(600)
 
     def verify(self, completion: str, task: Task) -> Score:
         raise AssertionError("never called")

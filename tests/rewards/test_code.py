@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import gzip
 import json
+import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +18,7 @@ from rehearsal.errors import SandboxError
 from rehearsal.rewards.code import CodeVerifier, extract_code, same_output
 from rehearsal.rewards.code_judge import defined_names, free_names
 from rehearsal.rewards.verifier import Task, VerificationError
-from rehearsal.sandbox import Limits, Outcome, ProgramResult, strongest
+from rehearsal.sandbox import Interpreter, Isolation, Limits, Outcome, ProgramResult, strongest
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -391,3 +393,55 @@ def test_problems_in_the_form_of_mbpp(verifier: CodeVerifier) -> None:
         task = Task(row["prompt"], row["test"], {"entry_point": row["entry_point"]})
         score = verifier.verify("    return object\n", task)
         assert not score.passed and "First failing: assert" in score.evidence, score
+
+
+# A sandbox that is ended from outside
+
+
+class Killer:
+    """Kills the zygote of a verifier's sandbox as code is run, so many times."""
+
+    def __init__(self, verifier: CodeVerifier, monkeypatch: pytest.MonkeyPatch, where: str, times: int) -> None:
+        self.kills = 0
+        original = getattr(Interpreter, where)
+
+        def patched(interpreter: Interpreter, *args: Any, **kwargs: Any) -> Any:
+            if self.kills < times and "double" in str(args):
+                self.kills += 1
+                os.killpg(verifier._sandbox()._zygote._process.pid, signal.SIGKILL)
+            return original(interpreter, *args, **kwargs)
+
+        monkeypatch.setattr(Interpreter, where, patched)
+
+
+@pytest.mark.parametrize("where", ["run", "call"])
+def test_a_sandbox_that_is_killed_from_outside_makes_no_solution_fail(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says nothing about the code: what was right would have scored 0."""
+    if strongest() < Isolation.NAMESPACES:
+        pytest.skip("without namespaces interpreters outlive the process that made them")
+    with CodeVerifier(limits=Limits(seconds=20), concurrent=1) as verifier:
+        verifier.warm_up()
+        killer = Killer(verifier, monkeypatch, where, 1)
+        score = verifier.verify("    return 2 * n\n", TASK)
+        assert killer.kills == 1
+        assert (score.value, score.passed) == (1.0, True)
+        always = Killer(verifier, monkeypatch, where, 100)
+        with pytest.raises(VerificationError, match="ended from outside"):
+            verifier.verify("    return 2 * n\n", TASK)
+        assert always.kills >= 2, "and in vain a second time"
+
+
+def test_a_program_whose_sandbox_is_ended_has_no_score() -> None:
+    class Gone:
+        asked = 0
+
+        def run_program(self, source: str, **_: Any) -> ProgramResult:
+            self.asked += 1
+            return ProgramResult("", "", Outcome.GONE, None, 0.1, "remote")
+
+    runner = Gone()
+    with pytest.raises(VerificationError, match="ended from outside"):
+        CodeVerifier(programs=runner).verify("print(1)", Task("x", [["", "1"]]))
+    assert runner.asked == 2

@@ -15,13 +15,14 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from strange import Broken, DiesAtStart, Strange
+from strange import Broken, DiesAtStart, SlowStart, Strange, Unlucky
 
 from rehearsal.errors import RewardError
 from rehearsal.rewards.mathematics import LastNumber
 from rehearsal.rewards.pool import VerifierPool
 from rehearsal.rewards.structure import Pattern
 from rehearsal.rewards.verifier import Failure, Score, Task, VerificationError, reward_of
+from rehearsal.rewards.worker import WorkerProcess
 
 TASK = Task("a task")
 
@@ -156,6 +157,76 @@ def test_what_a_verifier_started_ends_with_it(tmp_path: Path) -> None:
         assert not is_alive(child)
 
 
+def test_what_a_verifier_started_ends_with_a_process_that_ended_itself(tmp_path: Path) -> None:
+    """It holds the pipe of the results, so that their end never comes: it was a hang, and it lived on."""
+    file = tmp_path / "pid"
+    with VerifierPool(Strange(), workers=1, timeout=30.0) as pool:
+        pool.wait_until_warm()
+        begun = time.monotonic()
+        (failure, score) = pool.verify(["orphan", "fine"], [Task("x", reference=str(file)), TASK])
+        assert kinds([failure, score]) == ["crash", "score"]
+        assert isinstance(failure, Failure)
+        assert "ended with code 5" in failure.message
+        assert time.monotonic() - begun < 25.0
+        assert not is_alive(int(file.read_text()))
+
+
+def test_a_pool_recovers_from_processes_that_die_as_they_start(tmp_path: Path) -> None:
+    """As where a system that is short of memory kills them for a while."""
+    file = tmp_path / "die"
+    with VerifierPool(Unlucky(str(file)), workers=1) as pool:
+        pool.wait_until_warm()
+        file.touch()
+        assert kinds(check(pool, "die")) == ["crash"], "what was found is told, whatever comes then"
+        with pytest.raises(RewardError, match="times in a row"):
+            check(pool, "fine")
+        file.unlink()
+        assert kinds(check(pool, "fine", "fine")) == ["score"] * 2
+
+
+def test_a_pool_gives_up_where_processes_never_start_again(tmp_path: Path) -> None:
+    file = tmp_path / "die"
+    with VerifierPool(Unlucky(str(file)), workers=1) as pool:
+        pool.wait_until_warm()
+        file.touch()
+        check(pool, "die")
+        for _ in range(4):
+            with pytest.raises(RewardError, match="times in a row"):
+                check(pool, "fine")
+        file.unlink()
+        begun = time.monotonic()
+        with pytest.raises(RewardError, match="times in a row"):
+            check(pool, "fine")
+        assert time.monotonic() - begun < 1.0, "nothing more is tried"
+
+
+def test_a_process_that_cannot_be_had_takes_no_work_from_the_others(tmp_path: Path) -> None:
+    """One that fails at once would be the quickest to take every chunk."""
+    with VerifierPool(Unlucky(str(tmp_path / "first"), once=True), workers=3) as pool:
+        with pytest.raises(RewardError, match="times in a row"):
+            pool.wait_until_warm()
+        for driver in pool._drivers:
+            driver.warm.wait()
+        assert kinds(check(pool, *["fine"] * 60)) == ["score"] * 60
+
+
+def test_whatever_goes_wrong_in_the_pool_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Callers would otherwise wait for ever."""
+    with VerifierPool(Strange(), workers=1) as pool:
+        pool.wait_until_warm()
+        before = set(children_of(os.getpid()))
+
+        def no_thread(self: WorkerProcess, items: list[bytes]) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(WorkerProcess, "send_chunk", no_thread)
+            with pytest.raises(RewardError, match="can't start new thread"):
+                check(pool, "fine")
+        assert kinds(check(pool, "fine")) == ["score"]
+        assert len(before & set(children_of(os.getpid()))) < len(before), "the process was not left behind"
+
+
 def test_nothing_is_left_after_closing() -> None:
     before = set(children_of(os.getpid()))
     pool = VerifierPool(Strange(), workers=2)
@@ -166,6 +237,16 @@ def test_nothing_is_left_after_closing() -> None:
     assert set(children_of(os.getpid())) <= before
     with pytest.raises(RewardError, match="closed"):
         check(pool, "fine")
+
+
+def test_closing_does_not_wait_for_processes_that_are_about_to_start() -> None:
+    before = set(children_of(os.getpid()))
+    pool = VerifierPool(SlowStart(), workers=2)
+    time.sleep(0.3)
+    begun = time.monotonic()
+    pool.close(now=True)
+    assert time.monotonic() - begun < 20.0
+    assert set(children_of(os.getpid())) <= before
 
 
 def test_an_exception_does_not_wait_for_the_rest() -> None:
@@ -195,13 +276,14 @@ def test_processes_end_when_their_parent_is_killed() -> None:
         import sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})
-        import threading, time
+        import dataclasses, threading, time
         from strange import Strange
         from rehearsal.rewards.pool import VerifierPool
         from rehearsal.rewards.verifier import Task
         pool = VerifierPool(Strange(), workers=2, timeout=0.5)
         pool.wait_until_warm()
-        pool.timeout = 600  # the parent does not stop it
+        for driver in pool._drivers:  # the parent does not stop it
+            driver._limits = dataclasses.replace(driver._limits, timeout=600)
         threading.Thread(target=pool.verify, args=(["native"], [Task("x")]), daemon=True).start()
         time.sleep(0.5)
         print("here", flush=True)
@@ -299,6 +381,8 @@ class AtOnce:
     def verify_batch(self, completions: list[str], tasks: list[Task]) -> list[Score | Failure]:
         if "raise" in completions:
             raise ValueError("too much")
+        if "leave" in completions:
+            raise SystemExit(1)
         if "few" in completions:
             return []
         return [Score(float(len(completions)), True) for _ in completions]
@@ -322,3 +406,6 @@ def test_verifiers_of_batches() -> None:
         assert [reward_of(result) for result in results] == [3.0, 3.0, 3.0, 4.0]
         assert kinds(pool.verify(["raise", "x"], [TASK] * 2, "a")) == ["error", "error"]
         assert kinds(pool.verify(["few", "x"], [TASK] * 2, "a")) == ["error", "error"]
+        begun = time.monotonic()
+        assert kinds(pool.verify(["leave", "x"], [TASK] * 2, "a")) == ["error", "error"]
+        assert time.monotonic() - begun < 60.0, "nobody waits for the time limit of threads"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -205,6 +206,25 @@ def test_tools_of_kit_and_environment_side_by_side(play: Any) -> None:
     assert trajectory.counters["tool_calls/write_note"] == 0.0
 
 
+def test_a_task_says_which_tools_are_locked(renderer: ChatRenderer) -> None:
+    call = spell_call("calculator", {"expression": "6*7"})
+    limits = Limits(max_turns=4, max_actions=4, max_tokens_per_turn=200, max_context=4000)
+    kit = Toolkit([Calculator()], names=["calculator"])
+    rollout = Rollout(Door, ScriptedEngine(renderer, call, CALL, OPEN), renderer, BARE, limits, toolkit=kit)
+    with contextlib.closing(rollout):
+        groups = rollout.play([Task(0), Task(0, locked=("calculator",)), Task(0, locked=("calculator", "unlock"))], 1)
+    free, locked, bare = (group.trajectories[0] for group in groups)
+    rules = [renderer.decode(one.segments[0].token_ids[one.segments[0].turns == 0]) for one in (free, locked, bare)]
+    assert ["calculator" in text.partition("<|im_start|>user")[0] for text in rules] == [True, False, False]
+    assert ["unlock" in text.partition("<|im_start|>user")[0] for text in rules] == [True, True, False]
+    assert [one.turns[0].calls[0].error for one in (free, locked)] == ["", "unknown"]
+    assert locked.turns[0].calls[0].result == 'There is no tool "calculator". There are: unlock().'
+    assert (locked.counters["unknown_tools"], locked.reward) == (1.0, 1.0)
+    assert "tool_calls/calculator" in free.counters and "tool_calls/calculator" not in locked.counters
+    # Without any tool there is no form for calls: the answer could not be read.
+    assert not bare.turns[0].valid and not bare.turns[0].calls
+
+
 def test_many_episodes_at_once_share_no_notes(play: Any) -> None:
     write = spell_call("write_note", {"title": "a", "text": "b"})
     groups = play(write, spell_call("list_notes", {}), OPEN, kit=Toolkit([Notebook()]), tasks=6, size=3)
@@ -319,6 +339,68 @@ def test_whatever_happens_tools_are_given_back(renderer: ChatRenderer) -> None:
     assert (source.opened, source.open_now) == (7, 0)
     rollout.close()
     assert source.closed
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_rules_that_cannot_be_told_keep_no_tools(fast: bool, play: Any) -> None:
+    source = Leases()
+
+    class Mute(Door):
+        @property
+        def instructions(self) -> str:
+            raise ValueError("no rules")
+
+    Mute.fast = fast
+    (group,) = play(OPEN, make=Mute, kit=Toolkit([source]), size=2)
+    assert {t.stop_reason for t in group} == {StopReason.ERROR}
+    assert (source.opened, source.open_now) == (2, 0)
+
+
+@pytest.mark.parametrize("what", ["session", "sample", "told"])
+def test_play_that_is_broken_off_gives_everything_back(what: str, renderer: ChatRenderer) -> None:
+    source = Leases()
+    made: list[Door] = []
+
+    class Slow(Door):
+        fast = False
+
+        def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+            if seed == 1:
+                time.sleep(0.3)  # still on its way
+            return super().reset(seed=seed, options=options)
+
+    def make() -> Door:
+        made.append(Slow())
+        return made[-1]
+
+    class Fails(ScriptedEngine):
+        def session(self, key: int) -> Any:
+            if what == "session":
+                raise MemoryError("no room for another session")
+            session = super().session(key)
+            if what == "sample":
+                session.fork = lambda key: Failing(self)  # type: ignore[method-assign]
+            return session
+
+    class Failing(ScriptedSession):
+        async def sample(self, params: SamplingParams) -> Sampled:
+            raise MemoryError("no room for another session")
+
+    def told(_: Trajectory) -> None:
+        raise MemoryError("no room for another session")
+
+    limits = Limits(max_turns=4, max_actions=4, max_context=4000)
+    before = threading.active_count()
+    rollout = Rollout(make, Fails(renderer, OPEN), renderer, BARE, limits, toolkit=Toolkit([source]))
+    with pytest.raises(MemoryError, match="no room"):
+        rollout.play([Task(seed) for seed in range(4)], 2, on_episode=told if what == "told" else None)
+    rollout.close()
+    deadline = time.monotonic() + 20
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before, "no environment's thread waits for ever"
+    assert all(env.closed for env in made)
+    assert source.open_now == 0
 
 
 def test_a_source_that_cannot_open_fails_its_episodes(play: Any) -> None:

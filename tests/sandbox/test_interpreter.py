@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ import pytest
 
 from rehearsal.errors import SandboxError
 from rehearsal.sandbox import InterpreterPool, Isolation, Limits, Outcome
+from rehearsal.sandbox.inside import zygote
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -169,13 +171,61 @@ def test_a_zygote_that_is_killed_from_outside_is_replaced(own_pool: InterpreterP
         result = it.run("import time\ntime.sleep(3)\n'slept'")
         timer.join()
         if own_pool.isolation >= Isolation.NAMESPACES:
-            assert result.outcome is Outcome.BROKEN
+            assert result.outcome is Outcome.GONE
             after = it.run("'again'")
             assert after.output == "'again'\n"
             assert after.state_lost
         with own_pool.interpreter() as other:
             assert other.run("2").output == "2\n"
         assert own_pool.restarts == 1
+
+
+def test_a_zygote_that_ends_as_it_is_asked_is_replaced(own_pool: InterpreterPool) -> None:
+    """The process around it may live a little longer: it is asked, and cannot answer."""
+    while own_pool._spare:
+        own_pool._spare.pop().close()
+    own_pool._zygote._control.close()
+    with own_pool.interpreter() as it:
+        assert it.run("1").output == "1\n"
+    assert own_pool.restarts == 1
+
+
+def test_spare_interpreters_that_cannot_be_had_harm_nobody(
+    own_pool: InterpreterPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last one that waits is good, although the zygote cannot make others any more."""
+    with own_pool.interpreter() as first:
+        assert first.run("1").output == "1\n"
+        monkeypatch.setattr(own_pool, "_started", _refuse)
+        with own_pool.interpreter() as it:
+            assert it.run("2").output == "2\n"
+        monkeypatch.undo()
+        assert first.run("3").output == "3\n"
+
+
+def _refuse() -> None:
+    raise SandboxError("no cell")
+
+
+def test_a_fork_that_fails_costs_one_cell_and_not_the_zygote(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A system may be short of processes for a moment; all interpreters would end with their zygote."""
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    host, cell = socket.socketpair()
+    with ours, its, host:
+        socket.send_fds(ours, [b"{}"], [cell.fileno()])
+        cell.close()
+        ours.shutdown(socket.SHUT_WR)
+
+        def no_fork() -> int:
+            raise BlockingIOError("Resource temporarily unavailable")
+
+        monkeypatch.setattr(os, "fork", no_fork)
+        zygote._serve(its, {"nested": True})
+        host.settimeout(5)
+        assert host.recv(1) == b"", "the host finds the end of the cell at once"
+    assert "a cell was not made" in capfd.readouterr().err
 
 
 def test_the_clock_of_the_host_ends_a_call_whose_warden_does_not(
@@ -188,7 +238,7 @@ def test_the_clock_of_the_host_ends_a_call_whose_warden_does_not(
         for pid in stopped:
             os.kill(pid, signal.SIGSTOP)
         result = it.run("2", seconds=0.2)
-        assert result.outcome is Outcome.BROKEN
+        assert result.outcome is Outcome.GONE
         assert result.seconds < 5
         for pid in stopped:
             with contextlib.suppress(ProcessLookupError):  # some are ended already

@@ -86,7 +86,7 @@ def test_a_program_is_sent_and_its_result_read(service: Service, remote: RemoteS
         (finished(1, stderr="Traceback\nMemoryError"), Outcome.MEMORY),
         (finished(-9), Outcome.KILLED),
         (finished(status="TimeLimitExceeded"), Outcome.TIMEOUT),
-        (finished(status="Error"), Outcome.BROKEN),
+        (finished(status="Error"), Outcome.GONE),
         (finished(stdout="x" * 100), Outcome.OUTPUT),
     ],
 )

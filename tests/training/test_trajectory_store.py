@@ -66,6 +66,7 @@ AN_EPISODE = st.builds(
     split=TEXT,
     task=TEXT,
     topic=TEXT,
+    category=TEXT,
     sample=st.integers(0, 1000),
     segments=st.lists(a_segment(), max_size=3),
     turns=st.lists(A_TURN, max_size=3),
@@ -275,3 +276,13 @@ def test_files_from_before_there_were_tools_are_still_read(tmp_path: Path) -> No
     pq.write_table(broken, path)
     with pytest.raises(CheckpointError, match="not a whole trajectory file"):
         read_trajectories(path)
+
+
+def test_files_from_before_tasks_had_kinds_are_still_read(tmp_path: Path) -> None:
+    path = tmp_path / "new.parquet"
+    write_trajectories(path, [Group([lake_episode(category="wide")])], "train", 0)
+    (group,) = read_trajectories(path)
+    assert group.trajectories[0].category == "wide"
+    pq.write_table(pq.read_table(path).drop_columns(["category"]), path)
+    (group,) = read_trajectories(path)
+    assert group.trajectories[0].category == ""

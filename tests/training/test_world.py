@@ -37,7 +37,7 @@ from rehearsal.training.playing import make_processes, make_rollout, policy_of
 from rehearsal.training.recipe import Recipe, TrainingOptions, resolve_recipe
 from rehearsal.training.run import train
 from rehearsal.training.runs import RunFolder
-from rehearsal.training.sequences import answer_mask, collect, with_other_answers, with_shuffled_answers
+from rehearsal.training.sequences import answer_mask, collect, surprise_mask, with_other_answers, with_shuffled_answers
 from rehearsal.training.world import WORLD_MODES, WorldMode, world_model
 from rehearsal.trajectory import Group, Kind, Segment
 
@@ -333,6 +333,46 @@ def test_answers_of_different_lengths_change_places(build: Callable[..., Any], m
         lengths.add(tuple(int(answer_mask(t.segments[0]).sum()) for group in shuffled for t in group))
         assert all(np.isfinite(t.segments[0].logprobs[t.segments[0].sampled_mask]).all() for g in shuffled for t in g)
     assert len(lengths) > 1
+
+
+@pytest.mark.parametrize("mode", ["dual", "inactive", "world_only", "shared"])
+def test_foreseeable_answers_are_left_out_where_news_is_asked_for(
+    mode: WorldMode, build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    def after(foreseeable: bool, known: str) -> tuple[dict[str, float], dict[str, Tensor]]:
+        model = build(3, 0) if mode == "shared" else build()
+        groups = make_groups(model, groups=3)
+        for trajectory in (trajectory for group in groups for trajectory in group):
+            for turn in trajectory.turns:
+                turn.foreseeable = known == "all" or (known == "some" and trajectory.sample % 2 == 0)
+        learner = learner_of(model, mode)
+        learner.world = replace(learner.world, foreseeable=foreseeable)
+        return learner.step(groups, 0), weights(model, POLICY if mode == "shared" else WORLD)
+
+    everything, moved_by_all = after(True, "all")
+    told, moved_by_told = after(False, "none")
+    assert told["world/prediction_loss"] == everything["world/prediction_loss"], "nothing is known: all of it is news"
+    assert same(moved_by_all, moved_by_told)
+    news, moved_by_news = after(False, "some")
+    assert not math.isclose(news["world/prediction_loss"], everything["world/prediction_loss"])
+    assert not same(moved_by_all, moved_by_news)
+    assert "world/prediction_loss" not in after(False, "all")[0], "there is nothing to learn"
+
+
+def test_the_tokens_of_news_are_those_behind_what_could_not_be_foreseen(
+    build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    (group,) = make_groups(build(), groups=1)
+    answered = 0
+    for trajectory in group:
+        (segment,) = trajectory.segments
+        answered += int(answer_mask(segment)[segment.turns == 1].any())
+        assert np.array_equal(surprise_mask(segment, trajectory), answer_mask(segment))
+        trajectory.turns[0].foreseeable = True
+        kept = surprise_mask(segment, trajectory)
+        assert not kept[segment.turns <= 1].any()
+        assert np.array_equal(kept[segment.turns > 1], answer_mask(segment)[segment.turns > 1])
+    assert answered
 
 
 def test_a_placebo_learns_something_else(build: Callable[..., Any], make_groups: MakeGroups) -> None:

@@ -79,6 +79,7 @@ def scripted_episode(
         split=str(info.get("split", split)),
         task=str(info.get("task", "")),
         topic=str(info.get("topic", "")),
+        category=str(info.get("category", "")),
         segments=[segment],
         turns=agent.turns,
         stop_reason=agent.stop_reason or StopReason.TURN_LIMIT,

@@ -93,6 +93,15 @@ def tool_path(name: str) -> str | None:
     return None if target.startswith("__main__:") or "<" in target else target
 
 
+def source_name(name: str) -> str:
+    """What tools are called in every process of a run, whatever name they were registered by.
+
+    Raises:
+        ToolError: for an unknown name.
+    """
+    return tool_path(name) or name
+
+
 def _target(name: str) -> str | Target:
     if ":" in name:
         return name

@@ -13,17 +13,22 @@ import shlex
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import partial
 from typing import Any
 
 from rehearsal.agents.toolbox import ToolSource
-from rehearsal.agents.tools import ArgumentError, Tool, ToolFailure
+from rehearsal.agents.tools import ArgumentError, Tool, ToolFailure, patience
 from rehearsal.environments.episode import real_number
 from rehearsal.errors import ToolError
 
 _CLOSING_SECONDS = 5.0
 _MAX_PROBLEM = 200
+_GRACE = 1.0
+"""Seconds after which a call that nobody waits for any more is taken back; it would wait in vain for ever."""
+_START_TRIES = 3
+"""How often a server that was there before is started again where it ends at once."""
+_ENDED = "the server of this tool has ended"
 
 
 class Mcp(ToolSource):
@@ -70,7 +75,7 @@ class Mcp(ToolSource):
         with self._lock:
             if self._shared is None or not self._shared.alive:
                 # A server that ended is started again for the next episode; calls on the way failed and were counted.
-                self._shared = self._connect()
+                self._shared = self._connected_again()
             return self._tools(self._shared, None)
 
     def close(self) -> None:
@@ -79,6 +84,15 @@ class Mcp(ToolSource):
                 self._shared.close()
                 self._shared.join()
                 self._shared = None
+
+    def _connected_again(self) -> _Connection:
+        for tries_left in reversed(range(_START_TRIES)):
+            try:
+                return self._connect()
+            except _EndedError:
+                if not tries_left:
+                    raise
+        raise AssertionError("unreachable: the last try returns or raises")
 
     def _connect(self) -> _Connection:
         connection = _Connection(self._server, self._told, self._seconds)
@@ -111,6 +125,10 @@ def mcp_tools(**options: Any) -> Mcp:
     return Mcp(**options)
 
 
+class _EndedError(ToolError):
+    """A server ended as it was started."""
+
+
 class _Connection:
     """A connection and the thread that runs it.
 
@@ -128,6 +146,7 @@ class _Connection:
         self._loop = asyncio.new_event_loop()
         self._leave = asyncio.Event()
         self._begun: Future[None] = Future()
+        self._ended: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, daemon=True, name="rehearsal-mcp")
         self._thread.start()
         try:
@@ -135,8 +154,8 @@ class _Connection:
         except Exception as error:
             self.close()
             what = f"did not answer within {seconds:g} s" if isinstance(error, TimeoutError) else _first(error)
-            what += self._last_words()
-            raise ToolError(f"The MCP server {told} cannot be used: {what}.") from error
+            kind = _EndedError if _has_ended(error) else ToolError
+            raise kind(f"The MCP server {told} cannot be used: {what}{self._last_words()}.") from error
 
     @property
     def alive(self) -> bool:
@@ -144,8 +163,20 @@ class _Connection:
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> str:
         if not self.alive:
-            raise ToolFailure("the server of this tool has ended")
-        return asyncio.run_coroutine_threadsafe(self._call(name, dict(arguments)), self._loop).result()
+            raise ToolFailure(_ENDED)
+        seconds = patience.get()
+        calling = self._call(name, dict(arguments), None if seconds is None else seconds + _GRACE)
+        try:
+            answer = asyncio.run_coroutine_threadsafe(calling, self._loop)
+        except RuntimeError as error:  # it ended this very moment
+            calling.close()
+            raise ToolFailure(_ENDED) from error
+        # An answer that the thread left behind as it ended would never come.
+        wait([answer, self._ended], return_when=FIRST_COMPLETED)
+        if not answer.done() or answer.cancelled():
+            answer.cancel()
+            raise ToolFailure(_ENDED)
+        return answer.result()
 
     def close(self) -> None:
         """Let it end, without waiting."""
@@ -164,7 +195,10 @@ class _Connection:
             if not self._begun.done():
                 self._begun.set_exception(error if isinstance(error, Exception) else RuntimeError("was ended"))
         finally:
+            with contextlib.suppress(Exception):
+                self._loop.run_until_complete(_end_others())
             self._loop.close()
+            self._ended.set_result(None)
 
     async def _live(self) -> None:
         sdk = _sdk()
@@ -188,9 +222,9 @@ class _Connection:
             return ""
         return f" ({lines[-1][:_MAX_PROBLEM]})" if lines else ""
 
-    async def _call(self, name: str, arguments: dict[str, Any]) -> str:
+    async def _call(self, name: str, arguments: dict[str, Any], seconds: float | None) -> str:
         try:
-            result = await self._client.call_tool(name, arguments)
+            result = await self._client.call_tool(name, arguments, seconds)
         except _sdk().MCPError as error:
             if _has_ended(error):
                 self._leave.set()
@@ -199,6 +233,14 @@ class _Connection:
         if result.is_error:
             raise ToolFailure(text or "the tool failed and did not say why")
         return text
+
+
+async def _end_others() -> None:
+    """Calls that came while the connection ended."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 async def _list(client: Any) -> list[dict[str, Any]]:
@@ -272,7 +314,7 @@ def _sdk() -> Any:
 
 
 def _has_ended(error: BaseException) -> bool:
-    return "closed" in str(error).casefold()
+    return "closed" in _first(error).casefold()
 
 
 def _first(error: BaseException) -> str:

@@ -127,6 +127,9 @@ class Sokoban(SpatialEnv):
         assert self._level is not None
         return self._level
 
+    def _foreseeable(self, action: str) -> bool:
+        return True
+
     def _act(self, action: str) -> tuple[float, bool, bool, bool]:
         before = self.level
         player, boxes = step(before, before.player, before.boxes, before.offsets[action])

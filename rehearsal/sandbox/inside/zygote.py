@@ -70,7 +70,13 @@ def _serve(control: socket.socket, settings: dict[str, Any]) -> None:
             request, descriptors, _, _ = socket.recv_fds(control, LARGEST_REQUEST, 1)
             if not request:
                 break
-            if os.fork() == 0:
+            try:
+                child = os.fork()
+            except OSError as error:
+                # No more processes for now: that costs this cell, whose socket ends, and none of the others.
+                os.write(2, f"a cell was not made: {error}\n".encode())
+                child = -1
+            if child == 0:
                 control.close()
                 _cell(json.loads(request), socket.socket(fileno=descriptors[0]), settings)
             for descriptor in descriptors:
