@@ -74,6 +74,11 @@ class Series:
         values = self.measured(name)[-count:]
         return float(values.mean()) if len(values) else math.nan
 
+    def recent_median(self, name: str, count: int = 5) -> float:
+        """Median of the last ``count`` measured values, which a single outlier does not move; NaN if there is none."""
+        values = self.measured(name)[-count:]
+        return float(np.median(values)) if len(values) else math.nan
+
     def recent_rows(self, name: str, count: int = 5) -> NDArray[np.intp]:
         """Places of the last ``count`` measured values."""
         return np.flatnonzero(~np.isnan(self.values(name)))[-count:]
