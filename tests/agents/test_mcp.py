@@ -203,6 +203,42 @@ def test_a_server_that_dies_as_it_is_started_again_costs_no_episode(script: Path
         source.close()
 
 
+def test_episodes_that_begin_together_share_one_attempt(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In line, those that nobody waits for any more would hold up the others."""
+    source = Mcp([sys.executable, str(script)], start_timeout=120.0)
+    tries: list[float] = []
+    go = threading.Event()
+
+    def hang() -> Any:
+        tries.append(time.monotonic())
+        go.wait(60)
+        raise ToolError("no server")
+
+    said: list[str] = []
+
+    def begin() -> None:
+        with pytest.raises(ToolError, match="no server"):
+            source.open()
+        said.append("told")
+
+    assert source._shared is not None
+    source._shared.close()
+    source._shared.join()
+    monkeypatch.setattr(source, "_connect", hang)
+    threads = [threading.Thread(target=begin) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    go.set()
+    for thread in threads:
+        thread.join(30)
+    assert said == ["told"] * 8
+    assert len(tries) == 1
+    monkeypatch.undo()
+    assert say(box_of(source), "add", a=1).text == "2", "the next one tries again"
+    source.close()
+
+
 @pytest.mark.slow
 def test_a_server_that_dies_is_an_error_and_is_started_again(script: Path) -> None:
     source = Mcp([sys.executable, str(script)], start_timeout=120.0)

@@ -62,6 +62,8 @@ class Mcp(ToolSource):
         self._seconds = real_number("start_timeout", start_timeout, 0.01, 3600)
         self._lock = threading.Lock()
         self._shared: _Connection | None = None
+        self._attempt: Future[_Connection] | None = None
+        self._closings = 0
         connection = self._connect()
         if per_episode:
             connection.close()  # it was there to see that it works
@@ -72,18 +74,44 @@ class Mcp(ToolSource):
         if self._per_episode:
             connection = self._connect()
             return self._tools(connection, connection.close)
-        with self._lock:
-            if self._shared is None or not self._shared.alive:
-                # A server that ended is started again for the next episode; calls on the way failed and were counted.
-                self._shared = self._connected_again()
-            return self._tools(self._shared, None)
+        return self._tools(self._present(), None)
 
     def close(self) -> None:
         with self._lock:
-            if self._shared is not None:
-                self._shared.close()
-                self._shared.join()
-                self._shared = None
+            self._closings += 1
+            shared, self._shared = self._shared, None
+        if shared is not None:
+            shared.close()
+            shared.join()
+
+    def _present(self) -> _Connection:
+        """The connection that all episodes share.
+
+        A server that ended is started again for the next episode; calls on the way failed and were counted. Episodes
+        that begin meanwhile wait for the one attempt and share its failure: if each tried for itself, one after the
+        other, those whose time is over would hold up those that come.
+        """
+        with self._lock:
+            if self._shared is not None and self._shared.alive:
+                return self._shared
+            attempt, mine = self._attempt or Future(), self._attempt is None
+            self._attempt, closings = attempt, self._closings
+        if mine:
+            try:
+                connection = self._connected_again()
+            except BaseException as error:
+                with self._lock:
+                    self._attempt = None
+                attempt.set_exception(error)
+            else:
+                with self._lock:
+                    self._attempt = None
+                    if self._closings > closings:  # nobody will close it later
+                        connection.close()
+                    else:
+                        self._shared = connection
+                attempt.set_result(connection)
+        return attempt.result()
 
     def _connected_again(self) -> _Connection:
         for tries_left in reversed(range(_START_TRIES)):
