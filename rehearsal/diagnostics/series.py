@@ -141,5 +141,7 @@ def _in_errors(difference: float, values: Floats, share: float) -> float:
     """A difference of means over its standard error: the scatter of single values times the root of ``share``."""
     scatter = math.sqrt(float((np.diff(values) ** 2).mean()) / 2)
     if scatter == 0.0:
-        return math.copysign(math.inf, difference) if difference else 0.0
+        # Means of equal values may differ in their last digit.
+        same = abs(difference) <= 1e-9 * float(np.abs(values).max())
+        return 0.0 if same else math.copysign(math.inf, difference)
     return difference / (scatter * math.sqrt(share))
