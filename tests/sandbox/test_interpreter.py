@@ -227,3 +227,16 @@ def test_a_limit_on_memory_is_beyond_the_bare_interpreter(pool: InterpreterPool)
     with pool.interpreter() as it:
         assert it.run(f"x = bytearray({100 * MIB}); len(x)").output == f"{100 * MIB}\n"
         assert it.run(f"y = bytearray({100 * MIB})").outcome is Outcome.MEMORY
+
+
+def test_what_programs_do_every_day_is_not_kept_from_them(pool: InterpreterPool) -> None:
+    with pool.interpreter() as episode:
+        result = episode.run(
+            "import asyncio, multiprocessing, shutil, subprocess\n"
+            "open('a', 'w').write('x')\n"
+            "shutil.copy2('a', 'b'); shutil.copytree('.', 'c')\n"
+            "one, other = multiprocessing.Pipe()\n"
+            "one.send(asyncio.run(asyncio.sleep(0, 'slept')))\n"
+            "open('b').read() + open('c/b').read(), other.recv()"
+        )
+    assert result.output == "('xx', 'slept')\n", result
