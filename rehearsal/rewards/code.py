@@ -39,9 +39,10 @@ from typing import Any
 
 from rehearsal.errors import SandboxError
 from rehearsal.rewards import code_judge
+from rehearsal.rewards.answers import ANSWER
 from rehearsal.rewards.code_judge import defined_names, free_names
 from rehearsal.rewards.verifier import Score, Task, VerificationError
-from rehearsal.sandbox import Interpreter, InterpreterPool, Isolation, Limits, Outcome, ProgramRunner
+from rehearsal.sandbox import CallResult, Interpreter, InterpreterPool, Isolation, Limits, Outcome, ProgramRunner
 from rehearsal.sandbox.inside import plain
 
 _JUDGE = Path(code_judge.__file__).read_text(encoding="utf-8")
@@ -50,6 +51,7 @@ _SECONDS_OF_THE_JUDGE = 5.0
 _WELL = (Outcome.FINISHED, Outcome.OUTPUT)
 _FENCED = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
 _LONGEST_EVIDENCE = 1000
+_PROGRAMS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign)
 
 
 class CodeVerifier:
@@ -144,18 +146,35 @@ class CodeVerifier:
 
     def _functions(self, code: str, task: Task, tests: str, *, check: bool) -> Score:
         prompt = str(task.data.get("code_prompt", task.prompt))
-        given = prompt if _parses(prompt) else ""
+        code_given = prompt if _is_code(prompt) else ""
+        given = code_given
         for key in ("test_setup_code", "test_imports"):
             extra = task.data.get(key) or ""
             given += "\n" + (extra if isinstance(extra, str) else "\n".join(extra))
         names = self._names(task, tests, given, check)
+        try:
+            score, broken = self._checked(code, code_given, [tests, given, names, check])
+            if not broken:
+                return score
+        except SandboxError:
+            pass
+        # Did the code break the sandbox, or did somebody else?
+        return self._checked(code, code_given, [tests, given, names, check])[0]
+
+    def _checked(self, code: str, prompt: str, arguments: list[Any]) -> tuple[Score, bool]:
+        """Load the code and have it judged; the score, and whether the code's sandbox broke on the way."""
         with self._sandbox().interpreter() as candidate:
             candidate.run("__name__ = 'solution'")
-            loaded = candidate.run(_whole(code, prompt, names[0]))
+            if prompt:
+                asked = candidate.run(prompt)
+                if asked.outcome not in _WELL:
+                    raise VerificationError(f"The code of the prompt does not run: {asked.error}")
+            loaded = candidate.run(_whole(code, prompt, arguments[2][0]))
             if loaded.outcome not in _WELL:
-                return self._score(0, 1, f"The code does not run: {loaded.error}")
+                broken = loaded.outcome is Outcome.BROKEN
+                return self._score(0, 1, f"The code does not run: {loaded.error}"), broken
             with self._sandbox().interpreter() as judge:
-                return self._judged(candidate, judge, [tests, given, names, check])
+                return self._judged(candidate, judge, arguments)
 
     def _names(self, task: Task, tests: str, given: str, check: bool) -> list[str]:
         """The functions that are the candidate's, the one under test first."""
@@ -171,19 +190,21 @@ class CodeVerifier:
             raise VerificationError("The assertions call no function of the completion.")
         return names
 
-    def _judged(self, candidate: Interpreter, judge: Interpreter, arguments: list[Any]) -> Score:
+    def _judged(self, candidate: Interpreter, judge: Interpreter, arguments: list[Any]) -> tuple[Score, bool]:
         deadline = time.monotonic() + self.limits.seconds
         gone: list[str] = []
-        asked = 0
+        asked, broken = 0, False
 
         def answer(question: str) -> str:
-            nonlocal asked
+            nonlocal asked, broken
             asked += 1
             left = deadline - time.monotonic()
             if left <= 0 and not gone:
                 gone.append(f"its time of {self.limits.seconds:g} seconds was over")
             if not gone:
-                reply = _called(candidate, json.loads(question), left)
+                result = _called(candidate, json.loads(question), left)
+                broken = result.outcome is Outcome.BROKEN
+                reply = _reply(result)
                 if "gone" not in reply:
                     return json.dumps(reply)
                 gone.append(reply["gone"])
@@ -192,18 +213,21 @@ class CodeVerifier:
         judge.run(_JUDGE)
         seconds = self.limits.seconds + _SECONDS_OF_THE_JUDGE
         said = judge.call("judge", arguments, seconds=seconds, answer=answer)
+        if said.outcome is Outcome.BROKEN:
+            raise SandboxError("the sandbox of the tests was ended from outside.")
         report = (said.value or {}).get("result")
         if report is None:
             why = (said.value or {}).get("error") or said.error or said.outcome.value
             if asked == 0:
                 raise VerificationError(f"The tests did not come to an end: {why}.")
-            return self._score(0, 1, f"The tests did not come to an end with what the code gave: {why}")
+            return self._score(0, 1, f"The tests did not come to an end with what the code gave: {why}"), broken
         if report["unusable"]:
             raise VerificationError(f"The tests cannot be used: {report['unusable']}.")
         if report["total"] == 0:
             raise VerificationError("The tests assert nothing.")
         failure = report["failure"] or (gone[0] if gone else "")
-        return self._score(report["passed"], report["total"], failure and f"First failing: {failure}", bool(gone))
+        told = failure and f"First failing: {failure}"
+        return self._score(report["passed"], report["total"], told, bool(gone)), broken
 
     # --- programs -----------------------------------------------------------------------------------------------------
 
@@ -215,6 +239,8 @@ class CodeVerifier:
             if result.outcome is Outcome.BROKEN:
                 # Did the code break the sandbox, or did somebody else?
                 result = runner.run_program(code, stdin=given, limits=self.limits)
+                if result.outcome is Outcome.BROKEN and self._programs is not None:
+                    raise SandboxError(f"the service could not run it: {_short(result.stderr) or 'it says nothing'}.")
             said = _complaint(result.outcome, result.stderr) or _difference(result.stdout, wanted)
             if not said:
                 passed += 1
@@ -234,9 +260,14 @@ class CodeVerifier:
 def extract_code(completion: str) -> str:
     """The code of a completion: its last fenced block of Python, or else the last without a language, or else all.
 
-    What a model thought first (up to ``</think>``) does not count. A block that never ends goes on to the end.
+    What a model thought first (up to ``</think>``, or all of it where the thought never ends) does not count, and where
+    there is an ``<answer>…</answer>`` only the last of them does. A block that never ends goes on to the end.
     """
     text = completion.rpartition("</think>")[2]
+    before = text.partition("```")[0]
+    if "<think>" in before:
+        text = before.partition("<think>")[0]
+    text = (ANSWER.findall(text) or [text])[-1]
     blocks = [(match[1].lower(), match[2]) for match in _FENCED.finditer(text)]
     for languages in (("python", "py", "python3"), ("",)):
         found = [block for language, block in blocks if language in languages]
@@ -273,10 +304,13 @@ def _complaint(outcome: Outcome, errors: str) -> str:
     return " ".join(part for part in (f"the program ended with {outcome.value}.", _short(last)) if part)
 
 
-def _called(candidate: Interpreter, question: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """What the candidate says to one call, in coded plain values."""
+def _called(candidate: Interpreter, question: Mapping[str, Any], seconds: float) -> CallResult:
     positional, named = plain.decode(question["arguments"])
-    result = candidate.call(question["function"], positional, named, seconds=seconds)
+    return candidate.call(question["function"], positional, named, seconds=seconds)
+
+
+def _reply(result: CallResult) -> dict[str, Any]:
+    """What the candidate says to one call, in coded plain values."""
     if result.outcome not in _WELL or result.value is None:
         if result.outcome is Outcome.RAISED and result.error is not None:  # there is no such function
             kind, _, said = result.error.splitlines()[-1].partition(": ")
@@ -288,22 +322,28 @@ def _called(candidate: Interpreter, question: Mapping[str, Any], seconds: float)
 
 
 def _whole(code: str, prompt: str, entry: str) -> str:
-    """The candidate's program. Code that is complete by itself follows the prompt, for its imports and helper
-    functions; code that is not continues it."""
-    if not _parses(prompt):
+    """The candidate's program, which runs where the code of the prompt has run, for its imports and helper functions.
+    Code that is complete by itself stands alone, so that it may begin with ``from __future__ import``; code that is not
+    continues the prompt."""
+    if not prompt:
         return code
     name = re.escape(entry)
-    if _parses(code) and re.search(rf"^(?:async )?(?:def|class) {name}\b|^{name}\s*=", code, re.MULTILINE):
-        return f"{prompt}\n\n{code}"
+    if _parses(code) is not None and re.search(rf"^(?:async )?(?:def|class) {name}\b|^{name}\s*=", code, re.MULTILINE):
+        return code
     return prompt + code
 
 
-def _parses(source: str) -> bool:
+def _parses(source: str) -> ast.Module | None:
     try:
-        ast.parse(source)
+        return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
+        return None
+
+
+def _is_code(prompt: str) -> bool:
+    """Whether a prompt is a program. Some plain English can be parsed as one: "palindrome", "Hint: recursion"."""
+    tree = _parses(prompt)
+    return tree is not None and any(isinstance(node, _PROGRAMS) for node in tree.body)
 
 
 def _pair(test: Any) -> tuple[str, str]:
