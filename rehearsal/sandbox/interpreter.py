@@ -42,7 +42,6 @@ class Interpreter:
         self._cell: Cell | None = cell
         self._lock = threading.Lock()
         self._closed = False
-        self._had_cell_before = False
         self.calls = 0
         self.losses = 0
 
@@ -221,9 +220,21 @@ class InterpreterPool:
         self.close()
 
     def _new_cell(self) -> Cell:
+        try:
+            return self._ready_cell()
+        except SandboxError:  # the zygote was ended a moment ago; if the pool was closed, it says so again
+            return self._ready_cell()
+
+    def _ready_cell(self) -> Cell:
         self._running()
         with self._lock:
-            cell = self._spare.popleft() if self._spare else self._started()
+            while self._spare:
+                cell = self._spare.popleft()
+                if cell.alive:
+                    break
+                cell.close()
+            else:
+                cell = self._started()
             self._fill()
             return cell
 

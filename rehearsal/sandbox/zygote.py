@@ -63,7 +63,8 @@ class Zygote:
     ) -> None:  # fmt: skip
         self.isolation = isolation
         self._lock = threading.Lock()
-        self._closed = False
+        self._closed = self._gone = False
+        self._last_words: list[str] = []
         executable, prefix = _python(python)
         folders = [os.path.realpath(folder) for folder in packages]
         for folder in folders:
@@ -101,13 +102,14 @@ class Zygote:
                     socket.send_fds(self._control, [request], [its.fileno()])
             except OSError as error:
                 mine.close()
+                self._gone = True  # its outermost process may take a moment longer to end
                 raise SandboxError("The sandbox was ended from outside; make a new one.") from error
         return mine
 
     @property
     def alive(self) -> bool:
         """Whether it still runs."""
-        return not self._closed and self._process.poll() is None
+        return not (self._closed or self._gone) and self._process.poll() is None
 
     def close(self) -> None:
         """End it with every cell, and leave no file behind."""
@@ -169,7 +171,6 @@ class Zygote:
 
     def _listen(self) -> None:
         """Keep the last lines that the zygote and its wardens write."""
-        self._last_words: list[str] = []
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self._last_words = [*self._last_words[-9:], line.decode("utf-8", "replace").strip()]
