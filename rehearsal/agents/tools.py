@@ -262,7 +262,9 @@ def _plain(schema: Any, names: bool = False) -> Any:
     return kept
 
 
-def _type_of(schema: Mapping[str, Any]) -> str:
+def _type_of(schema: Any) -> str:
+    if not isinstance(schema, Mapping):  # "true" is a schema too, of anything
+        return "any"
     if "enum" in schema:
         return " | ".join(json.dumps(value) for value in schema["enum"])
     if "const" in schema:

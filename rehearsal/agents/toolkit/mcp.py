@@ -13,7 +13,7 @@ import shlex
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,14 @@ from rehearsal.errors import ToolError
 
 _CLOSING_SECONDS = 5.0
 _MAX_PROBLEM = 200
+_SECONDS_BETWEEN_LOOKS = 1.0
+_ENDED = "the server of this tool has ended"
+_CONNECTION_CLOSED = -32000
+_SAYS_MORE = frozenset({
+    "additionalProperties", "allOf", "anyOf", "dependentSchemas", "if", "oneOf", "patternProperties", "$ref",
+    "unevaluatedProperties",
+})  # fmt: skip
+"""Keywords of a JSON schema that may allow arguments beside those that ``properties`` lists."""
 
 
 class Mcp(ToolSource):
@@ -66,7 +74,7 @@ class Mcp(ToolSource):
     def open(self) -> Sequence[Tool]:
         if self._per_episode:
             connection = self._connect()
-            return self._tools(connection, connection.close)
+            return self._tools(connection, connection.close)  # _connect has seen that they can be made
         with self._lock:
             if self._shared is None or not self._shared.alive:
                 # A server that ended is started again for the next episode; calls on the way failed and were counted.
@@ -88,6 +96,11 @@ class Mcp(ToolSource):
             connection.close()
             wanted = missing[0] if missing else "at all"
             raise ToolError(f"The MCP server {self._told} has no tool {wanted}; it has: {', '.join(names) or 'none'}.")
+        try:
+            self._tools(connection, None)
+        except ToolError:
+            connection.close()
+            raise
         return connection
 
     def _tools(self, connection: _Connection, close: Callable[[], None] | None) -> list[Tool]:
@@ -136,6 +149,7 @@ class _Connection:
             self.close()
             what = f"did not answer within {seconds:g} s" if isinstance(error, TimeoutError) else _first(error)
             what += self._last_words()
+            self._errors.close()
             raise ToolError(f"The MCP server {told} cannot be used: {what}.") from error
 
     @property
@@ -144,8 +158,23 @@ class _Connection:
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> str:
         if not self.alive:
-            raise ToolFailure("the server of this tool has ended")
-        return asyncio.run_coroutine_threadsafe(self._call(name, dict(arguments)), self._loop).result()
+            raise ToolFailure(_ENDED)
+        work = self._call(name, dict(arguments))
+        try:
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError as error:  # the loop was closed a moment ago
+            work.close()
+            raise ToolFailure(_ENDED) from error
+        while True:
+            try:
+                return future.result(_SECONDS_BETWEEN_LOOKS)
+            except CancelledError as error:
+                raise ToolFailure(_ENDED) from error
+            except TimeoutError as error:
+                if future.done():
+                    raise
+                if not self._thread.is_alive():  # nobody will ever answer
+                    raise ToolFailure(_ENDED) from error
 
     def close(self) -> None:
         """Let it end, without waiting."""
@@ -164,7 +193,16 @@ class _Connection:
             if not self._begun.done():
                 self._begun.set_exception(error if isinstance(error, Exception) else RuntimeError("was ended"))
         finally:
+            # Calls that wait for an answer are told that none will come.
+            left = asyncio.all_tasks(self._loop)
+            for task in left:
+                task.cancel()
+            if left:
+                self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
+            if self._begun.exception() is None:
+                self._errors.close()
 
     async def _live(self) -> None:
         sdk = _sdk()
@@ -221,14 +259,18 @@ async def _list(client: Any) -> list[dict[str, Any]]:
 
 def _checker(schema: dict[str, Any]) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
     """Checks arguments by a JSON schema, so that what is wrong is told as it is for other tools."""
-    from jsonschema import Draft202012Validator, SchemaError
+    import referencing
+    from jsonschema import Draft202012Validator
 
-    validator = Draft202012Validator(schema)
+    # An empty registry: without one the library would fetch what a schema refers to.
+    validator: Any = Draft202012Validator(schema, registry=referencing.Registry())
+    # Names that are not listed may still be meant where something else than the list can allow them.
+    names = None if _SAYS_MORE & schema.keys() else schema.get("properties")
 
     def check(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
             problems = sorted(validator.iter_errors(dict(arguments)), key=lambda problem: list(map(str, problem.path)))
-        except SchemaError:  # the server knows what it meant, and checks for itself
+        except Exception:  # a schema that is none; the server knows what it meant, and checks for itself
             return arguments
         if problems:
             told = []
@@ -236,8 +278,8 @@ def _checker(schema: dict[str, Any]) -> Callable[[Mapping[str, Any]], Mapping[st
                 where = ".".join(str(part) for part in problem.absolute_path)
                 told.append(f"{where}: {problem.message}"[:_MAX_PROBLEM] if where else problem.message[:_MAX_PROBLEM])
             raise ArgumentError("; ".join(told))
-        unknown = [name for name in arguments if name not in schema.get("properties", {})]
-        if unknown and "additionalProperties" not in schema and "patternProperties" not in schema:
+        unknown = [name for name in arguments if names is not None and name not in names]
+        if unknown:
             raise ArgumentError(f"there is no argument {unknown[0][:60]}")
         return arguments
 
@@ -255,7 +297,10 @@ def _text_of(result: Any) -> str:
 
 
 def _stdio(command: str | Sequence[str], env: Mapping[str, str] | None) -> Any:
-    words = shlex.split(command) if isinstance(command, str) else [str(word) for word in command]
+    try:
+        words = shlex.split(command) if isinstance(command, str) else [str(word) for word in command]
+    except ValueError as error:
+        raise ToolError(f"The command that starts an MCP server cannot be read ({error}): {command}.") from error
     if not words:
         raise ToolError("The command that starts an MCP server is empty.")
     return _sdk().StdioServerParameters(
@@ -271,8 +316,10 @@ def _sdk() -> Any:
     return mcp
 
 
-def _has_ended(error: BaseException) -> bool:
-    return "closed" in str(error).casefold()
+def _has_ended(error: Any) -> bool:
+    """Whether an error of the SDK says that the connection is gone. Servers use its number for errors of their own, and
+    may say of anything that it is closed."""
+    return bool(error.code == _CONNECTION_CLOSED and error.message == "Connection closed")
 
 
 def _first(error: BaseException) -> str:
