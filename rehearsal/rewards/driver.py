@@ -95,14 +95,14 @@ class Driver:
     def _drive(self) -> None:
         try:
             worker = self._start()
-        except (RewardError, OSError) as problem:
+        except Exception as problem:
             self._refuse(problem)
             return
         self.warm.set()
         while (chunk := self._chunks.get()) is not None:
             try:
                 worker = self._check(worker, chunk)
-            except (RewardError, OSError) as problem:
+            except Exception as problem:  # whatever it is: callers wait for this thread
                 for item in chunk:
                     item.batch.fail(problem)
                 self._refuse(problem)

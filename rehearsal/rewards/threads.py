@@ -66,7 +66,7 @@ def _all_at_once(
             results = [as_result(result, verifier.name) for result in together(completions, tasks)]
             if len(results) != len(completions):
                 raise ValueError(f"{len(results)} results for {len(completions)} completions")
-        except Exception as problem:
+        except BaseException as problem:  # even SystemExit: nobody may wait for a thread that is gone
             words = f"The verifier {verifier.name} failed with {type(problem).__name__}: {problem}"
             results = [Failure("error", words)] * len(completions)
         answer.put(results)

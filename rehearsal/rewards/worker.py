@@ -116,9 +116,7 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """End it now, with all processes that it started."""
-        if self._process.poll() is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        self._end_group()
         self._process.wait()
         with contextlib.suppress(OSError):
             self._input.close()
@@ -132,6 +130,12 @@ class WorkerProcess:
         except subprocess.TimeoutExpired:
             self.kill()
 
+    def _end_group(self) -> None:
+        """End it and all that it started, also where it has ended and nobody has asked how."""
+        if self._process.returncode is None:  # so its number still belongs to it
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
     def _send(self, content: Any) -> None:
         with contextlib.suppress(BrokenPipeError, ValueError):  # the listening thread tells that it ended
             pickle.dump(content, self._input, protocol=5)
@@ -143,6 +147,9 @@ class WorkerProcess:
             while True:
                 self._inbox.put(pickle.load(output))
         except (EOFError, OSError):
+            with contextlib.suppress(ChildProcessError):  # wait(2) without taking its number from it
+                os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+            self._end_group()
             code = self._process.wait()
             told = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with code {code}"
         except Exception as problem:  # nobody may wait for ever for an answer that cannot be read

@@ -57,6 +57,11 @@ class Strange:
                 with open(str(task.reference), "w") as file:
                     file.write(str(child.pid))
                 time.sleep(600)
+            case ["orphan"]:
+                child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+                with open(str(task.reference), "w") as file:
+                    file.write(str(child.pid))
+                os._exit(3)
         return Score(float(len(completion)), len(completion) > 3, {"length": float(len(completion))}, completion)
 
 
