@@ -99,7 +99,8 @@ class Tool:
         for name, schema in properties.items():
             text = f"{name}: {_type_of(schema)}"
             if name not in required:
-                text += f" = {json.dumps(schema['default'])}" if "default" in schema else ", optional"
+                known = isinstance(schema, Mapping) and "default" in schema
+                text += f" = {json.dumps(schema['default'])}" if known else ", optional"
             shown.append(text)
         return f"{self.name}({', '.join(shown)})"
 
