@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from rehearsal.agents.toolbox import Toolbox, ToolLimits
-from rehearsal.agents.toolkit.mcp import Mcp, mcp_tools
+from rehearsal.agents.toolkit.mcp import Mcp, _checker, _has_ended, mcp_tools
+from rehearsal.agents.tools import Tool
 from rehearsal.errors import ToolError
 from rehearsal.trajectory import ToolCall
 
@@ -64,6 +65,12 @@ def secret() -> str:
     "An environment variable."
     return os.environ.get("DEMO_SECRET", "none")
 
+@server.tool()
+def hang(seconds: float) -> str:
+    "Waits."
+    time.sleep(seconds)
+    return "late"
+
 if len(sys.argv) > 1:
     server.run(transport="streamable-http", host="127.0.0.1", port=int(sys.argv[1]))
 else:
@@ -95,7 +102,7 @@ def say(box: Toolbox, tool_name: str, **arguments: Any) -> Any:
 
 def test_tools_of_a_server_that_is_started(stdio: Mcp) -> None:
     box = box_of(stdio)
-    assert list(box.tools) == ["add", "remember", "fail", "pid", "stall", "secret"]
+    assert list(box.tools) == ["add", "remember", "fail", "pid", "stall", "secret", "hang"]
     add = box.tools["add"]
     assert add.description == "Adds two numbers."
     assert add.signature == "add(a: integer, b: integer = 1)"
@@ -162,6 +169,47 @@ def test_some_tools_under_other_names(script: Path) -> None:
     finally:
         source.close()
     assert say(box, "demo_add", a=1).text == "Error: the server of this tool has ended"
+
+
+def test_a_call_that_hangs_ends_with_its_connection(script: Path) -> None:
+    source = Mcp([sys.executable, str(script)], start_timeout=120.0)
+    box = Toolbox(list(source.open()), ToolLimits(timeout=0.5))
+    assert say(box, "hang", seconds=600).error == "timeout"
+    assert say(box, "hang", seconds=600).error == "busy"
+    source.close()
+    deadline = time.monotonic() + 30
+    while not box._busy["hang"].is_set() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert box._busy["hang"].is_set(), "its thread waits for ever"
+
+
+def test_tools_that_cannot_be_named_are_told_at_once(script: Path) -> None:
+    with pytest.raises(ToolError, match="'a b add' cannot name a tool"):
+        Mcp([sys.executable, str(script)], prefix="a b ", start_timeout=120.0)
+
+
+def test_only_a_lost_connection_counts_as_one() -> None:
+    """A server may say of anything that it is closed, and the others that share it go on."""
+    from mcp import MCPError
+
+    assert _has_ended(MCPError(-32000, "Connection closed"))
+    assert not _has_ended(MCPError(-32000, "The position is closed"))
+    assert not _has_ended(MCPError(-32602, "Connection closed"))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "strin", "properties": {"a": {"type": "no such type"}}},
+        {"type": "object"},
+        {"type": "object", "properties": {}, "anyOf": [{"properties": {"a": {"type": "integer"}}}]},
+        {"type": "object", "$ref": "http://127.0.0.1:9/schema"},
+        {"type": "object", "properties": {"a": True}},
+    ],
+)
+def test_schemas_that_say_less_or_more_leave_the_check_to_the_server(schema: dict[str, Any]) -> None:
+    assert _checker(schema)({"a": 1}) == {"a": 1}
+    assert Tool("t", "Does it.", schema, dict).signature.startswith("t(")
 
 
 @pytest.mark.slow

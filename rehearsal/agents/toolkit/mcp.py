@@ -29,6 +29,12 @@ _GRACE = 1.0
 _START_TRIES = 3
 """How often a server that was there before is started again where it ends at once."""
 _ENDED = "the server of this tool has ended"
+_CONNECTION_CLOSED = -32000
+_SAYS_MORE = frozenset({
+    "additionalProperties", "allOf", "anyOf", "dependentSchemas", "if", "oneOf", "patternProperties", "$ref",
+    "unevaluatedProperties",
+})  # fmt: skip
+"""Keywords of a JSON schema that may allow arguments beside those that ``properties`` lists."""
 
 
 class Mcp(ToolSource):
@@ -73,7 +79,7 @@ class Mcp(ToolSource):
     def open(self) -> Sequence[Tool]:
         if self._per_episode:
             connection = self._connect()
-            return self._tools(connection, connection.close)
+            return self._tools(connection, connection.close)  # _connect has seen that they can be made
         return self._tools(self._present(), None)
 
     def close(self) -> None:
@@ -130,6 +136,11 @@ class Mcp(ToolSource):
             connection.close()
             wanted = missing[0] if missing else "at all"
             raise ToolError(f"The MCP server {self._told} has no tool {wanted}; it has: {', '.join(names) or 'none'}.")
+        try:
+            self._tools(connection, None)
+        except ToolError:
+            connection.close()
+            raise
         return connection
 
     def _tools(self, connection: _Connection, close: Callable[[], None] | None) -> list[Tool]:
@@ -182,8 +193,10 @@ class _Connection:
         except Exception as error:
             self.close()
             what = f"did not answer within {seconds:g} s" if isinstance(error, TimeoutError) else _first(error)
-            kind = _EndedError if _has_ended(error) else ToolError
-            raise kind(f"The MCP server {told} cannot be used: {what}{self._last_words()}.") from error
+            what += self._last_words()
+            self._errors.close()
+            kind = _EndedError if _ended_at_once(error) else ToolError
+            raise kind(f"The MCP server {told} cannot be used: {what}.") from error
 
     @property
     def alive(self) -> bool:
@@ -200,7 +213,8 @@ class _Connection:
             calling.close()
             raise ToolFailure(_ENDED) from error
         # An answer that the thread left behind as it ended would never come.
-        wait([answer, self._ended], return_when=FIRST_COMPLETED)
+        either: list[Future[Any]] = [answer, self._ended]
+        wait(either, return_when=FIRST_COMPLETED)
         if not answer.done() or answer.cancelled():
             answer.cancel()
             raise ToolFailure(_ENDED)
@@ -225,7 +239,10 @@ class _Connection:
         finally:
             with contextlib.suppress(Exception):
                 self._loop.run_until_complete(_end_others())
+                self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
+            if self._begun.exception() is None:
+                self._errors.close()
             self._ended.set_result(None)
 
     async def _live(self) -> None:
@@ -291,14 +308,18 @@ async def _list(client: Any) -> list[dict[str, Any]]:
 
 def _checker(schema: dict[str, Any]) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
     """Checks arguments by a JSON schema, so that what is wrong is told as it is for other tools."""
-    from jsonschema import Draft202012Validator, SchemaError
+    import referencing
+    from jsonschema import Draft202012Validator
 
-    validator = Draft202012Validator(schema)
+    # An empty registry: without one the library would fetch what a schema refers to.
+    validator: Any = Draft202012Validator(schema, registry=referencing.Registry())
+    # Names that are not listed may still be meant where something else than the list can allow them.
+    names = None if _SAYS_MORE & schema.keys() else schema.get("properties")
 
     def check(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
             problems = sorted(validator.iter_errors(dict(arguments)), key=lambda problem: list(map(str, problem.path)))
-        except SchemaError:  # the server knows what it meant, and checks for itself
+        except Exception:  # a schema that is none; the server knows what it meant, and checks for itself
             return arguments
         if problems:
             told = []
@@ -306,8 +327,8 @@ def _checker(schema: dict[str, Any]) -> Callable[[Mapping[str, Any]], Mapping[st
                 where = ".".join(str(part) for part in problem.absolute_path)
                 told.append(f"{where}: {problem.message}"[:_MAX_PROBLEM] if where else problem.message[:_MAX_PROBLEM])
             raise ArgumentError("; ".join(told))
-        unknown = [name for name in arguments if name not in schema.get("properties", {})]
-        if unknown and "additionalProperties" not in schema and "patternProperties" not in schema:
+        unknown = [name for name in arguments if names is not None and name not in names]
+        if unknown:
             raise ArgumentError(f"there is no argument {unknown[0][:60]}")
         return arguments
 
@@ -325,7 +346,10 @@ def _text_of(result: Any) -> str:
 
 
 def _stdio(command: str | Sequence[str], env: Mapping[str, str] | None) -> Any:
-    words = shlex.split(command) if isinstance(command, str) else [str(word) for word in command]
+    try:
+        words = shlex.split(command) if isinstance(command, str) else [str(word) for word in command]
+    except ValueError as error:
+        raise ToolError(f"The command that starts an MCP server cannot be read ({error}): {command}.") from error
     if not words:
         raise ToolError("The command that starts an MCP server is empty.")
     return _sdk().StdioServerParameters(
@@ -341,7 +365,14 @@ def _sdk() -> Any:
     return mcp
 
 
-def _has_ended(error: BaseException) -> bool:
+def _has_ended(error: Any) -> bool:
+    """Whether an error of the SDK says that the connection is gone. Servers use its number for errors of their own, and
+    may say of anything that it is closed."""
+    return bool(error.code == _CONNECTION_CLOSED and error.message == "Connection closed")
+
+
+def _ended_at_once(error: BaseException) -> bool:
+    """Whether a server that was just started has ended again, by what the SDK says of it."""
     return "closed" in _first(error).casefold()
 
 
