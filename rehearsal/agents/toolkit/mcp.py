@@ -26,7 +26,8 @@ _CLOSING_SECONDS = 5.0
 _MAX_PROBLEM = 200
 _SECONDS_BETWEEN_LOOKS = 1.0
 _ENDED = "the server of this tool has ended"
-_CONNECTION_CLOSED = -32000
+_LOST = {(-32000, "Connection closed"), (-32600, "Session terminated")}
+"""What the SDK says where the connection is gone, or a server over HTTP has forgotten it."""
 _SAYS_MORE = frozenset({
     "additionalProperties", "allOf", "anyOf", "dependentSchemas", "if", "oneOf", "patternProperties", "$ref",
     "unevaluatedProperties",
@@ -317,9 +318,9 @@ def _sdk() -> Any:
 
 
 def _has_ended(error: Any) -> bool:
-    """Whether an error of the SDK says that the connection is gone. Servers use its number for errors of their own, and
-    may say of anything that it is closed."""
-    return bool(error.code == _CONNECTION_CLOSED and error.message == "Connection closed")
+    """Whether an error says that the connection is gone. Servers use the same numbers for errors of their own, and may
+    say of anything that it is closed."""
+    return (error.code, error.message) in _LOST
 
 
 def _first(error: BaseException) -> str:
