@@ -193,6 +193,7 @@ def test_only_a_lost_connection_counts_as_one() -> None:
     from mcp import MCPError
 
     assert _has_ended(MCPError(-32000, "Connection closed"))
+    assert _has_ended(MCPError(-32600, "Session terminated"))
     assert not _has_ended(MCPError(-32000, "The position is closed"))
     assert not _has_ended(MCPError(-32602, "Connection closed"))
 

@@ -29,7 +29,8 @@ _GRACE = 1.0
 _START_TRIES = 3
 """How often a server that was there before is started again where it ends at once."""
 _ENDED = "the server of this tool has ended"
-_CONNECTION_CLOSED = -32000
+_LOST = {(-32000, "Connection closed"), (-32600, "Session terminated")}
+"""What the SDK says where the connection is gone, or a server over HTTP has forgotten it."""
 _SAYS_MORE = frozenset({
     "additionalProperties", "allOf", "anyOf", "dependentSchemas", "if", "oneOf", "patternProperties", "$ref",
     "unevaluatedProperties",
@@ -366,9 +367,9 @@ def _sdk() -> Any:
 
 
 def _has_ended(error: Any) -> bool:
-    """Whether an error of the SDK says that the connection is gone. Servers use its number for errors of their own, and
-    may say of anything that it is closed."""
-    return bool(error.code == _CONNECTION_CLOSED and error.message == "Connection closed")
+    """Whether an error says that the connection is gone. Servers use the same numbers for errors of their own, and may
+    say of anything that it is closed."""
+    return (error.code, error.message) in _LOST
 
 
 def _ended_at_once(error: BaseException) -> bool:
