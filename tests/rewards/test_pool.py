@@ -198,7 +198,7 @@ def test_a_pool_gives_up_where_processes_never_start_again(tmp_path: Path) -> No
         begun = time.monotonic()
         with pytest.raises(RewardError, match="times in a row"):
             check(pool, "fine")
-        assert time.monotonic() - begun < 1.0, "nothing more is tried"
+        assert time.monotonic() - begun < 10.0, "nothing more is tried"
 
 
 def test_a_process_that_cannot_be_had_takes_no_work_from_the_others(tmp_path: Path) -> None:
