@@ -136,8 +136,9 @@ class CodeVerifier:
                     return self._checked(code, task)
                 except _Gone as error:  # whoever ended it, it was not the code
                     if not tries_left:
+                        why = f" ({error})" if str(error) else ""
                         raise VerificationError(
-                            f"The sandbox was ended from outside, {_TRIES} times, as it checked the code."
+                            f"The sandbox was ended from outside, {_TRIES} times, as it checked the code{why}."
                         ) from error
                     time.sleep(_PAUSE)
                 except SandboxError as error:
@@ -314,7 +315,8 @@ def _complaint(outcome: Outcome, errors: str) -> str:
 
 def _there(result: Result) -> Result:
     if result.outcome is Outcome.GONE:
-        raise _Gone
+        # A service tells why; an interpreter that is gone has nothing to say.
+        raise _Gone(_short(result.stderr) if isinstance(result, ProgramResult) else "")
     return result
 
 

@@ -360,7 +360,7 @@ def test_a_service_can_run_the_programs() -> None:
 def test_a_service_that_fails_gives_no_score() -> None:
     class Service:
         def run_program(self, source: str, **_: Any) -> ProgramResult:
-            return ProgramResult("", "no room", Outcome.BROKEN, None, 0.0, "remote")
+            return ProgramResult("", "no room", Outcome.GONE, None, 0.0, "remote")
 
     with CodeVerifier(programs=Service()) as verifier, pytest.raises(VerificationError, match="no room"):
         verifier.verify("anything", Task("Double it.", PAIRS))

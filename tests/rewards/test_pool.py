@@ -343,7 +343,7 @@ def test_a_process_that_cannot_be_had_is_told_and_not_waited_for(monkeypatch: py
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr("rehearsal.rewards.driver.WorkerProcess", no_more)
-    with VerifierPool(Strange(), workers=1) as pool, pytest.raises(RuntimeError, match="new thread"):
+    with VerifierPool(Strange(), workers=1) as pool, pytest.raises(RewardError, match="new thread"):
         pool.wait_until_warm()
         check(pool, "fine")
 
