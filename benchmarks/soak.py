@@ -16,7 +16,8 @@ What must hold at the end:
 - processes, threads, descriptors and files are what they were at the beginning. Orphans count too: the script runs
   under a process that inherits them.
 - memory is flat: the upper end of the 95% interval of its slope over the rounds after the first quarter, for this
-  process (``rss``) and for the mean process of each kind below it.
+  process (``rss``) and for the mean process of each kind below it. The allocator gives back what it keeps for later
+  before each look.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import importlib.util
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -254,6 +256,7 @@ def main() -> None:
         raise SystemExit(2)
     if _INSIDE not in os.environ:
         raise SystemExit(_supervised())
+    libc.prctl(libc.PR_SET_PDEATHSIG, signal.SIGTERM)
     episodes = args.episodes or (96 if args.quick else 2000)
     rounds = max(1, episodes // (48 if args.quick else 80))
     groups = max(1, episodes // rounds // (2 * GROUP))

@@ -4,6 +4,7 @@ below it, at quiet moments; and SIGKILL for processes below it, at random ones."
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import math
 import os
@@ -21,8 +22,8 @@ from benchmarks.common import memory
 from rehearsal.sandbox.inside import processes
 
 _SECONDS_TO_SETTLE = 60.0
-_YOUNG = 3.0
-"""Seconds for which the MCP server is left in peace."""
+_YOUNG = 10.0
+"""Seconds for which the MCP server is left in peace, so that it gets to its feet."""
 KINDS = {
     "verifier": "rehearsal.rewards.worker",
     "sandbox": "rehearsal.sandbox.inside.zygote",
@@ -53,7 +54,7 @@ class State:
     """What this process holds at a quiet moment.
 
     Attributes:
-        rss: bytes of memory.
+        rss: bytes of memory, without what the allocator keeps for later (see :func:`give_back`).
         each: by kind of process below this one, the mean memory in bytes, shared pages divided by their users. Not the
             sum: how many there are just now depends on what was killed last.
         below: bytes of all processes below together.
@@ -73,6 +74,7 @@ class State:
     @classmethod
     def now(cls, folder: Path) -> State:
         gc.collect()
+        give_back()
         shares: dict[str, list[int]] = {}
         for pid, command in processes_below(os.getpid()).items():
             kind = next((name for name, known in KINDS.items() if known in command), "other")
@@ -87,6 +89,13 @@ class State:
         """What there is more of than in another state, memory apart."""
         names = ("children", "threads", "descriptors", "files")
         return {name: max(0, getattr(self, name) - getattr(other, name)) for name in names}
+
+
+def give_back() -> None:
+    """Have glibc's allocator return the free pages that it keeps. With some dozens of threads it has as many heaps as
+    it may, which go on filling with holes for a thousand episodes without anything being kept."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def share_of(pid: int) -> int:

@@ -19,8 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import hypothesis
 import pytest
 import torch
+
+# On a busy machine an example may take any time.
+hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.load_profile("busy")
 
 ACTIONS = ("Left", "Right", "Up", "Down")
 

@@ -71,8 +71,16 @@ def test_thresholds_are_chosen_by_what_they_find() -> None:
     chosen = collapse.choose(weak, [run(None, None)])
     assert chosen.invalid == 0.05
     assert collapse.judged(weak, [run(None, None)], chosen)["called"] == 1
-    # What nothing tells about stays as it was.
-    assert chosen.longer == Thresholds().longer
+    # What nothing tells about stays quiet, and so does what is told loudly enough.
+    assert chosen.longer == max(collapse.CANDIDATES["longer"])
+    loud = collapse.choose([run(30, 10)], [run(None, None)])
+    assert loud.invalid == max(collapse.CANDIDATES["invalid"])
+
+
+def test_candidates_go_from_quiet_to_sharp() -> None:
+    for name, values in collapse.CANDIDATES.items():
+        assert list(values) in (sorted(values), sorted(values, reverse=True)), name
+        assert getattr(Thresholds(), name) in values, f"the shipped {name} is one that could be chosen"
 
 
 def test_the_coin_knows_nothing_of_the_lake() -> None:

@@ -105,7 +105,8 @@ class Tool:
         for name, schema in properties.items():
             text = f"{name}: {_type_of(schema)}"
             if name not in required:
-                text += f" = {json.dumps(schema['default'])}" if "default" in schema else ", optional"
+                known = isinstance(schema, Mapping) and "default" in schema
+                text += f" = {json.dumps(schema['default'])}" if known else ", optional"
             shown.append(text)
         return f"{self.name}({', '.join(shown)})"
 
@@ -269,7 +270,9 @@ def _plain(schema: Any, names: bool = False) -> Any:
     return kept
 
 
-def _type_of(schema: Mapping[str, Any]) -> str:
+def _type_of(schema: Any) -> str:
+    if not isinstance(schema, Mapping):  # "true" is a schema too, of anything
+        return "any"
     if "enum" in schema:
         return " | ".join(json.dumps(value) for value in schema["enum"])
     if "const" in schema:

@@ -23,7 +23,7 @@ class Thresholds:
         varied: H(Z|X) over what it was at the start, above which thoughts count as varied.
         entropy_fall: entropy over what it was at the start.
         entropy_rise: entropy over what it was at the start, above which the policy is on its way to chance.
-        large_step: mean KL divergence, in nats a token, between the policy that played and the one that learns, while
+        large_step: KL divergence, in nats a token, between the policy that played and the one that learns, while
             it learns from what was played.
         unpaid: correlation of reward and success inside groups, below which the reward pays for something else.
         surer: self-certainty over what it was at the start.
@@ -47,7 +47,7 @@ class Thresholds:
     varied: float = 0.5
     entropy_fall: float = 0.15
     entropy_rise: float = 2.5
-    large_step: float = 0.01
+    large_step: float = 0.007
     unpaid: float = 0.08
     surer: float = 1.2
     success_done: float = 0.85
@@ -161,7 +161,8 @@ def _entropy_rise(series: Series, limits: Thresholds) -> str | None:
 
 
 def _large_steps(series: Series, limits: Thresholds) -> str | None:
-    moved = series.recent("policy/kl_sampling")
+    # The median: now and then a single step of a healthy run is ten times as large as those around it.
+    moved = series.recent_median("policy/kl_sampling")
     if not moved > limits.large_step:
         return None
     return f"While it learns from a batch, the policy moves {moved:.3f} nats a token away from the one that played it."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +47,7 @@ class Series:
             column = np.full(len(self._rows), math.nan)
             for index, row in enumerate(self._rows):
                 value = row.get(name)
-                if isinstance(value, int | float) and not isinstance(value, bool):
+                if _is_number(value):
                     column[index] = float(value)
             self._columns[name] = column
         return self._columns[name][: self._end]
@@ -67,12 +68,18 @@ class Series:
 
     def fresh_names(self) -> list[str]:
         """The figures that were measured in the last step, in the order in which they were written."""
-        return [name for name in self._rows[self._end - 1] if self.fresh(name)] if self._end else []
+        # Straight from the row: a column of every figure would have to be made anew in each step of a run.
+        return [name for name, value in self._rows[self._end - 1].items() if _is_number(value)] if self._end else []
 
     def recent(self, name: str, count: int = 5) -> float:
         """Mean of the last ``count`` measured values; NaN if there is none."""
         values = self.measured(name)[-count:]
         return float(values.mean()) if len(values) else math.nan
+
+    def recent_median(self, name: str, count: int = 5) -> float:
+        """Median of the last ``count`` measured values, which a single outlier does not move; NaN if there is none."""
+        values = self.measured(name)[-count:]
+        return float(np.median(values)) if len(values) else math.nan
 
     def recent_rows(self, name: str, count: int = 5) -> NDArray[np.intp]:
         """Places of the last ``count`` measured values."""
@@ -131,9 +138,15 @@ class Series:
         return _in_errors(self.recent(name, count) - float(then.mean()), values[-4 * count :], 2 / count)
 
 
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
 def _in_errors(difference: float, values: Floats, share: float) -> float:
     """A difference of means over its standard error: the scatter of single values times the root of ``share``."""
     scatter = math.sqrt(float((np.diff(values) ** 2).mean()) / 2)
     if scatter == 0.0:
-        return math.copysign(math.inf, difference) if difference else 0.0
+        # Means of equal values may differ in their last digit.
+        same = abs(difference) <= 1e-9 * float(np.abs(values).max())
+        return 0.0 if same else math.copysign(math.inf, difference)
     return difference / (scatter * math.sqrt(share))

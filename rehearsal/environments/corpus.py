@@ -95,7 +95,8 @@ class Corpus:
             count: how many at most.
             words: of a snippet, up to 64.
         """
-        terms = list(dict.fromkeys(word.casefold() for word in _WORD.findall(clean_text(query))))[:_MAX_TERMS]
+        # In lower case only to tell which are the same; FTS5 folds them as it folded the documents, "ß" not to "ss".
+        terms = list(dict.fromkeys(word.lower() for word in _WORD.findall(clean_text(query))))[:_MAX_TERMS]
         if not terms:
             return []
         rows = self._rows(
@@ -170,7 +171,8 @@ def _of_lines(path: Path) -> Iterator[Document]:
 def _document(entry: Any, where: str, number: int) -> Document:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("text"), str):
         raise ToolError(f'{where} must have a "text" that is a string.')
-    return Document(str(entry.get("id", number)), str(entry.get("title", "")), entry["text"])
+    key, title = entry.get("id"), entry.get("title")
+    return Document(str(number if key is None else key), "" if title is None else str(title), entry["text"])
 
 
 def _fill(connection: sqlite3.Connection, documents: Sequence[Document]) -> None:

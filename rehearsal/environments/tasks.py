@@ -14,6 +14,7 @@ from rehearsal.environments.episode import EpisodeEnv, real_number, whole_number
 from rehearsal.environments.registry import check_names
 from rehearsal.environments.splits import content_split
 from rehearsal.errors import EnvironmentFault, RecipeError
+from rehearsal.rewards.answers import prompt_key
 from rehearsal.rewards.pool import VerifierPool
 from rehearsal.rewards.registry import verifier as make_verifier
 from rehearsal.rewards.tasks import check_disjoint, load_tasks
@@ -45,8 +46,9 @@ class VerifiedTasks(EpisodeEnv):
             a validation split that is not named is taken from the training split, by content.
         told: what an agent is told about all the tasks, once.
         turns: turns of an episode; more than 1 where an agent has tools to use first.
-        timeout: seconds that a check may take.
+        timeout: seconds that a check may take; verifiers that run in threads keep their own.
         category: name of a field that says what kind of task it is; success is told for each kind apart.
+        config: of a Hugging Face data set that has several.
 
     Raises:
         RecipeError: for a parameter out of its range, or splits without a train and a test split.
@@ -62,14 +64,15 @@ class VerifiedTasks(EpisodeEnv):
         self, source: str, verifier: str, prompt: str = "prompt", reference: str | None = "reference",
         options: Mapping[str, Any] | None = None, splits: Mapping[str, str] | None = None,
         told: str = "Do the task. The action is the answer.", turns: int = 1, timeout: float = 10.0,
-        category: str | None = None,
+        category: str | None = None, config: str | None = None,
     ) -> None:  # fmt: skip
         super().__init__(max_steps=1)
         self._category = category
         self.max_turns = whole_number("turns", turns, 1, 1000)
         self.told = told
         self._pools = (verifier, json.dumps(options or {}, sort_keys=True), real_number("timeout", timeout, 0.01, 3600))
-        self._tasks = _split_tasks(source, prompt, reference, None if splits is None else tuple(sorted(splits.items())))
+        named = None if splits is None else tuple(sorted(splits.items()))
+        self._tasks = _split_tasks(source, prompt, reference, named, config)
         _verifier(*self._pools[:2])  # one that cannot be made is told of at once
         if category is not None:
             _check_category(category, self._tasks)
@@ -137,27 +140,33 @@ def _check_category(field: str, splits: Mapping[str, Sequence[Task]]) -> None:
 
 @lru_cache(maxsize=8)
 def _split_tasks(
-    source: str, prompt: str, reference: str | None, splits: tuple[tuple[str, str], ...] | None
+    source: str, prompt: str, reference: str | None, splits: tuple[tuple[str, str], ...] | None, config: str | None
 ) -> dict[str, Sequence[Task]]:
     """The tasks of each split; read once for all environments of a run."""
     if splits is None:
         dealt: dict[str, list[Task]] = {split: [] for split in SPLITS}
-        for task in load_tasks(source, prompt=prompt, reference=reference):
-            dealt[content_split(task.prompt)].append(task)
+        for task in load_tasks(source, prompt=prompt, reference=reference, config=config):
+            dealt[_split_of(task)].append(task)
         return {split: tuple(tasks) for split, tasks in dealt.items()}
     named = dict(splits)
     check_names("split", named, SPLITS)
     if not {"train", "test"} <= set(named):
         raise RecipeError('splits must name the source\'s split for "train" and for "test".')
     found = {
-        split: load_tasks(source, prompt=prompt, reference=reference, split=theirs) for split, theirs in named.items()
+        split: load_tasks(source, prompt=prompt, reference=reference, split=theirs, config=config)
+        for split, theirs in named.items()
     }
     check_disjoint(found)
     if "validation" not in found:
         # A tenth of the training split, by content, as everywhere.
-        found["validation"] = [task for task in found["train"] if content_split(task.prompt) == "validation"]
-        found["train"] = [task for task in found["train"] if content_split(task.prompt) != "validation"]
+        found["validation"] = [task for task in found["train"] if _split_of(task) == "validation"]
+        found["train"] = [task for task in found["train"] if _split_of(task) != "validation"]
     return {split: tuple(found[split]) for split in SPLITS}
+
+
+def _split_of(task: Task) -> str:
+    """Prompts that check_disjoint takes for the same fall into one split."""
+    return content_split(prompt_key(task.prompt))
 
 
 @lru_cache(maxsize=8)
@@ -185,9 +194,11 @@ def close_pools() -> None:
     for a check fails. It is called when this process ends.
     """
     with _LOCK:
-        pools = [_POOLS.popitem()[1] for _ in range(len(_POOLS))]
-    for pool in pools:
+        pools = [_POOLS.popitem() for _ in range(len(_POOLS))]
+    for (verifier, options, _), pool in pools:
+        # The pool before what its verifier holds, such as a sandbox.
         pool.close(now=True)
+        getattr(_verifier(verifier, options), "close", lambda: None)()
 
 
 atexit.register(close_pools)

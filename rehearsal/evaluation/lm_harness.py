@@ -51,7 +51,7 @@ _NEUTRAL: Mapping[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "num_r
 
 
 @register_model("rehearsal")
-class RehearsalLM(TemplateLM):  # type: ignore[misc]
+class RehearsalLM(TemplateLM):
     """A policy as a model of lm-eval.
 
     Args:

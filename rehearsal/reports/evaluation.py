@@ -105,13 +105,13 @@ def turns_chart(figures: Mapping[str, float]) -> Chart | None:
     counts = _counts(figures)
     if len(counts) < 2:
         return None
-    series = []
+    series: list[Series] = []
     for lead, name in (("", "without feedback"), ("feedback/", "with feedback")):
         keys = [f"{lead}success@{k}" for k in counts]
         if any(key in figures for key in keys):
-            ends = [[figures.get(f"{key}/{end}") for key in keys] for end in ("low", "high")]
+            low, high = ([figures.get(f"{key}/{end}") for key in keys] for end in ("low", "high"))
             values = [figures.get(key) for key in keys]
-            series.append(Series(name, counts, values, *ends, colour=len(series), markers=True))
+            series.append(Series(name, counts, values, low, high, colour=len(series), markers=True))
     return Chart("Success after k turns", "", series, unit="share", whole=True)
 
 

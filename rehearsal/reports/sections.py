@@ -90,7 +90,7 @@ def overview(data: ReportData, templates: jinja2.Environment) -> Markup:
 def signal(data: ReportData, templates: jinja2.Environment) -> Markup | None:
     """Whether the learning signal is real: what was found wrong, the plane, the figures behind it, and the groups."""
     groups = signal_groups(data)
-    if not groups and not data.archive.blocks:
+    if not (groups or data.findings or data.archive.blocks):
         return None
     measured = set(data.metric_names)
     plane = plane_of(data)

@@ -8,7 +8,8 @@ import unicodedata
 
 from rehearsal.rewards.verifier import Task, VerificationError
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+"""What an agent marks as its answer."""
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -27,13 +28,19 @@ def answer_of(completion: str) -> str:
     """The answer in a completion: what stands in the last ``<answer>…</answer>`` after the thought, or else everything
     after the thought. So of many answers only the last one counts, and listing guesses gains nothing."""
     rest = without_thought(completion)
-    tagged = _ANSWER.findall(rest)
+    tagged = ANSWER.findall(rest)
     return tagged[-1].strip() if tagged else rest
 
 
 def normalise(text: str) -> str:
-    """Lower case, without punctuation, articles and repeated spaces, as SQuAD's and HotpotQA's evaluations compare."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+    """Lower case, without punctuation, articles and repeated spaces, as SQuAD's and HotpotQA's evaluations compare.
+
+    Where that leaves nothing, as of the answer "A" or "+", articles are kept, and then punctuation: in those
+    evaluations such an answer is matched by every other one of its kind, and by no answer at all.
+    """
+    bare = text.lower().translate(_NO_PUNCTUATION)
+    left = (_ARTICLES.sub(" ", bare), bare, text.lower())
+    return next((" ".join(words.split()) for words in left if words.strip()), "")
 
 
 def prompt_key(prompt: str) -> str:

@@ -39,6 +39,7 @@ from typing import Any, TypeVar
 
 from rehearsal.errors import SandboxError
 from rehearsal.rewards import code_judge
+from rehearsal.rewards.answers import ANSWER
 from rehearsal.rewards.code_judge import defined_names, free_names
 from rehearsal.rewards.verifier import Score, Task, VerificationError
 from rehearsal.sandbox import (
@@ -59,6 +60,11 @@ _SECONDS_OF_THE_JUDGE = 5.0
 _WELL = (Outcome.FINISHED, Outcome.OUTPUT)
 _FENCED = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
 _LONGEST_EVIDENCE = 1000
+_PROGRAMS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Assign)
+
+_TRIES, _PAUSE = 3, 0.2
+"""How often a check is begun whose sandbox was ended from outside, and seconds between: its processes do not all end in
+the same moment."""
 
 Result = TypeVar("Result", CallResult, ProgramResult)
 
@@ -125,15 +131,19 @@ class CodeVerifier:
         """
         code = extract_code(completion)
         with self._turns:
-            try:
+            for tries_left in reversed(range(_TRIES)):
                 try:
                     return self._checked(code, task)
-                except _Gone:  # whoever ended it, it was not the code
-                    return self._checked(code, task)
-            except _Gone as error:
-                raise VerificationError("The sandbox was ended from outside, twice, as it checked the code.") from error
-            except SandboxError as error:
-                raise VerificationError(f"The sandbox could not check the code: {error}") from error
+                except _Gone as error:  # whoever ended it, it was not the code
+                    if not tries_left:
+                        why = f" ({error})" if str(error) else ""
+                        raise VerificationError(
+                            f"The sandbox was ended from outside, {_TRIES} times, as it checked the code{why}."
+                        ) from error
+                    time.sleep(_PAUSE)
+                except SandboxError as error:
+                    raise VerificationError(f"The sandbox could not check the code: {error}") from error
+        raise AssertionError("unreachable: the last try returns or raises")
 
     def close(self) -> None:
         """End the sandbox."""
@@ -167,14 +177,19 @@ class CodeVerifier:
 
     def _functions(self, code: str, task: Task, tests: str, *, check: bool) -> Score:
         prompt = str(task.data.get("code_prompt", task.prompt))
-        given = prompt if _parses(prompt) else ""
+        code_given = prompt if _is_code(prompt) else ""
+        given = code_given
         for key in ("test_setup_code", "test_imports"):
             extra = task.data.get(key) or ""
             given += "\n" + (extra if isinstance(extra, str) else "\n".join(extra))
         names = self._names(task, tests, given, check)
         with self._sandbox().interpreter() as candidate:
             _there(candidate.run("__name__ = 'solution'"))
-            loaded = _there(candidate.run(_whole(code, prompt, names[0])))
+            if code_given:
+                asked = _there(candidate.run(code_given))
+                if asked.outcome not in _WELL:
+                    raise VerificationError(f"The code of the prompt does not run: {asked.error}")
+            loaded = _there(candidate.run(_whole(code, code_given, names[0])))
             if loaded.outcome not in _WELL:
                 return self._score(0, 1, f"The code does not run: {loaded.error}")
             with self._sandbox().interpreter() as judge:
@@ -254,9 +269,14 @@ class CodeVerifier:
 def extract_code(completion: str) -> str:
     """The code of a completion: its last fenced block of Python, or else the last without a language, or else all.
 
-    What a model thought first (up to ``</think>``) does not count. A block that never ends goes on to the end.
+    What a model thought first (up to ``</think>``, or all of it where the thought never ends) does not count, and where
+    there is an ``<answer>…</answer>`` only the last of them does. A block that never ends goes on to the end.
     """
     text = completion.rpartition("</think>")[2]
+    before = text.partition("```")[0]
+    if "<think>" in before:
+        text = before.partition("<think>")[0]
+    text = (ANSWER.findall(text) or [text])[-1]
     blocks = [(match[1].lower(), match[2]) for match in _FENCED.finditer(text)]
     for languages in (("python", "py", "python3"), ("",)):
         found = [block for language, block in blocks if language in languages]
@@ -295,7 +315,8 @@ def _complaint(outcome: Outcome, errors: str) -> str:
 
 def _there(result: Result) -> Result:
     if result.outcome is Outcome.GONE:
-        raise _Gone
+        # A service tells why; an interpreter that is gone has nothing to say.
+        raise _Gone(_short(result.stderr) if isinstance(result, ProgramResult) else "")
     return result
 
 
@@ -314,22 +335,28 @@ def _called(candidate: Interpreter, question: Mapping[str, Any], seconds: float)
 
 
 def _whole(code: str, prompt: str, entry: str) -> str:
-    """The candidate's program. Code that is complete by itself follows the prompt, for its imports and helper
-    functions; code that is not continues it."""
-    if not _parses(prompt):
+    """The candidate's program, which runs where the code of the prompt has run, for its imports and helper functions.
+    Code that is complete by itself stands alone, so that it may begin with ``from __future__ import``; code that is not
+    continues the prompt."""
+    if not prompt:
         return code
     name = re.escape(entry)
-    if _parses(code) and re.search(rf"^(?:async )?(?:def|class) {name}\b|^{name}\s*=", code, re.MULTILINE):
-        return f"{prompt}\n\n{code}"
+    if _parses(code) is not None and re.search(rf"^(?:async )?(?:def|class) {name}\b|^{name}\s*=", code, re.MULTILINE):
+        return code
     return prompt + code
 
 
-def _parses(source: str) -> bool:
+def _parses(source: str) -> ast.Module | None:
     try:
-        ast.parse(source)
+        return ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
+        return None
+
+
+def _is_code(prompt: str) -> bool:
+    """Whether a prompt is a program. Some plain English can be parsed as one: "palindrome", "Hint: recursion"."""
+    tree = _parses(prompt)
+    return tree is not None and any(isinstance(node, _PROGRAMS) for node in tree.body)
 
 
 def _pair(test: Any) -> tuple[str, str]:

@@ -18,6 +18,9 @@ from typing import Any
 from rehearsal.sandbox.inside import plain
 
 _LONGEST_SHOWN = 300
+_OF_OTHER_USE = (UnicodeError, StopIteration, StopAsyncIteration)
+"""Exceptions that a candidate cannot raise here: one takes more than a message, the others would end the loops of the
+tests (``map``, ``zip``) before anything is compared."""
 Ask = Callable[[str], str]
 
 
@@ -34,7 +37,7 @@ class UnusableTest(BaseException):
 
 
 class _Record:
-    """What the assertions of a test came to, and a context for each of them."""
+    """What the assertions of a test came to; called with the number of one, it gives the context for it."""
 
     def __init__(self, texts: list[str]) -> None:
         self.texts = texts
@@ -42,23 +45,29 @@ class _Record:
         self.first_failure = ""
         self.last_call = ""
         self.calls = 0
-        self._index = 0
 
-    def __call__(self, index: int) -> _Record:
-        self._index = index
-        return self
+    def __call__(self, index: int) -> _Assertion:
+        return _Assertion(self, index)
+
+
+class _Assertion:
+    """One assertion while it is tried. A helper function that it calls may hold others."""
+
+    def __init__(self, record: _Record, index: int) -> None:
+        self._record, self._index = record, index
 
     def __enter__(self) -> None:
-        self.last_call = ""
+        self._record.last_call = ""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
-        held = kind is None
-        self.passed[self._index] = self.passed.get(self._index, True) and held
+        record, held = self._record, kind is None
+        record.passed[self._index] = record.passed.get(self._index, True) and held
         if error is not None and not isinstance(error, Exception):
             return False
-        if error is not None and not self.first_failure:
+        if error is not None and not record.first_failure:
             why = f"{type(error).__name__}: {error}".rstrip(": ") if kind is not AssertionError else str(error)
-            self.first_failure = "; ".join(part for part in (self.texts[self._index], self.last_call, why) if part)
+            parts = (record.texts[self._index], record.last_call, why)
+            record.first_failure = "; ".join(part for part in parts if part)
         return True
 
 
@@ -106,6 +115,7 @@ def judge(tests: str, given: str, names: list[str], check: bool) -> dict[str, An
         exec(compile(given, "given", "exec", dont_inherit=True), space)
         marker = _Marker()
         tree = ast.fix_missing_locations(marker.visit(ast.parse(tests)))
+        calls_check = _calls(tree, "check")
         code = compile(tree, "tests", "exec", dont_inherit=True)
     except Exception as error:
         return report | {"unusable": f"{type(error).__name__}: {error}"}
@@ -116,17 +126,21 @@ def judge(tests: str, given: str, names: list[str], check: bool) -> dict[str, An
     ended = True
     try:
         exec(code, space)
-        if not record.calls and callable(space.get("check")):
-            space["check"](stands_in[names[0]])
-        elif check and not callable(space.get("check")):
+        if check and not callable(space.get("check")):
             return report | {"unusable": "there is no function check"}
+        if callable(space.get("check")) and not calls_check:
+            space["check"](stands_in[names[0]])
     except UnusableTest as error:
         return report | {"unusable": str(error)}
     except (CandidateGone, Exception) as error:
         ended = False
         gone = isinstance(error, CandidateGone)
+        if not record.calls:
+            return report | {"unusable": f"{type(error).__name__}: {error}"}
         words = str(error) if gone else f"the tests stopped: {type(error).__name__}: {error}"
         record.first_failure = "; ".join(part for part in (record.first_failure, record.last_call, words) if part)
+    if record.passed and not record.calls:
+        return report | {"unusable": f"they never call {names[0]}"}
     if ended and not record.passed and record.calls:
         return report | {"passed": 1, "total": 1}  # tests that have a way of their own to fail, and came to their end
     total = len(record.passed) if ended else max(1, len(record.texts))
@@ -139,7 +153,7 @@ def _stand_in(name: str, ask: Ask, record: _Record) -> Callable[..., Any]:
             coded = plain.encode((list(arguments), named))
         except plain.PlainError as error:
             raise UnusableTest(f"{name} is called with {error}") from None
-        shown = _short(f"{name}({', '.join(map(repr, arguments))})")
+        shown = _short(f"{name}({', '.join(map(_shown, arguments))})")
         record.calls += 1
         record.last_call = f"called {shown}"
         answer = json.loads(ask(json.dumps({"function": name, "arguments": coded})))
@@ -147,7 +161,7 @@ def _stand_in(name: str, ask: Ask, record: _Record) -> Callable[..., Any]:
             raise CandidateGone(answer["gone"])
         if "raised" in answer:
             kind = getattr(builtins, answer["raised"], CandidateError)
-            usable = isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, UnicodeError)
+            usable = isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, _OF_OTHER_USE)
             record.last_call = _short(f"{shown} raised {answer['raised']}: {answer['said']}")
             raise (kind if usable else CandidateError)(answer["said"])
         if "unusable" in answer:
@@ -156,7 +170,7 @@ def _stand_in(name: str, ask: Ask, record: _Record) -> Callable[..., Any]:
         result, left = plain.decode(answer["result"]), plain.decode(answer["arguments"])
         for mine, its in zip(arguments, left, strict=False):
             _update(mine, its)
-        record.last_call = f"{shown} gave {_short(repr(result))}"
+        record.last_call = f"{shown} gave {_short(_shown(result))}"
         return result
 
     return stand_in
@@ -171,6 +185,12 @@ def _update(mine: Any, its: Any) -> None:
     elif isinstance(mine, dict | set):
         mine.clear()
         mine.update(its)
+
+
+def _calls(tree: ast.AST, name: str) -> bool:
+    """Whether source calls a function of a name somewhere."""
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return any(isinstance(call.func, ast.Name) and call.func.id == name for call in calls)
 
 
 def free_names(tests: str) -> list[str]:
@@ -218,6 +238,13 @@ def _is_stub(node: ast.stmt) -> bool:
         isinstance(part, ast.Pass) or (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))
         for part in node.body
     )
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python writes no whole numbers of more than 4300 digits
+        return "a number too long to show"
 
 
 def _short(text: str) -> str:

@@ -9,6 +9,7 @@ What differs from running them there:
   also for a letter that is none: two of the published prompts ask for "#" and "!", which they replace by a random
   letter. Here the given character is counted.
 - Language detection draws random numbers; their seed is fixed, so the same text gets the same score.
+- A text in which no language can be found (such as "123") is in none. The checkers count it as being in any.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from rehearsal.rewards.verifier import Score, Task, VerificationError
 
 _LIBRARIES = ("lm_eval", "nltk", "langdetect", "immutabledict")
 _NEEDS_SENTENCES = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
+_NEEDS_LANGUAGE = ("language:response_language", "change_case:english_capital", "change_case:english_lowercase")
 _importing = threading.Lock()
 
 
@@ -110,7 +112,7 @@ class InstructionFollowing:
         if kind in _NEEDS_SENTENCES:
             _find_sentence_model(self.nltk_data)
         try:
-            return bool(instruction.check_following(text))
+            return bool(instruction.check_following(text)) and (kind not in _NEEDS_LANGUAGE or _has_language(text))
         except Exception as problem:
             raise VerificationError(
                 f"The checker of {kind} failed with {type(problem).__name__}: {problem}"
@@ -158,6 +160,16 @@ def _checkers() -> Mapping[str, Any]:
         langdetect.DetectorFactory.seed = 0
     checkers: Mapping[str, Any] = instructions_registry.INSTRUCTION_DICT
     return checkers
+
+
+def _has_language(text: str) -> bool:
+    import langdetect
+
+    try:
+        langdetect.detect(text)
+    except langdetect.LangDetectException:
+        return False
+    return True
 
 
 def _no_download(*_: Any, **__: Any) -> bool:

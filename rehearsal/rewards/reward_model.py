@@ -64,9 +64,9 @@ class RewardModel:
         self._model = model.to(device or "cpu").eval()
         self._label = _label(model.config, label, folder)
         self._batch_size = batch_size
-        self._longest = (
-            max_tokens or getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-        )
+        # Both, because some models have positions that they never use, such as RoBERTa's first two.
+        positions = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+        self._longest = max_tokens or min(positions, tokenizer.model_max_length)
         self._with_thought = with_thought
         self._lock = threading.Lock()
 

@@ -37,6 +37,17 @@ class Cell:
         # Every byte of output may take six in JSON.
         self._unpacker = Unpacker(12 * limits.output_bytes + _ROOM_FOR_A_VALUE)
 
+    @property
+    def alive(self) -> bool:
+        """Whether its warden still has its end of the socket. For a cell that has not been asked anything."""
+        self._socket.setblocking(False)
+        try:
+            return bool(self._socket.recv(1, socket.MSG_PEEK))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
     def send(self, message: Message, seconds: float = SECONDS_OF_GRACE) -> None:
         """Tell the warden something.
 

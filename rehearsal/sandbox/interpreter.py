@@ -42,7 +42,6 @@ class Interpreter:
         self._cell: Cell | None = cell
         self._lock = threading.Lock()
         self._closed = False
-        self._had_cell_before = False
         self.calls = 0
         self.losses = 0
 
@@ -225,7 +224,7 @@ class InterpreterPool:
             zygote = self._running()
             with self._lock:
                 try:
-                    cell = self._spare.popleft() if self._spare else self._started()
+                    cell = self._live_spare() or self._started()
                 except SandboxError:
                     if self._closed or zygote.alive or not tries_left:
                         raise
@@ -233,6 +232,14 @@ class InterpreterPool:
                 self._fill()
                 return cell
         raise AssertionError("unreachable: the last try returns or raises")
+
+    def _live_spare(self) -> Cell | None:
+        while self._spare:
+            cell = self._spare.popleft()
+            if cell.alive:
+                return cell
+            cell.close()
+        return None
 
     def _running(self) -> Zygote:
         """The zygote; a new one if it was ended from outside."""

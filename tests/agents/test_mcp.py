@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from rehearsal.agents.toolbox import Toolbox, ToolLimits
-from rehearsal.agents.toolkit.mcp import Mcp, mcp_tools
+from rehearsal.agents.toolkit.mcp import Mcp, _checker, _has_ended, mcp_tools
+from rehearsal.agents.tools import Tool
 from rehearsal.errors import ToolError
 from rehearsal.trajectory import ToolCall
 
@@ -64,6 +65,12 @@ def secret() -> str:
     "An environment variable."
     return os.environ.get("DEMO_SECRET", "none")
 
+@server.tool()
+def hang(seconds: float) -> str:
+    "Waits."
+    time.sleep(seconds)
+    return "late"
+
 if len(sys.argv) > 1:
     server.run(transport="streamable-http", host="127.0.0.1", port=int(sys.argv[1]))
 else:
@@ -95,7 +102,7 @@ def say(box: Toolbox, tool_name: str, **arguments: Any) -> Any:
 
 def test_tools_of_a_server_that_is_started(stdio: Mcp) -> None:
     box = box_of(stdio)
-    assert list(box.tools) == ["add", "remember", "fail", "pid", "stall", "secret"]
+    assert list(box.tools) == ["add", "remember", "fail", "pid", "stall", "secret", "hang"]
     add = box.tools["add"]
     assert add.description == "Adds two numbers."
     assert add.signature == "add(a: integer, b: integer = 1)"
@@ -164,6 +171,48 @@ def test_some_tools_under_other_names(script: Path) -> None:
     assert say(box, "demo_add", a=1).text == "Error: the server of this tool has ended"
 
 
+def test_a_call_that_hangs_ends_with_its_connection(script: Path) -> None:
+    source = Mcp([sys.executable, str(script)], start_timeout=120.0)
+    box = Toolbox(list(source.open()), ToolLimits(timeout=0.5))
+    assert say(box, "hang", seconds=600).error == "timeout"
+    assert say(box, "hang", seconds=600).error == "busy"
+    source.close()
+    deadline = time.monotonic() + 30
+    while not box._busy["hang"].is_set() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert box._busy["hang"].is_set(), "its thread waits for ever"
+
+
+def test_tools_that_cannot_be_named_are_told_at_once(script: Path) -> None:
+    with pytest.raises(ToolError, match="'a b add' cannot name a tool"):
+        Mcp([sys.executable, str(script)], prefix="a b ", start_timeout=120.0)
+
+
+def test_only_a_lost_connection_counts_as_one() -> None:
+    """A server may say of anything that it is closed, and the others that share it go on."""
+    from mcp import MCPError
+
+    assert _has_ended(MCPError(-32000, "Connection closed"))
+    assert _has_ended(MCPError(-32600, "Session terminated"))
+    assert not _has_ended(MCPError(-32000, "The position is closed"))
+    assert not _has_ended(MCPError(-32602, "Connection closed"))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "strin", "properties": {"a": {"type": "no such type"}}},
+        {"type": "object"},
+        {"type": "object", "properties": {}, "anyOf": [{"properties": {"a": {"type": "integer"}}}]},
+        {"type": "object", "$ref": "http://127.0.0.1:9/schema"},
+        {"type": "object", "properties": {"a": True}},
+    ],
+)
+def test_schemas_that_say_less_or_more_leave_the_check_to_the_server(schema: dict[str, Any]) -> None:
+    assert _checker(schema)({"a": 1}) == {"a": 1}
+    assert Tool("t", "Does it.", schema, dict).signature.startswith("t(")
+
+
 @pytest.mark.slow
 def test_a_server_for_each_episode_remembers_nothing(script: Path) -> None:
     source = Mcp([sys.executable, str(script)], per_episode=True, start_timeout=120.0)
@@ -201,6 +250,42 @@ def test_a_server_that_dies_as_it_is_started_again_costs_no_episode(script: Path
         assert log.read_text() == "x" * 7, "it is not tried for ever"
     finally:
         source.close()
+
+
+def test_episodes_that_begin_together_share_one_attempt(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In line, those that nobody waits for any more would hold up the others."""
+    source = Mcp([sys.executable, str(script)], start_timeout=120.0)
+    tries: list[float] = []
+    go = threading.Event()
+
+    def hang() -> Any:
+        tries.append(time.monotonic())
+        go.wait(60)
+        raise ToolError("no server")
+
+    said: list[str] = []
+
+    def begin() -> None:
+        with pytest.raises(ToolError, match="no server"):
+            source.open()
+        said.append("told")
+
+    assert source._shared is not None
+    source._shared.close()
+    source._shared.join()
+    monkeypatch.setattr(source, "_connect", hang)
+    threads = [threading.Thread(target=begin) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    go.set()
+    for thread in threads:
+        thread.join(30)
+    assert said == ["told"] * 8
+    assert len(tries) == 1
+    monkeypatch.undo()
+    assert say(box_of(source), "add", a=1).text == "2", "the next one tries again"
+    source.close()
 
 
 @pytest.mark.slow

@@ -109,9 +109,10 @@ def test_parsing_never_raises_and_is_consistent(text: str, opened: bool, thinkin
 @pytest.mark.parametrize("unit", ["<|im_end|>", "</s> ", "<think>", "</think>", "<answer>", "||", "a ", "<"])
 def test_huge_answers_take_linear_time(unit: str) -> None:
     text = "<think>a</think><answer>" + unit * 200_000
-    start = time.perf_counter()
+    # Of the processor, not of the clock: with quadratic time it would be minutes.
+    start = time.process_time()
     THINKING.parse(text)
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 10.0
 
 
 class AnyText(TextEnv):

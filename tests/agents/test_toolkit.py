@@ -192,6 +192,9 @@ def test_the_score_is_that_of_the_formula() -> None:
 
 
 def test_ties_go_to_the_earlier_document() -> None:
+    foreign = Corpus([Document("1", "", "Die Hauptstraße in Łódź"), Document("2", "", "Ein Café")])
+    for query in ("Hauptstraße", "HAUPTSTRASSE hauptstraße", "łódź", "CAFÉ", "cafe"):
+        assert len(foreign.search(query)) == 1, query
     many = Corpus(Document(f"d{i}", "", "same words here") for i in range(50))
     expected = [f"d{i}" for i in range(10)]
     assert [[hit.key for hit in many.search("words", 10)] for _ in range(3)] == [expected] * 3

@@ -64,6 +64,11 @@ def test_a_healthy_run_has_no_verdict() -> None:
     assert names(run()) == set()
 
 
+def test_one_step_that_went_too_far_is_no_verdict() -> None:
+    assert names(run(policy__kl_sampling=lambda i: 0.2 if i in (20, 41) else 1e-3)) == set()
+    assert names(run(policy__kl_sampling=lambda i: 0.02 if i % 5 in (0, 2, 4) else 1e-3)) == {"large_steps"}
+
+
 SICK: dict[str, dict[str, Callable[[int], float]]] = {
     "too_easy": {"signal__dead_groups": late(0.3, 0.95), "signal__dead_groups_solved": late(0.2, 0.9)},
     "too_hard": {"signal__dead_groups": late(0.3, 0.9), "signal__dead_groups_failed": late(0.2, 0.85)},
@@ -222,6 +227,7 @@ def test_series() -> None:
     assert (series.step, len(series)) == (6, 4)
     assert series.measured("x").tolist() == [1, 3, 5]
     assert series.recent("x", 2) == 4.0
+    assert math.isnan(series.recent_median("y"))
     assert series.start("x", 3) == 3.0
     assert math.isnan(series.start("x", 4))
     assert series.best("x", 2) == 4.0

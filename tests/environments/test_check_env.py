@@ -199,7 +199,7 @@ def test_an_environment_that_hangs_is_reported_in_time():
 
     start = time.perf_counter()
     report = check_env(Hangs, time_limit=0.3)
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 15
     release.set()
     assert [problem.code for problem in report] == ["hang"]
     assert "step(" in str(report)

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rehearsal.environments import SPLITS, make
@@ -195,6 +195,7 @@ def test_a_program_grows_only_so_long():
         apply_edit(["x"] * 60, "insert 3: y")
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["", "    a = 1", "        b", "    c", "x"])), st.data())
 def test_edits_lead_from_any_program_to_a_correct_one(lines, data):
     correct = draw_program(np.random.default_rng(data.draw(st.integers(0, 1000)))).lines

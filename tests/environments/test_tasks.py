@@ -11,6 +11,7 @@ from rehearsal.environments import SPLITS, check_env, make
 from rehearsal.environments.splits import content_split
 from rehearsal.environments.tasks import _POOLS, close_pools
 from rehearsal.errors import EnvironmentFault, RecipeError, RewardError
+from rehearsal.rewards.answers import prompt_key
 from rehearsal.rewards.verifier import Score, Task
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k"
@@ -52,6 +53,19 @@ def test_answers_are_scored_by_the_verifier(source):
     assert right in info["evidence"]
     env.reset(seed=3, options={"split": "test"})
     assert env.step("It is 99.")[1] == 0.0
+
+
+def test_prompts_that_count_as_the_same_fall_into_one_split(tmp_path):
+    """As check_disjoint compares them: they differ in case and spaces alone."""
+    path = tmp_path / "twins.jsonl"
+    rows = [{"prompt": form(f"How many are {a}?"), "reference": "1"} for a in range(60)
+            for form in (str, str.upper, "  {} ".format)]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, rows)))
+    env = make("tasks", source=str(path), verifier="last-number")
+    seen = {split: {prompt_key(task.prompt) for task in env._tasks[split]} for split in SPLITS}
+    assert all(seen.values())
+    assert not seen["train"] & seen["test"] and not seen["train"] & seen["validation"]
+    assert sum(len(env._tasks[split]) for split in SPLITS) == 180
 
 
 def test_without_splits_tasks_are_dealt_out_by_content(source):

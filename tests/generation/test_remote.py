@@ -213,7 +213,7 @@ class TestFaults:
         server.script = [(503, "", {"Retry-After": value}), ids_reply([9])]
         before = time.monotonic()
         assert run(sampled(engine_at(server))).stop == SampleStop.END
-        assert time.monotonic() - before < 2
+        assert time.monotonic() - before < 30
 
     def test_a_pause_of_hours_is_told_instead(self, server: FakeServer) -> None:
         server.script = [(429, "", {"Retry-After": "7200"})]

@@ -68,7 +68,7 @@ class Blocks(HTMLParser):
 
     @property
     def text(self) -> str:
-        return " ".join("".join(self.texts).split())
+        return " ".join(" ".join(self.texts).split())
 
     def of(self, kind: str) -> list[str]:
         return [text for which, text in self.blocks if which == kind]
@@ -153,7 +153,7 @@ def test_calls_results_and_errors_are_told_apart(tmp_path: Path) -> None:
     assert "penalty −0.1" in broken
     assert "<|im_end|>" not in broken
     assert shown.of("notice")[1] == "Notice Call 1 of 3. Turn 2 of 7."
-    assert "Tool calls3, 1 failed" in shown.text.replace("Tool calls 3", "Tool calls3")
+    assert "Tool calls 3, 1 failed" in shown.text
     assert "sees the result above" in shown.text
     assert "sees the results above" in shown.text
     assert '<tool_call> {"name": "calculator", "arguments": {"expr"' in shown.text, "the answer as written is there too"

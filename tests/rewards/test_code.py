@@ -7,6 +7,8 @@ import gzip
 import json
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +21,10 @@ from rehearsal.rewards.code import CodeVerifier, extract_code, same_output
 from rehearsal.rewards.code_judge import defined_names, free_names
 from rehearsal.rewards.verifier import Task, VerificationError
 from rehearsal.sandbox import Interpreter, Isolation, Limits, Outcome, ProgramResult, strongest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "sandbox"))
+
+from pools import below
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -52,6 +58,10 @@ def verifier() -> Iterator[CodeVerifier]:
         ("<think>```python\nwrong\n```</think>```python\nright\n```", "right\n"),
         ("```Python title\nx\n```", "x\n"),
         ("  ```python\n  x\n  ```", "  x\n"),
+        ("<think>perhaps\n```python\nx\n```", ""),
+        ("```python\nprint('<think>')\n```", "print('<think>')\n"),
+        ("<answer>\nx = 1\n</answer>", "\nx = 1\n"),
+        ("```python\na\n```<answer>```python\nb\n```</answer>", "b\n"),
         ("", ""),
     ],
 )
@@ -69,6 +79,7 @@ def test_the_code_of_a_completion(completion: str, code: str) -> None:
         "    return n + n",
         "```python\ndef double(n):\n    return 2 * n\n```",
         "```python\nfrom math import prod\ndouble = lambda n: prod((2, n))\n```",
+        "```python\nfrom __future__ import annotations\ndef double(n): return 2 * n\n```",
         "    print('noise')\n    return 2 * n\n\nif __name__ == '__main__':\n    raise SystemExit(double(input()))\n",
     ],
 )
@@ -197,6 +208,56 @@ def test_partial_credit() -> None:
         assert (score.value, score.passed) == (0.75, False)
 
 
+def test_exceptions_that_would_end_the_loops_of_the_tests(verifier: CodeVerifier) -> None:
+    """``map`` and ``zip`` end at a StopIteration, so nothing would be compared and everything would hold."""
+    for kind in ("StopIteration", "StopAsyncIteration", "GeneratorExit"):
+        for assertion in ("all(a == b for a, b in zip(map(double, [1, 2]), [2, 4]))", "not any(map(double, [1, 2]))"):
+            score = verifier.verify(f"def double(n): raise {kind}", Task("Double it!", [f"assert {assertion}"]))
+            assert not score.passed and kind in score.evidence, score
+
+
+def test_check_is_run_whatever_else_the_tests_call(verifier: CodeVerifier) -> None:
+    task = Task(PROMPT, f"first = double(0)\n{CHECK}", {"entry_point": "double"})
+    assert verifier.verify("    return 2 * n\n", task).passed
+    assert not verifier.verify("    return 5\n", task).passed
+    once = Task(PROMPT, f"{CHECK}\ncheck(double)\n", {"entry_point": "double"})
+    assert verifier.verify("    return 2 * n\n", once).evidence == "2 of 2 tests passed."
+
+
+def test_assertions_in_helper_functions_count_for_themselves(verifier: CodeVerifier) -> None:
+    tests = ("def small(x):\n    assert x < 100\n    return x == 7\n"
+             "def check(candidate):\n    assert small(candidate(1))\n    assert candidate(2) == 3\n")  # fmt: skip
+    score = verifier.verify("    return n + 1\n", Task(PROMPT, tests, {"entry_point": "double"}))
+    assert score.evidence == "2 of 3 tests passed. First failing: assert small(candidate(1))"
+
+
+def test_numbers_too_long_to_be_written(verifier: CodeVerifier) -> None:
+    task = Task("Multiply by ten to the 6000!", ["assert times(10 ** 6000) == 10 ** 12000"])
+    assert verifier.verify("def times(n): return n * 10 ** 6000", task).passed
+    score = verifier.verify("def times(n): return n * 10 ** 6001", task)
+    assert not score.passed and "too long to show" in score.evidence
+
+
+@pytest.mark.parametrize("prompt", ["doubling", "Hint: recursion", '"Double it."'])
+def test_a_prompt_that_only_looks_like_python(verifier: CodeVerifier, prompt: str) -> None:
+    task = Task(prompt, ["assert double(2) == 4"])
+    assert verifier.verify("```python\ndef double(n): return 2 * n\n```", task).passed
+
+
+def test_a_sandbox_that_is_killed_from_outside_costs_nothing(verifier: CodeVerifier) -> None:
+    """It is no zero: the code did not do it, and passes when it is tried again."""
+    pool = verifier._sandbox()
+    task = Task(PROMPT, CHECK, {"entry_point": "double"})
+    loading = "```python\nimport time; time.sleep(1)\ndef double(n): return 2 * n\n```"
+    for completion in ("    import time; time.sleep(0.6); return 2 * n\n", loading):
+        restarts = pool.restarts
+        killer = threading.Timer(0.4, lambda: [os.kill(pid, signal.SIGKILL) for pid in sorted(below(pool))[:1]])
+        killer.start()
+        assert verifier.verify(completion, task).passed
+        killer.join()
+        assert pool.restarts == restarts + 1 or pool.isolation < Isolation.NAMESPACES
+
+
 # MBPP's form, and what cannot be used
 
 
@@ -220,6 +281,9 @@ def test_assertions_with_set_up(verifier: CodeVerifier) -> None:
         (Task(PROMPT, None), "text, a list"),
         (Task(PROMPT, [{"input": "1"}]), "pair"),
         (Task(PROMPT, ["assert double(lambda: 1) == 2"]), "called with a value of type function"),
+        (Task(PROMPT, ["assert callable(double)"]), "never call double"),
+        (Task(PROMPT, ["import nowhere", "assert double(1) == 2"]), "No module named 'nowhere'"),
+        (Task(f"import nowhere\n{PROMPT}", CHECK, {"entry_point": "double"}), "prompt does not run.*"),
     ],
 )
 def test_tests_that_cannot_be_used_are_no_zero(verifier: CodeVerifier, task: Task, words: str) -> None:
@@ -291,6 +355,15 @@ def test_a_service_can_run_the_programs() -> None:
     with CodeVerifier(programs=Service()) as verifier:
         assert verifier.verify("anything", Task("Double it.", PAIRS)).passed
         assert verifier._pool is None
+
+
+def test_a_service_that_fails_gives_no_score() -> None:
+    class Service:
+        def run_program(self, source: str, **_: Any) -> ProgramResult:
+            return ProgramResult("", "no room", Outcome.GONE, None, 0.0, "remote")
+
+    with CodeVerifier(programs=Service()) as verifier, pytest.raises(VerificationError, match="no room"):
+        verifier.verify("anything", Task("Double it.", PAIRS))
 
 
 def test_many_at_once(verifier: CodeVerifier) -> None:
@@ -444,4 +517,4 @@ def test_a_program_whose_sandbox_is_ended_has_no_score() -> None:
     runner = Gone()
     with pytest.raises(VerificationError, match="ended from outside"):
         CodeVerifier(programs=runner).verify("print(1)", Task("x", [["", "1"]]))
-    assert runner.asked == 2
+    assert runner.asked == 3

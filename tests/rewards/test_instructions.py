@@ -177,6 +177,13 @@ def test_characters_that_are_no_letters_are_counted_and_not_replaced_by_a_random
         assert not InstructionFollowing().verify("eeee aaaa ssss tttt nnnn", asked).passed
 
 
+@pytest.mark.parametrize("text", ["12345", "...", "42 + 1 = 43"])
+def test_a_text_without_language_is_in_no_language(text: str) -> None:
+    """lm-eval's checker counts what it cannot tell as followed, so digits would answer in every language."""
+    score = InstructionFollowing().verify(text, task(("language:response_language", {"language": "fr"})))
+    assert not score.passed
+
+
 def test_the_same_text_gets_the_same_score() -> None:
     """Language detection draws random numbers: without a fixed seed, short texts are now one language, now another."""
     asked = task(("language:response_language", {"language": "de"}))

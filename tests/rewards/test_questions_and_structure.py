@@ -52,6 +52,16 @@ def test_normalisation_as_published() -> None:
     assert not exact_match("beatles band", "beatles")
 
 
+@pytest.mark.parametrize("gold", ["A", "the", "+", "?"])
+def test_a_gold_answer_that_normalises_to_nothing_is_not_matched_by_nothing(gold: str) -> None:
+    """SQuAD's evaluation takes the answer "A" of a multiple choice away as an article, and holds "" for equal to it."""
+    assert exact_match(f" {gold.lower()} ", gold)
+    for other in ("", " ", "an", "-", "B", "..."):
+        assert not exact_match(other, gold)
+        assert token_f1(other, gold) == 0.0
+    assert exact_match("(A).", "A")
+
+
 @pytest.mark.parametrize(
     ("answer", "gold", "closed", "f1"),
     [
@@ -64,7 +74,8 @@ def test_normalisation_as_published() -> None:
         ("yes it is", "yes", False, 0.5),
         ("yes", "yes it is", True, 0.0),
         ("", "", True, 1.0),
-        ("the", "a", True, 1.0),
+        ("the", "a", True, 0.0),
+        ("the", "The.", True, 1.0),
         ("", "red", True, 0.0),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory, base_tokenizer: Any) -> Pat
 def values(results: list[Score | Failure]) -> list[float]:
     assert all(isinstance(result, Score) for result in results), results
     return [result.value for result in results if isinstance(result, Score)]
+
+
+def test_a_tokenizer_may_allow_less_than_the_model_has_positions_for(tmp_path: Path, base_tokenizer: Any) -> None:
+    """RoBERTa has 514 positions for 512 tokens; the 513th failed inside of the model, and with it the whole batch."""
+    save_model(tmp_path, base_tokenizer, ["reward"])
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 40}))
+    short, long = RewardModel(tmp_path).verify_batch(["Up", "Up " * 60], TASKS[:2])
+    assert isinstance(short, Score)
+    assert isinstance(long, Failure) and "model of 40" in long.message
 
 
 def test_batches_rate_as_single_texts_do(folder: Path) -> None:

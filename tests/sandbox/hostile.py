@@ -1,8 +1,9 @@
 """Programs that mean harm. Each prints HARM if it got what it wanted, and is bounded by itself, too.
 
 ``FILE`` is a file of the host that everybody may read, ``FOLDER`` one that everybody may write to, ``PORT`` and
-``SOCKET`` are listened on by the host, ``HOST`` is the number of the host's process. ``gaps`` names the levels that do
-not stop a program, and why.
+``SOCKET`` are listened on by the host, ``DATAGRAMS`` is a socket of the host for datagrams, ``SHARED`` the number of
+shared memory that everybody may use, ``HOST`` the number of the host's process. ``gaps`` names the levels that do not
+stop a program, and why.
 """
 
 from __future__ import annotations
@@ -191,6 +192,19 @@ print("HARM" + open("hard").read())
     Hostile("climbing_out_by_dots", "print('HARM' + open('../' * 20 + FILE).read())", (Outcome.RAISED,), gaps=_FILES),
     Hostile("listing_a_folder_of_the_host", "import os\nprint('HARM', os.listdir(FOLDER))", (Outcome.RAISED,),
             gaps=_FILES),
+    Hostile("changing_what_is_known_of_a_file", """
+import os
+before = os.stat(FILE) if os.path.exists(FILE) else None
+for change in (lambda: os.chmod(FILE, 0o600), lambda: os.utime(FILE, (0, 0)), lambda: os.setxattr(FILE, "user.a", b"b"),
+               lambda: os.truncate(FILE, 14)):
+    try: change()
+    except OSError: pass
+if before:
+    after = os.stat(FILE)
+    if (before.st_mode, before.st_mtime, before.st_ctime) != (after.st_mode, after.st_mtime, after.st_ctime):
+        print("HARM")
+        os.chmod(FILE, 0o644)
+""", RAN, same_user=True),
     Hostile("changing_the_library", """
 import os, json
 with open(json.__file__, "a") as file: pass
@@ -232,6 +246,12 @@ import socket
 socket.socket(socket.AF_UNIX).connect(SOCKET)
 print("HARM")
 """, (Outcome.RAISED,)),
+    Hostile("a_datagram_from_a_pair_of_sockets", """
+import socket
+one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+one.sendto(b"HARM", DATAGRAMS)
+print("HARM")
+""", (Outcome.RAISED,)),
     Hostile("sockets_of_the_kernel", _LIBC + """
 for family, kind in ((16, 3), (17, 3), (38, 5), (40, 1)): harmful(family, libc.socket(family, kind, 0))
 """, RAN),
@@ -250,6 +270,19 @@ import os, signal
 signal.pidfd_send_signal(os.pidfd_open(HOST), 0)
 print("HARM")
 """, (Outcome.RAISED,)),
+    Hostile("signals_to_the_owner_of_a_descriptor", """
+import fcntl, os
+read, write = os.pipe()
+for change in ((fcntl.F_SETOWN, os.getppid()), (fcntl.F_SETSIG, 9)):
+    try: fcntl.fcntl(read, *change)
+    except OSError: continue
+    print("HARM")
+""", RAN),
+    Hostile("shared_memory_of_the_host", _LIBC + """
+libc.shmat.restype = ctypes.c_ssize_t
+harmful("attached", libc.shmat(SHARED, None, 0))
+harmful("looked at", libc.shmctl(SHARED, 2, bytes(200)))
+""", RAN),
     Hostile("limits_of_others", """
 import os, resource
 for pid in (HOST, os.getppid()):

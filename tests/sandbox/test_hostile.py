@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import sys
@@ -39,6 +40,12 @@ class Host:
         self.local.bind(str(self.folder / "socket"))
         os.chmod(self.folder / "socket", 0o777)
         self.local.listen()
+        self.datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.datagrams.bind(str(self.folder / "datagrams"))
+        self.datagrams.setblocking(False)
+        os.chmod(self.folder / "datagrams", 0o777)
+        self.libc = ctypes.CDLL(None)
+        self.shared = self.libc.shmget(0, 4096, 0o1666)  # IPC_PRIVATE, IPC_CREAT
         for server in (self.server, self.local):
             threading.Thread(target=self._accept, args=(server,), daemon=True).start()
 
@@ -48,13 +55,16 @@ class Host:
             "FOLDER": str(self.folder),
             "PORT": self.server.getsockname()[1],
             "SOCKET": str(self.folder / "socket"),
+            "DATAGRAMS": str(self.folder / "datagrams"),
+            "SHARED": self.shared,
             "HOST": os.getpid(),
         }
         return "".join(f"{name} = {value!r}\n" for name, value in values.items())
 
     def close(self) -> None:
-        for server in (self.server, self.local):
+        for server in (self.server, self.local, self.datagrams):
             server.close()
+        self.libc.shmctl(self.shared, 0, None)  # IPC_RMID
 
     def _accept(self, server: socket.socket) -> None:
         while True:
@@ -105,11 +115,13 @@ def test_a_hostile_program(pool: InterpreterPool, host: Host, program: Hostile) 
     # Nothing stays: no process, no file outside, no connection, no change for the next episode.
     assert eventually(lambda: below(pool) == idle_processes(pool)), "a process is left"
     assert host.file.read_text() == "the host's own"
-    left = sorted(set(os.listdir(host.folder)) - {"socket"})
+    left = sorted(set(os.listdir(host.folder)) - {"socket", "datagrams"})
     for name in left:
         (host.folder / name).unlink()
     assert not left or program.succeeds(pool.isolation)
     assert host.reached == []
+    with pytest.raises(BlockingIOError):
+        host.datagrams.recv(100)
     assert threading.active_count() <= handlers + 1
     with pool.interpreter() as fresh:
         assert fresh.run("kept").outcome is Outcome.RAISED

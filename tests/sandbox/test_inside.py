@@ -149,9 +149,12 @@ def test_exact_types() -> None:
 # The filter of system calls
 
 
-def verdict(machine: str, number: int, arguments: tuple[int, ...] = (), *, signals: bool = False, arch: int = 0) -> int:
+def verdict(
+    machine: str, number: int, arguments: tuple[int, ...] = (), *, signals: bool = False, attributes: bool = False,
+    arch: int = 0,
+) -> int:  # fmt: skip
     """What the filter says of a call, by running its instructions as the kernel would."""
-    lines = seccomp.program(machine, 77, own_signals_only=signals)
+    lines = seccomp.program(machine, 77, own_signals_only=signals, keep_attributes=attributes)
     data = {0: number, 4: arch or seccomp._ARCHITECTURES[machine]}
     data |= {16 + 8 * index: value & 0xFFFF_FFFF for index, value in enumerate((*arguments, *[0] * 6)[:6])}
     at, accumulator = 0, 0
@@ -178,7 +181,7 @@ def refused(number: int) -> int:
 def test_denied_calls_are_refused_and_others_pass(machine: str) -> None:
     column = list(seccomp._ARCHITECTURES).index(machine)
     denied = {numbers[column] for numbers in seccomp.DENIED.values() if numbers[column] is not None}
-    special = {numbers[column] for numbers in (seccomp._SOCKET, seccomp._CLONE3)}
+    special = {numbers[column] for numbers in (seccomp._SOCKET, seccomp._CLONE3, seccomp._SOCKETPAIR)}
     for number in range(470):
         said = verdict(machine, number)
         if number in denied:
@@ -206,6 +209,25 @@ def test_calls_that_depend_on_their_arguments(machine: str) -> None:
     assert verdict(machine, kill, (1, 9), signals=True) == refused(errno.EPERM)
     assert verdict(machine, kill, (0xFFFF_FFFF, 9), signals=True) == refused(errno.EPERM)
     assert verdict(machine, kill, (77, 9), signals=True) == ALLOWED
+    pair, fcntl = seccomp._SOCKETPAIR[column], seccomp._FCNTL[column]
+    for kind, said in ((1, ALLOWED), (0x8_0801, ALLOWED), (2, refused(errno.EPERM)), (0x8_0002, refused(errno.EPERM))):
+        assert verdict(machine, pair, (1, kind)) == said, "of sockets only streams in pairs"
+    assert verdict(machine, pair, (16, 1)) == refused(errno.EPERM)
+    for command in range(16):
+        owner = command in (8, 10, 15)
+        assert verdict(machine, fcntl, (3, command)) == (refused(errno.EPERM) if owner else ALLOWED)
+    assert verdict(machine, ioctl, (0, 0x8901)) == verdict(machine, ioctl, (0, 0x8902)) == refused(errno.EPERM)
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_attributes_of_files_stay_only_where_that_is_asked_for(machine: str) -> None:
+    column = list(seccomp._ARCHITECTURES).index(machine)
+    for calls, answer in ((seccomp._ATTRIBUTES, errno.EPERM), (seccomp._MODES_AND_TIMES, 0)):
+        for numbers in calls.values():
+            number = numbers[column]
+            if number is not None:
+                assert verdict(machine, number, attributes=True) == refused(answer)
+                assert verdict(machine, number) == ALLOWED
 
 
 def test_the_other_convention_of_the_same_processor_is_shut() -> None:

@@ -228,6 +228,19 @@ def test_a_fork_that_fails_costs_one_cell_and_not_the_zygote(
     assert "a cell was not made" in capfd.readouterr().err
 
 
+def test_interpreters_that_died_while_they_waited_are_not_handed_out(own_pool: InterpreterPool) -> None:
+    with InterpreterPool(4, isolation=own_pool.isolation, python=python_for(own_pool.isolation), spare=3) as pool:
+        assert eventually(lambda: len(below(pool) - idle_processes(pool)) >= 6)
+        for pid in below(pool) - idle_processes(pool):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        assert eventually(lambda: not any(cell.alive for cell in pool._spare))
+        for _ in range(4):
+            with pool.interpreter() as it:
+                assert it.run("1 + 1").output == "2\n"
+        assert pool.restarts == 0
+
+
 def test_the_clock_of_the_host_ends_a_call_whose_warden_does_not(
     own_pool: InterpreterPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,3 +290,23 @@ def test_a_limit_on_memory_is_beyond_the_bare_interpreter(pool: InterpreterPool)
     with pool.interpreter() as it:
         assert it.run(f"x = bytearray({100 * MIB}); len(x)").output == f"{100 * MIB}\n"
         assert it.run(f"y = bytearray({100 * MIB})").outcome is Outcome.MEMORY
+
+
+def test_no_file_stays_behind_a_closed_folder(pool: InterpreterPool) -> None:
+    with pool.interpreter() as episode:
+        assert episode.run("import os\nos.makedirs('a/b'); open('a/b/c', 'w').close()\nos.chmod('a', 0)").error is None
+    scratch = pool._zygote._scratch
+    assert not scratch or eventually(lambda: os.listdir(scratch) == [])
+
+
+def test_what_programs_do_every_day_is_not_kept_from_them(pool: InterpreterPool) -> None:
+    with pool.interpreter() as episode:
+        result = episode.run(
+            "import asyncio, multiprocessing, shutil, subprocess\n"
+            "open('a', 'w').write('x')\n"
+            "shutil.copy2('a', 'b'); shutil.copytree('.', 'c')\n"
+            "one, other = multiprocessing.Pipe()\n"
+            "one.send(asyncio.run(asyncio.sleep(0, 'slept')))\n"
+            "open('b').read() + open('c/b').read(), other.recv()"
+        )
+    assert result.output == "('xx', 'slept')\n", result

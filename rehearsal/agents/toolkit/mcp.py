@@ -29,6 +29,13 @@ _GRACE = 1.0
 _START_TRIES = 3
 """How often a server that was there before is started again where it ends at once."""
 _ENDED = "the server of this tool has ended"
+_LOST = {(-32000, "Connection closed"), (-32600, "Session terminated")}
+"""What the SDK says where the connection is gone, or a server over HTTP has forgotten it."""
+_SAYS_MORE = frozenset({
+    "additionalProperties", "allOf", "anyOf", "dependentSchemas", "if", "oneOf", "patternProperties", "$ref",
+    "unevaluatedProperties",
+})  # fmt: skip
+"""Keywords of a JSON schema that may allow arguments beside those that ``properties`` lists."""
 
 
 class Mcp(ToolSource):
@@ -62,6 +69,8 @@ class Mcp(ToolSource):
         self._seconds = real_number("start_timeout", start_timeout, 0.01, 3600)
         self._lock = threading.Lock()
         self._shared: _Connection | None = None
+        self._attempt: Future[_Connection] | None = None
+        self._closings = 0
         connection = self._connect()
         if per_episode:
             connection.close()  # it was there to see that it works
@@ -71,19 +80,45 @@ class Mcp(ToolSource):
     def open(self) -> Sequence[Tool]:
         if self._per_episode:
             connection = self._connect()
-            return self._tools(connection, connection.close)
-        with self._lock:
-            if self._shared is None or not self._shared.alive:
-                # A server that ended is started again for the next episode; calls on the way failed and were counted.
-                self._shared = self._connected_again()
-            return self._tools(self._shared, None)
+            return self._tools(connection, connection.close)  # _connect has seen that they can be made
+        return self._tools(self._present(), None)
 
     def close(self) -> None:
         with self._lock:
-            if self._shared is not None:
-                self._shared.close()
-                self._shared.join()
-                self._shared = None
+            self._closings += 1
+            shared, self._shared = self._shared, None
+        if shared is not None:
+            shared.close()
+            shared.join()
+
+    def _present(self) -> _Connection:
+        """The connection that all episodes share.
+
+        A server that ended is started again for the next episode; calls on the way failed and were counted. Episodes
+        that begin meanwhile wait for the one attempt and share its failure: if each tried for itself, one after the
+        other, those whose time is over would hold up those that come.
+        """
+        with self._lock:
+            if self._shared is not None and self._shared.alive:
+                return self._shared
+            attempt, mine = self._attempt or Future(), self._attempt is None
+            self._attempt, closings = attempt, self._closings
+        if mine:
+            try:
+                connection = self._connected_again()
+            except BaseException as error:
+                with self._lock:
+                    self._attempt = None
+                attempt.set_exception(error)
+            else:
+                with self._lock:
+                    self._attempt = None
+                    if self._closings > closings:  # nobody will close it later
+                        connection.close()
+                    else:
+                        self._shared = connection
+                attempt.set_result(connection)
+        return attempt.result()
 
     def _connected_again(self) -> _Connection:
         for tries_left in reversed(range(_START_TRIES)):
@@ -102,6 +137,11 @@ class Mcp(ToolSource):
             connection.close()
             wanted = missing[0] if missing else "at all"
             raise ToolError(f"The MCP server {self._told} has no tool {wanted}; it has: {', '.join(names) or 'none'}.")
+        try:
+            self._tools(connection, None)
+        except ToolError:
+            connection.close()
+            raise
         return connection
 
     def _tools(self, connection: _Connection, close: Callable[[], None] | None) -> list[Tool]:
@@ -154,8 +194,10 @@ class _Connection:
         except Exception as error:
             self.close()
             what = f"did not answer within {seconds:g} s" if isinstance(error, TimeoutError) else _first(error)
-            kind = _EndedError if _has_ended(error) else ToolError
-            raise kind(f"The MCP server {told} cannot be used: {what}{self._last_words()}.") from error
+            what += self._last_words()
+            self._errors.close()
+            kind = _EndedError if _ended_at_once(error) else ToolError
+            raise kind(f"The MCP server {told} cannot be used: {what}.") from error
 
     @property
     def alive(self) -> bool:
@@ -172,7 +214,8 @@ class _Connection:
             calling.close()
             raise ToolFailure(_ENDED) from error
         # An answer that the thread left behind as it ended would never come.
-        wait([answer, self._ended], return_when=FIRST_COMPLETED)
+        either: list[Future[Any]] = [answer, self._ended]
+        wait(either, return_when=FIRST_COMPLETED)
         if not answer.done() or answer.cancelled():
             answer.cancel()
             raise ToolFailure(_ENDED)
@@ -197,7 +240,10 @@ class _Connection:
         finally:
             with contextlib.suppress(Exception):
                 self._loop.run_until_complete(_end_others())
+                self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
+            if self._begun.exception() is None:
+                self._errors.close()
             self._ended.set_result(None)
 
     async def _live(self) -> None:
@@ -263,14 +309,18 @@ async def _list(client: Any) -> list[dict[str, Any]]:
 
 def _checker(schema: dict[str, Any]) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
     """Checks arguments by a JSON schema, so that what is wrong is told as it is for other tools."""
-    from jsonschema import Draft202012Validator, SchemaError
+    import referencing
+    from jsonschema import Draft202012Validator
 
-    validator = Draft202012Validator(schema)
+    # An empty registry: without one the library would fetch what a schema refers to.
+    validator: Any = Draft202012Validator(schema, registry=referencing.Registry())
+    # Names that are not listed may still be meant where something else than the list can allow them.
+    names = None if _SAYS_MORE & schema.keys() else schema.get("properties")
 
     def check(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
             problems = sorted(validator.iter_errors(dict(arguments)), key=lambda problem: list(map(str, problem.path)))
-        except SchemaError:  # the server knows what it meant, and checks for itself
+        except Exception:  # a schema that is none; the server knows what it meant, and checks for itself
             return arguments
         if problems:
             told = []
@@ -278,8 +328,8 @@ def _checker(schema: dict[str, Any]) -> Callable[[Mapping[str, Any]], Mapping[st
                 where = ".".join(str(part) for part in problem.absolute_path)
                 told.append(f"{where}: {problem.message}"[:_MAX_PROBLEM] if where else problem.message[:_MAX_PROBLEM])
             raise ArgumentError("; ".join(told))
-        unknown = [name for name in arguments if name not in schema.get("properties", {})]
-        if unknown and "additionalProperties" not in schema and "patternProperties" not in schema:
+        unknown = [name for name in arguments if names is not None and name not in names]
+        if unknown:
             raise ArgumentError(f"there is no argument {unknown[0][:60]}")
         return arguments
 
@@ -297,7 +347,10 @@ def _text_of(result: Any) -> str:
 
 
 def _stdio(command: str | Sequence[str], env: Mapping[str, str] | None) -> Any:
-    words = shlex.split(command) if isinstance(command, str) else [str(word) for word in command]
+    try:
+        words = shlex.split(command) if isinstance(command, str) else [str(word) for word in command]
+    except ValueError as error:
+        raise ToolError(f"The command that starts an MCP server cannot be read ({error}): {command}.") from error
     if not words:
         raise ToolError("The command that starts an MCP server is empty.")
     return _sdk().StdioServerParameters(
@@ -313,7 +366,14 @@ def _sdk() -> Any:
     return mcp
 
 
-def _has_ended(error: BaseException) -> bool:
+def _has_ended(error: Any) -> bool:
+    """Whether an error says that the connection is gone. Servers use the same numbers for errors of their own, and may
+    say of anything that it is closed."""
+    return (error.code, error.message) in _LOST
+
+
+def _ended_at_once(error: BaseException) -> bool:
+    """Whether a server that was just started has ended again, by what the SDK says of it."""
     return "closed" in _first(error).casefold()
 
 

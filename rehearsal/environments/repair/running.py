@@ -135,8 +135,9 @@ def _result(said: CallResult) -> dict[str, Any] | None:
     if said.outcome not in (Outcome.FINISHED, Outcome.OUTPUT) or not isinstance(said.value, dict):
         return None
     result = said.value.get("result")
-    known = isinstance(result, dict) and {"answers", "late", "spent"} <= result.keys()
-    return result if known and isinstance(result["answers"], list) else None
+    if not isinstance(result, dict) or not {"answers", "late", "spent"} <= result.keys():
+        return None
+    return result if isinstance(result["answers"], list) else None
 
 
 def _read(answers: Sequence[Any], count: int, missing: str) -> Run:

@@ -32,8 +32,14 @@ _X32 = 0x4000_0000
 
 _NAMESPACES = 0x7E02_0000
 """The flags of clone(2) that make namespaces."""
-_TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
-"""Input pushed back into a terminal is read by whoever reads that terminal next."""
+_TIOCSTI, _TIOCLINUX, _FIOSETOWN, _SIOCSPGRP = 0x5412, 0x541C, 0x8901, 0x8902
+"""Requests of ioctl(2): input pushed back into a terminal is read by whoever reads that terminal next, and the owner of
+a descriptor is sent signals."""
+_F_SETOWN, _F_SETSIG, _F_SETOWN_EX = 8, 10, 15
+"""Commands of fcntl(2): the kernel sends any signal, SIGKILL too, to whoever is named as a descriptor's owner."""
+_AF_UNIX = 1
+_STREAMS = tuple(1 | flags for flags in (0, 0x800, 0x8_0000, 0x8_0800))
+"""SOCK_STREAM, with and without SOCK_NONBLOCK and SOCK_CLOEXEC."""
 
 # name: (number on x86-64, number on aarch64); None where a processor does not have it.
 DENIED: dict[str, tuple[int | None, int | None]] = {
@@ -64,9 +70,26 @@ DENIED: dict[str, tuple[int | None, int | None]] = {
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "semget": (64, 190),
     "msgget": (68, 186), "mq_open": (240, 180), "mbind": (237, 235), "set_mempolicy": (238, 237),
     "set_mempolicy_home_node": (450, 450),
+    # what the user's other processes share by numbers that can be guessed
+    "shmat": (30, 196), "shmctl": (31, 195), "semop": (65, 193), "semtimedop": (220, 192), "semctl": (66, 191),
+    "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187), "mq_unlink": (241, 181),
 }  # fmt: skip
 
+# What Landlock does not keep from files that it closes (landlock(7), "Current limitations"); truncate before Linux 6.2.
+_ATTRIBUTES: dict[str, tuple[int | None, int | None]] = {
+    "chown": (92, None), "lchown": (94, None), "fchown": (93, 55), "fchownat": (260, 54), "setxattr": (188, 5),
+    "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463), "removexattr": (197, 14),
+    "lremovexattr": (198, 15), "fremovexattr": (199, 16), "removexattrat": (466, 466), "file_setattr": (469, 469),
+    "truncate": (76, 45),
+}  # fmt: skip
+_MODES_AND_TIMES: dict[str, tuple[int | None, int | None]] = {
+    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "utime": (132, None),
+    "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88),
+}  # fmt: skip
+"""These change nothing and say that they did, since every copy of a file sets them and would fail otherwise."""
+
 _SOCKET, _CLONE, _CLONE3, _IOCTL = (41, 198), (56, 220), (435, 435), (16, 29)
+_SOCKETPAIR, _FCNTL = (53, 199), (72, 25)
 _ABOUT_ITSELF = {"prlimit64": (302, 261), "sched_setaffinity": (203, 122)}
 """Calls whose first argument names a process; 0 is the caller."""
 _SIGNALS = {"kill": (62, 129), "tgkill": (234, 131)}
@@ -77,7 +100,7 @@ def is_known() -> bool:
     return platform.machine() in _ARCHITECTURES and struct.calcsize("P") == 8
 
 
-def program(machine: str, own_pid: int, *, own_signals_only: bool) -> list[Instruction]:
+def program(machine: str, own_pid: int, *, own_signals_only: bool, keep_attributes: bool) -> list[Instruction]:
     """The filter's instructions.
 
     Args:
@@ -85,6 +108,7 @@ def program(machine: str, own_pid: int, *, own_signals_only: bool) -> list[Instr
         own_pid: of the process that will install it.
         own_signals_only: only this process and its own process group may be sent signals. Where there is a namespace of
             processes, nobody else can be named anyway.
+        keep_attributes: owners, modes, times and extended attributes of files stay as they are, whoever owns them.
     """
     column = list(_ARCHITECTURES).index(machine)
     lines: list[Instruction] = [
@@ -95,33 +119,37 @@ def program(machine: str, own_pid: int, *, own_signals_only: bool) -> list[Instr
     ]
     if machine == "x86_64":
         lines += [(_AT_LEAST, 0, 1, _X32), _refuse(errno.ENOSYS)]
-    for numbers in DENIED.values():
+    answers = dict.fromkeys(DENIED.values(), errno.EPERM)
+    if keep_attributes:
+        answers |= dict.fromkeys(_ATTRIBUTES.values(), errno.EPERM) | dict.fromkeys(_MODES_AND_TIMES.values(), 0)
+    for numbers, answer in answers.items():
         number = numbers[column]
         if number is not None:
-            lines += [(_EQUAL, 0, 1, number), _refuse(errno.EPERM)]
-    # socketpair(2) stays: it reaches nobody else, and asyncio wakes itself up through one.
+            lines += [(_EQUAL, 0, 1, number), _refuse(answer)]
     lines += [(_EQUAL, 0, 1, _SOCKET[column]), _refuse(errno.EACCES)]
+    # socketpair(2) stays: a pair of streams reaches nobody else, and asyncio wakes itself up through one. A socket of a
+    # pair for datagrams could still send to any other in the file system.
+    pair = [_argument(0), *_refused_unless(_AF_UNIX), _argument(1), *_refused_unless(*_STREAMS)]
+    lines += _guarded(_SOCKETPAIR[column], pair)
+    lines += _guarded(_FCNTL[column], [_argument(1), *_refused_if(_F_SETOWN, _F_SETSIG, _F_SETOWN_EX)])
     # The flags of clone3 lie in memory, where a filter cannot look; libraries fall back to clone.
     lines += [(_EQUAL, 0, 1, _CLONE3[column]), _refuse(errno.ENOSYS)]
     lines += _guarded(_CLONE[column], [_argument(0), (_ANY_BIT, 0, 1, _NAMESPACES), _refuse(errno.EPERM)])
-    lines += _guarded(
-        _IOCTL[column],
-        [_argument(1), (_EQUAL, 1, 0, _TIOCSTI), (_EQUAL, 0, 1, _TIOCLINUX), _refuse(errno.EPERM)],
-    )
+    requests = _refused_if(_TIOCSTI, _TIOCLINUX, _FIOSETOWN, _SIOCSPGRP)
+    lines += _guarded(_IOCTL[column], [_argument(1), *requests])
     about_itself = dict(_ABOUT_ITSELF) | (_SIGNALS if own_signals_only else {})
     for both in about_itself.values():
-        only = [_argument(0), (_EQUAL, 2, 0, 0), (_EQUAL, 1, 0, own_pid), _refuse(errno.EPERM)]
-        lines += _guarded(both[column], only)
+        lines += _guarded(both[column], [_argument(0), *_refused_unless(0, own_pid)])
     return [*lines, (_RETURN, 0, 0, _ALLOW)]
 
 
-def install(*, own_signals_only: bool) -> None:
+def install(*, own_signals_only: bool, keep_attributes: bool) -> None:
     """Put this process, and all that it will start, behind the filter.
 
     Raises:
         OSError: if the kernel does not do it.
     """
-    lines = program(platform.machine(), os.getpid(), own_signals_only=own_signals_only)
+    lines = program(platform.machine(), os.getpid(), own_signals_only=own_signals_only, keep_attributes=keep_attributes)
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines))
     head = struct.pack("HxxxxxxP", len(lines), ctypes.addressof(code))  # struct sock_fprog
     libc.prctl(libc.PR_SET_NO_NEW_PRIVS, 1)
@@ -135,6 +163,18 @@ def _refuse(number: int) -> Instruction:
 def _argument(index: int) -> Instruction:
     """Load the lower half of an argument; both processors keep it first."""
     return (_LOAD, 0, 0, _ARGUMENTS_AT + 8 * index)
+
+
+def _refused_if(*values: int) -> list[Instruction]:
+    """Refuse the call if what was loaded is one of these."""
+    tests = [(_EQUAL, len(values) - place, 0, value) for place, value in enumerate(values[:-1], 1)]
+    return [*tests, (_EQUAL, 0, 1, values[-1]), _refuse(errno.EPERM)]
+
+
+def _refused_unless(*values: int) -> list[Instruction]:
+    """Refuse the call if what was loaded is none of these."""
+    tests = [(_EQUAL, len(values) - place, 0, value) for place, value in enumerate(values)]
+    return [*tests, _refuse(errno.EPERM)]
 
 
 def _guarded(number: int, body: list[Instruction]) -> list[Instruction]:

@@ -116,7 +116,8 @@ def restrain(limits: dict[str, Any], *, nested: bool, allowed: tuple[Sequence[st
     if allowed is not None:
         landlock.restrict(*allowed)
     if seccomp.is_known():
-        seccomp.install(own_signals_only=not nested and not (allowed is not None and landlock.keeps_signals()))
+        keeps_signals = nested or (allowed is not None and landlock.keeps_signals())
+        seccomp.install(own_signals_only=not keeps_signals, keep_attributes=allowed is not None)
 
 
 def _own_users(user: int, group: int, inside: int) -> None:

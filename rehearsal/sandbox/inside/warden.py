@@ -147,7 +147,7 @@ class Warden:
         finally:
             self._end_everything()
             if not self._nested:
-                shutil.rmtree(self._scratch, ignore_errors=True)
+                _remove(self._scratch)
 
     # --- what the host asks for ---------------------------------------------------------------------------------------
 
@@ -396,6 +396,17 @@ def _file_of(content: bytes) -> int:
         view = view[os.write(descriptor, view) :]
     os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor
+
+
+def _remove(folder: str) -> None:
+    """Remove a folder, also where folders in it were closed to their owner. Nobody is left who could change them."""
+    for path, names, _ in os.walk(folder):
+        for name in names:
+            inner = os.path.join(path, name)
+            if not os.path.islink(inner):
+                with contextlib.suppress(OSError):
+                    os.chmod(inner, 0o700)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _place(descriptors: list[int]) -> None:
