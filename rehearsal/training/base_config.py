@@ -69,6 +69,9 @@ SCENES = (
     Scene("rehearsal.training.base_scenes:MadeUpBandit", {}, 12.0),
     Scene("countdown", {}, 14.0, rehearse=0.1),
     Scene("helpdesk", _KNOWN, 20.0, _CAREFUL, rehearse=0.7),
+    Scene(
+        "rehearsal.training.base_scenes:Recite", {}, 45.0, {"oracle": 1.0, "wavering": 0.0, "blind": 0.0, "random": 0.0}
+    ),
     Scene("calculate", {}, 7.0, {**_ASKING, "calls": 0.35}, tools=("calculator",)),
     Scene("calculate", {"terms": 2, "digits": 2}, 3.0, {**_ASKING, "calls": 0.35}, tools=("calculator",)),
     Scene("calculate", {"terms": 2, "digits": 2}, 2.0, _ASKING),
