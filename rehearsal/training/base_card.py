@@ -17,8 +17,8 @@ training with rewards is to add.
 
 ## What it is
 
-- Architecture: Qwen3 (transformers), {layers} layers of width {hidden}, {heads} query heads of width {head_dim}, one
-  key/value head, feed-forward width {mlp}, tied embeddings, {positions:,} positions, float32.
+- Architecture: Qwen3 (transformers), {layers} layers of width {hidden}, {heads} query heads of width {head_dim},
+  {kv_heads} key/value heads, feed-forward width {mlp}, tied embeddings, {positions:,} positions, float32.
 - Tokenizer: byte-level BPE with {vocabulary:,.0f} tokens; digits and the symbols of grids are tokens of their own, and
   any text can be spelled. Chat format: ChatML. System prompt and first observation of FrozenLake take
   {opening_tokens:.0f} tokens.
@@ -98,6 +98,7 @@ def model_card(config: BaseConfig, figures: Mapping[str, float]) -> str:
         layers=config.layers,
         hidden=config.hidden,
         heads=config.heads,
+        kv_heads=config.kv_heads,
         head_dim=config.head_dim,
         mlp=config.mlp,
         positions=config.max_positions,

@@ -70,7 +70,10 @@ SCENES = (
     Scene("countdown", {}, 14.0, rehearse=0.1),
     Scene("helpdesk", _KNOWN, 20.0, _CAREFUL, rehearse=0.7),
     Scene(
-        "rehearsal.training.base_scenes:Recite", {}, 45.0, {"oracle": 1.0, "wavering": 0.0, "blind": 0.0, "random": 0.0}
+        "rehearsal.training.base_scenes:Recite",
+        {},
+        120.0,
+        {"oracle": 1.0, "wavering": 0.0, "blind": 0.0, "random": 0.0},
     ),
     Scene("calculate", {}, 7.0, {**_ASKING, "calls": 0.35}, tools=("calculator",)),
     Scene("calculate", {"terms": 2, "digits": 2}, 3.0, {**_ASKING, "calls": 0.35}, tools=("calculator",)),
@@ -89,7 +92,9 @@ class BaseConfig:
     Attributes:
         hidden: width of the model.
         layers: decoder layers.
-        heads: query heads; they share one key/value head.
+        heads: query heads.
+        kv_heads: key/value heads, which the query heads share evenly. With a single one a small model takes about half
+            as many steps again to learn to copy.
         head_dim: width of a head.
         mlp: width of the gated feed-forward layer.
         max_positions: tokens of context.
@@ -117,12 +122,13 @@ class BaseConfig:
     hidden: int = 128
     layers: int = 4
     heads: int = 4
+    kv_heads: int = 2
     head_dim: int = 32
     mlp: int = 384
     max_positions: int = 4096
     vocabulary: int = 1024
-    tokens: int = 24_000_000
-    tokens_per_step: int = 8192
+    tokens: int = 26_000_000
+    tokens_per_step: int = 4096
     learning_rate: float = 3e-3
     warmup: float = 0.03
     weight_decay: float = 0.1
@@ -138,10 +144,12 @@ class BaseConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        whole = ("hidden", "layers", "heads", "head_dim", "mlp", "max_positions", "tokenizer_episodes")
+        whole = ("hidden", "layers", "heads", "kv_heads", "head_dim", "mlp", "max_positions", "tokenizer_episodes")
         for name in (*whole, "heldout_episodes", "tokens_per_step"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.heads % self.kv_heads:
+            raise RecipeError(f"heads must be a multiple of kv_heads, not {self.heads} and {self.kv_heads}.")
         if self.head_dim % 2:
             raise RecipeError(f"head_dim must be even (positions are rotations of pairs), not {self.head_dim}.")
         if self.vocabulary < MIN_VOCABULARY:

@@ -39,7 +39,7 @@ OnStep = Callable[[int, float, float], None]
 
 
 def new_model(config: BaseConfig, tokenizer: Any) -> Qwen3ForCausalLM:
-    """A Qwen3 model (query and key norms, one key/value head, tied embeddings) with random weights, in float32."""
+    """A Qwen3 model (query and key norms, tied embeddings) with random weights, in float32."""
     # Small models learn faster from weights of about 1/sqrt(width) than from the usual 0.02.
     architecture = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -47,7 +47,7 @@ def new_model(config: BaseConfig, tokenizer: Any) -> Qwen3ForCausalLM:
         intermediate_size=config.mlp,
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
-        num_key_value_heads=1,
+        num_key_value_heads=config.kv_heads,
         head_dim=config.head_dim,
         max_position_embeddings=config.max_positions,
         tie_word_embeddings=True,

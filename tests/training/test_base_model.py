@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rehearsal.environments import make
 from rehearsal.environments.bandit import PAIRS
+from rehearsal.environments.check import check_env
 from rehearsal.environments.splits import content_split
 from rehearsal.errors import CheckpointError, RecipeError, RehearsalError, TrainingDiverged
 from rehearsal.models.chat import ANSWER_TAGS, ChatRenderer
@@ -227,6 +228,37 @@ def test_a_failure_in_the_background_is_told(tokenizer: Any) -> None:
         next(stream_transcripts(broken, tokenizer, background=True))
 
 
+def test_lines_to_recite_are_hardly_ever_the_same_twice() -> None:
+    env = make("rehearsal.training.base_scenes:Recite")
+    assert check_env(env).ok
+    lines: dict[str, set[str]] = {split: set() for split in ("train", "validation", "test")}
+    for split, seen in lines.items():
+        for seed in range(400):
+            line, _ = env.reset(seed=seed, options={"split": split})
+            (wanted,) = env.oracle()
+            asked = line.rpartition(" ")[2]
+            if line.endswith("?"):
+                assert f"{asked[:-1]}: {wanted}." in line
+            else:
+                assert wanted == line
+            assert env.step(wanted)[4]["success"]
+            seen.add(line)
+        assert len(seen) > 350
+    assert not lines["train"] & lines["validation"] | lines["train"] & lines["test"]
+
+
+def test_lookups_of_the_base_are_in_many_worlds() -> None:
+    env = make("rehearsal.training.base_scenes:LookupAnywhere", hops=1)
+    worlds = set()
+    for seed in range(60):
+        env.reset(seed=seed, options={"split": "train"})
+        title = env.describe()["documents"][0]
+        assert title in env.tools[1](title), "the tools read the world that was asked about"
+        worlds.add(env.world)
+    assert len(worlds) == env.WORLDS
+    assert 0 not in worlds, "which is the one that people train on"
+
+
 def test_transcripts_come_back_from_disk(tokenizer: Any, tmp_path: Path) -> None:
     source = TranscriptSource(TINY, tokenizer)
     trajectories = [source.episode(i)[0] for i in range(12)]
@@ -357,7 +389,7 @@ def test_what_another_configuration_left_is_not_taken_up(tmp_path: Path, tokeniz
 def test_only_what_is_said_done_and_seen_is_learnt(tokenizer: Any) -> None:
     """Held-out losses by kind, against the plain forward pass of the library."""
     model = new_model(TINY, tokenizer)
-    transcripts = list(islice(TranscriptSource(TINY, tokenizer).transcripts(), 6))
+    transcripts = list(islice(TranscriptSource(TINY, tokenizer).transcripts(), 24))
     sums: dict[str, list[float]] = {}
     for transcript in transcripts:
         ids = torch.from_numpy(transcript.token_ids.astype(np.int64))[None]
@@ -434,6 +466,7 @@ def test_options_by_name() -> None:
         ({"learning_rate": "fast"}, "must be a number"),
         ({"layers": True}, "whole number"),
         ({"scenes": 3}, "no option"),
+        ({"heads": 4, "kv_heads": 3}, "multiple of kv_heads"),
         ({"tokens": 5}, "at least tokens_per_step"),
         ({"head_dim": 15}, "even"),
         ({"warmup": 2.0}, "share"),
