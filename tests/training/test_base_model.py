@@ -408,11 +408,12 @@ def test_only_what_is_said_done_and_seen_is_learnt(tokenizer: Any) -> None:
 
 
 def test_weights_that_are_zero_teach_nothing(tokenizer: Any) -> None:
-    transcripts = list(islice(TranscriptSource(TINY, tokenizer).transcripts(), 60))
-    heldout = list(islice(TranscriptSource(TINY, tokenizer, "validation").transcripts(), 10))
+    lake = replace(TINY, scenes=(Scene("frozenlake"),))
+    transcripts = list(islice(TranscriptSource(lake, tokenizer).transcripts(), 60))
+    heldout = list(islice(TranscriptSource(lake, tokenizer, "validation").transcripts(), 10))
     losses = {}
     for weight in (0.0, 1.0):
-        config = replace(TINY, tokens=12_000, opening_weight=0.0, observation_weight=weight)
+        config = replace(lake, tokens=12_000, opening_weight=0.0, observation_weight=weight)
         model = new_model(config, tokenizer)
         train_base(model, config, iter(transcripts))
         losses[weight] = heldout_losses(model, heldout)
