@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections import Counter
@@ -54,7 +55,9 @@ class State:
     """What this process holds at a quiet moment.
 
     Attributes:
-        rss: bytes of memory, without what the allocator keeps for later (see :func:`give_back`).
+        rss: bytes of memory that this process occupies.
+        used: bytes of it that somebody holds, of the C library's allocator (see :func:`in_use`); and
+        blocks: of Python's own allocator, which takes what is small.
         each: by kind of process below this one, the mean memory in bytes, shared pages divided by their users. Not the
             sum: how many there are just now depends on what was killed last.
         below: bytes of all processes below together.
@@ -64,6 +67,8 @@ class State:
     """
 
     rss: int
+    used: int
+    blocks: int
     each: dict[str, float]
     below: int
     children: int
@@ -74,13 +79,13 @@ class State:
     @classmethod
     def now(cls, folder: Path) -> State:
         gc.collect()
-        give_back()
+        used = in_use()
         shares: dict[str, list[int]] = {}
         for pid, command in processes_below(os.getpid()).items():
             kind = next((name for name, known in KINDS.items() if known in command), "other")
             shares.setdefault(kind, []).append(share_of(pid))
         return cls(
-            memory("VmRSS"), {kind: statistics.fmean(found) for kind, found in shares.items()},
+            memory("VmRSS"), used, sys.getallocatedblocks(), {kind: statistics.fmean(found) for kind, found in shares.items()},
             sum(sum(found) for found in shares.values()), len(processes_below(os.getppid())) - 1,
             len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd")), len(list(folder.iterdir())),
         )  # fmt: skip
@@ -91,11 +96,29 @@ class State:
         return {name: max(0, getattr(self, name) - getattr(other, name)) for name in names}
 
 
-def give_back() -> None:
-    """Have glibc's allocator return the free pages that it keeps. With some dozens of threads it has as many heaps as
-    it may, which go on filling with holes for a thousand episodes without anything being kept."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
+class _Mallinfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks",
+                     "keepcost")
+    ]  # fmt: skip
+
+
+def in_use() -> int:
+    """Bytes that the C library's allocator has given out, by ``mallinfo2``; 0 where there is none.
+
+    Free pages are returned to the system first. What a process occupies grows beyond this: some dozens of threads have
+    as many heaps as there may be, and these go on filling with holes for more than a thousand episodes, although
+    nothing is kept.
+    """
+    try:
+        library = ctypes.CDLL(None)
+        library.malloc_trim(0)
+        library.mallinfo2.restype = _Mallinfo
+        found = library.mallinfo2()
+    except (AttributeError, OSError):
+        return 0
+    return int(found.uordblks + found.hblkhd)
 
 
 def share_of(pid: int) -> int:
