@@ -17,7 +17,7 @@ What must hold at the end:
   under a process that inherits them.
 - memory is flat: the upper end of the 95% interval of its slope over the second half of the rounds. ``used`` and
   ``blocks`` are what somebody holds in this process, by the C library's and by Python's own allocator: a leak of a
-  kilobyte an episode would show. ``rss`` is what it occupies, holes included. And the mean process of each kind below.
+  kilobyte an episode would show. ``rss`` is what it occupies, holes included. And the largest process of each kind below.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def figures_of(
     if len(warm) >= 3:
         measured = {name: [(count, float(getattr(state, name))) for count, state in warm] for name in ("rss", "used")}
         for kind in KINDS:
-            measured[kind] = [(count, state.each[kind]) for count, state in warm if state.each.get(kind)]
+            measured[kind] = [(count, float(state.each[kind])) for count, state in warm if state.each.get(kind)]
         for name, points in measured.items():
             if len(points) >= 3:
                 rise, half = slope([value / 1024 for _, value in points], [float(count) for count, _ in points])

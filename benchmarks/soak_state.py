@@ -23,6 +23,8 @@ from benchmarks.common import memory
 from rehearsal.sandbox.inside import processes
 
 _SECONDS_TO_SETTLE = 60.0
+_STARTED = 15.0
+"""Seconds after which a process has loaded its libraries."""
 _YOUNG = 10.0
 """Seconds for which the MCP server is left in peace, so that it gets to its feet."""
 KINDS = {
@@ -58,8 +60,8 @@ class State:
         rss: bytes of memory that this process occupies.
         used: bytes of it that somebody holds, of the C library's allocator (see :func:`in_use`); and
         blocks: of Python's own allocator, which takes what is small.
-        each: by kind of process below this one, the mean memory in bytes, shared pages divided by their users. Not the
-            sum: how many there are just now depends on what was killed last.
+        each: by kind of process below this one, bytes of the largest one that is not just starting, shared pages
+            divided by their users. Not the sum: how many there are just now depends on what was killed last.
         below: bytes of all processes below together.
         children: processes below this one and orphans of theirs.
         threads, descriptors: their numbers.
@@ -69,7 +71,7 @@ class State:
     rss: int
     used: int
     blocks: int
-    each: dict[str, float]
+    each: dict[str, int]
     below: int
     children: int
     threads: int
@@ -81,12 +83,15 @@ class State:
         gc.collect()
         used = in_use()
         shares: dict[str, list[int]] = {}
+        each: dict[str, int] = {}
         for pid, command in processes_below(os.getpid()).items():
             kind = next((name for name, known in KINDS.items() if known in command), "other")
             shares.setdefault(kind, []).append(share_of(pid))
+            if age(pid) > _STARTED:
+                each[kind] = max(each.get(kind, 0), shares[kind][-1])
         return cls(
-            memory("VmRSS"), used, sys.getallocatedblocks(), {kind: statistics.fmean(found) for kind, found in shares.items()},
-            sum(sum(found) for found in shares.values()), len(processes_below(os.getppid())) - 1,
+            memory("VmRSS"), used, sys.getallocatedblocks(), each, sum(sum(found) for found in shares.values()),
+            len(processes_below(os.getppid())) - 1,
             len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd")), len(list(folder.iterdir())),
         )  # fmt: skip
 
