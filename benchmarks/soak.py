@@ -16,8 +16,8 @@ What must hold at the end:
 - processes, threads, descriptors and files are what they were at the beginning. Orphans count too: the script runs
   under a process that inherits them.
 - memory is flat: the upper end of the 95% interval of its slope over the second half of the rounds. ``used`` and
-  ``blocks`` are what somebody holds in this process, by the C library's and by Python's own allocator: a leak of a
-  kilobyte an episode would show. ``rss`` is what it occupies, holes included. And the largest process of each kind below.
+  ``blocks`` are what somebody holds in this process, by the C library's and by Python's own allocator. ``rss`` is what
+  it occupies, holes included. And the largest process of each kind below this one.
 """
 
 from __future__ import annotations
