@@ -60,9 +60,9 @@ class State:
         rss: bytes of memory that this process occupies.
         used: bytes of it that somebody holds, of the C library's allocator (see :func:`in_use`); and
         blocks: of Python's own allocator, which takes what is small.
-        each: by kind of process below this one, bytes of the largest one that is not just starting, shared pages
-            divided by their users. Not the sum: how many there are just now depends on what was killed last.
-        below: bytes of all processes below together.
+        each: by kind of process below this one, bytes that the largest one occupies that is not just starting. Not the
+            sum: how many there are just now depends on what was killed last.
+        below: bytes of all processes below together, shared pages divided by their users.
         children: processes below this one and orphans of theirs.
         threads, descriptors: their numbers.
         files: in the folder for temporary files.
@@ -88,7 +88,7 @@ class State:
             kind = next((name for name, known in KINDS.items() if known in command), "other")
             shares.setdefault(kind, []).append(share_of(pid))
             if age(pid) > _STARTED:
-                each[kind] = max(each.get(kind, 0), shares[kind][-1])
+                each[kind] = max(each.get(kind, 0), share_of(pid, "Rss:"))
         return cls(
             memory("VmRSS"), used, sys.getallocatedblocks(), each, sum(sum(found) for found in shares.values()),
             len(processes_below(os.getppid())) - 1,
@@ -126,11 +126,11 @@ def in_use() -> int:
     return int(found.uordblks + found.hblkhd)
 
 
-def share_of(pid: int) -> int:
-    """Bytes of a process, shared pages divided by their users; 0 if it has ended."""
+def share_of(pid: int, which: str = "Pss:") -> int:
+    """Bytes of a process; 0 if it has ended. "Pss:" divides shared pages by their users, "Rss:" does not."""
     with contextlib.suppress(OSError):
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(which)), 0)
     return 0
 
 
