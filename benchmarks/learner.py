@@ -40,7 +40,7 @@ from rehearsal.models.load import Policy, load_policy
 from rehearsal.models.packing import PackItem, make_packs
 from rehearsal.rollout import tasks_of_step
 from rehearsal.training.learner import Learner
-from rehearsal.training.recipe import TrainingOptions
+from rehearsal.training.options import TrainingOptions
 from rehearsal.trajectory import Group
 
 MATRIX = 2048

@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections import Counter
@@ -22,6 +23,8 @@ from benchmarks.common import memory
 from rehearsal.sandbox.inside import processes
 
 _SECONDS_TO_SETTLE = 60.0
+_STARTED = 15.0
+"""Seconds after which a process has loaded its libraries."""
 _YOUNG = 10.0
 """Seconds for which the MCP server is left in peace, so that it gets to its feet."""
 KINDS = {
@@ -54,17 +57,21 @@ class State:
     """What this process holds at a quiet moment.
 
     Attributes:
-        rss: bytes of memory, without what the allocator keeps for later (see :func:`give_back`).
-        each: by kind of process below this one, the mean memory in bytes, shared pages divided by their users. Not the
+        rss: bytes of memory that this process occupies.
+        used: bytes of it that somebody holds, of the C library's allocator (see :func:`in_use`); and
+        blocks: of Python's own allocator, which takes what is small.
+        each: by kind of process below this one, bytes that the largest one occupies that is not just starting. Not the
             sum: how many there are just now depends on what was killed last.
-        below: bytes of all processes below together.
+        below: bytes of all processes below together, shared pages divided by their users.
         children: processes below this one and orphans of theirs.
         threads, descriptors: their numbers.
         files: in the folder for temporary files.
     """
 
     rss: int
-    each: dict[str, float]
+    used: int
+    blocks: int
+    each: dict[str, int]
     below: int
     children: int
     threads: int
@@ -74,14 +81,17 @@ class State:
     @classmethod
     def now(cls, folder: Path) -> State:
         gc.collect()
-        give_back()
+        used = in_use()
         shares: dict[str, list[int]] = {}
+        each: dict[str, int] = {}
         for pid, command in processes_below(os.getpid()).items():
             kind = next((name for name, known in KINDS.items() if known in command), "other")
             shares.setdefault(kind, []).append(share_of(pid))
+            if age(pid) > _STARTED:
+                each[kind] = max(each.get(kind, 0), share_of(pid, "Rss:"))
         return cls(
-            memory("VmRSS"), {kind: statistics.fmean(found) for kind, found in shares.items()},
-            sum(sum(found) for found in shares.values()), len(processes_below(os.getppid())) - 1,
+            memory("VmRSS"), used, sys.getallocatedblocks(), each, sum(sum(found) for found in shares.values()),
+            len(processes_below(os.getppid())) - 1,
             len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd")), len(list(folder.iterdir())),
         )  # fmt: skip
 
@@ -91,18 +101,36 @@ class State:
         return {name: max(0, getattr(self, name) - getattr(other, name)) for name in names}
 
 
-def give_back() -> None:
-    """Have glibc's allocator return the free pages that it keeps. With some dozens of threads it has as many heaps as
-    it may, which go on filling with holes for a thousand episodes without anything being kept."""
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
+class _Mallinfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks",
+                     "keepcost")
+    ]  # fmt: skip
 
 
-def share_of(pid: int) -> int:
-    """Bytes of a process, shared pages divided by their users; 0 if it has ended."""
+def in_use() -> int:
+    """Bytes that the C library's allocator has given out, by ``mallinfo2``; 0 where there is none.
+
+    Free pages are returned to the system first. What a process occupies grows beyond this: some dozens of threads have
+    as many heaps as there may be, and these go on filling with holes for more than a thousand episodes, although
+    nothing is kept.
+    """
+    try:
+        library = ctypes.CDLL(None)
+        library.malloc_trim(0)
+        library.mallinfo2.restype = _Mallinfo
+        found = library.mallinfo2()
+    except (AttributeError, OSError):
+        return 0
+    return int(found.uordblks + found.hblkhd)
+
+
+def share_of(pid: int, which: str = "Pss:") -> int:
+    """Bytes of a process; 0 if it has ended. "Pss:" divides shared pages by their users, "Rss:" does not."""
     with contextlib.suppress(OSError):
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(which)), 0)
     return 0
 
 

@@ -20,7 +20,7 @@ from rehearsal.generation.local import LocalEngine
 from rehearsal.generation.sampling import SamplingParams
 from rehearsal.rollout import Rollout, tasks_of_step
 from rehearsal.training.learner import Learner
-from rehearsal.training.recipe import TrainingOptions
+from rehearsal.training.options import TrainingOptions
 from rehearsal.trajectory import all_trajectories, rewards_matrix
 
 

@@ -37,8 +37,6 @@ from rehearsal.agents.toolbox import ToolSource
 from rehearsal.agents.toolkit.calculator import calculator
 from rehearsal.agents.tools import Tool, ToolFailure, tool_from
 from rehearsal.evaluation.statistics import mean_interval
-from rehearsal.rewards.turns import TurnCredits
-from rehearsal.trajectory import Group
 
 COMMON: dict[str, Any] = {
     "evaluation.every": 0, "diagnostics.every": 0, "diagnostics.gradients_every": 0, "engine.processes": 1,
@@ -70,13 +68,11 @@ ARMS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "abandoned_broken": ("calculate", _phases({}, {})),
     "abandoned_exploration": ("calculate", _phases({}, {"algorithm.options.entropy_coefficient": 0.01})),
     "abandoned_curriculum": ("calculate", _phases({"environment.params.terms": 3, "environment.params.digits": 3}, {})),
-    "abandoned_credit": ("calculate", _phases({}, {})),
+    "abandoned_credit": ("calculate", _phases({}, {"rewards.call": 0.1})),
     "abandoned_broken_lora": ("calculate", _phases({}, LORA)),
     "abandoned_world": ("calculate", _phases({}, {**LORA, "world.mode": "dual"})),
 }
 """Recipe and options of each part of a run, by arm."""
-CREDIT = TurnCredits(penalty=0.0, credit=0.1, gated=False)
-"""What the first call of an episode that told something earns in the arm ``credit``."""
 
 
 class Unreliable(ToolSource):
@@ -105,27 +101,12 @@ class Unreliable(ToolSource):
         return [self._tool]
 
 
-def give_credit(groups: Sequence[Group]) -> None:
-    """Add the credit to the rewards of these episodes."""
-    for trajectory in (trajectory for group in groups for trajectory in group):
-        told = [{"told"} if any(not call.error for call in turn.calls) else set() for turn in trajectory.turns]
-        credits_T = CREDIT([()] * len(told), told, bool(trajectory.success))
-        for turn, credit in zip(trajectory.turns, credits_T.tolist(), strict=True):
-            turn.penalty += credit
-
-
 def play(settings: Mapping[str, Any]) -> dict[str, Any]:
     """One arm and one seed: held-out success before and after, and success and use of tools by step."""
     import torch
 
-    from rehearsal.training.loop import Batch, Trainer
+    from rehearsal.training.loop import Trainer
     from rehearsal.training.recipe import resolve_recipe
-
-    class Credited(Trainer):
-        def play(self) -> Batch:
-            batch = super().play()
-            give_credit(batch.groups)
-            return batch
 
     torch.set_num_threads(int(settings["threads"]))
     policy = None
@@ -133,7 +114,7 @@ def play(settings: Mapping[str, Any]) -> dict[str, Any]:
     rows: list[Mapping[str, float]] = []
     for number, part in enumerate(settings["parts"]):
         recipe = resolve_recipe(settings["recipe"], {"seed": settings["seed"] + 1000 * number, **part})
-        trainer = (Credited if settings["credit"] else Trainer)(recipe, policy=policy)
+        trainer = Trainer(recipe, policy=policy)
         trainer.run()
         policy = trainer.policy
         rows += trainer.history
@@ -178,7 +159,7 @@ def main() -> int:
     cells = {
         f"{arm}-{seed}": {
             "recipe": ARMS[arm][0], "seed": seed, "threads": options.threads, **origin(ARMS[arm][0]),
-            "credit": arm == "abandoned_credit", "parts": [{**COMMON, **part, **quick} for part in ARMS[arm][1]],
+            "parts": [{**COMMON, **part, **quick} for part in ARMS[arm][1]],
         }
         for seed in range(seeds)
         for arm in arms

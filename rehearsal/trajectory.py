@@ -177,6 +177,10 @@ class Turn:
             actions.
         foreseeable: whether what the environment answered follows from what the agent had been shown, as far as the
             environment tells it.
+        parts: what the rewards are made of, by name, where the environment says so (info["parts"]).
+        violations: the rules that its actions broke, where the environment says so (info["violations"]).
+        obligations: the duties that they did, where the environment says so (info["obligations"]).
+        shaping: what the recipe adds to the reward in training, by name.
     """
 
     observation: str
@@ -193,11 +197,15 @@ class Turn:
     predictions: list[Prediction] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
     foreseeable: bool = False
+    parts: dict[str, float] = field(default_factory=dict)
+    violations: list[str] = field(default_factory=list)
+    obligations: list[str] = field(default_factory=list)
+    shaping: dict[str, float] = field(default_factory=dict)
 
     @property
     def reward(self) -> float:
-        """The reward of the turn: what the environment gave plus the penalty of the harness."""
-        return _total(self.rewards) + self.penalty
+        """The reward of the turn: what the environment gave, the penalty of the harness, and what the recipe adds."""
+        return _total(self.rewards) + self.penalty + _total(self.shaping.values())
 
 
 @dataclass
@@ -254,6 +262,18 @@ class Trajectory:
     def reward(self) -> float:
         """The sum over turns; NaN for a failed episode."""
         return math.nan if self.failed else _total(turn.reward for turn in self.turns)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """What the reward is made of, summed over turns: ``reward``, which environment and harness gave, the parts that
+        the environment tells of, and what the recipe adds. The environment's parts are told apart from its reward, and
+        need not add up to it."""
+        found: dict[str, float] = {"reward": 0.0}
+        for turn in self.turns:
+            own = _total([*turn.rewards, turn.penalty])
+            for name, amount in [("reward", own), *turn.parts.items(), *turn.shaping.items()]:
+                found[name] = found.get(name, 0.0) + amount
+        return found
 
     @property
     def n_tokens(self) -> int:

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "rehearsal"
 FLOORS = {
     "errors": 0,
     "naming": 0,
+    "parsing": 0,
     "trajectory": 1,
     "environments": 1,
     "rewards": 1,

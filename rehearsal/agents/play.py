@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -45,6 +45,9 @@ class PlayResult:
         ineffective: how many executed actions changed nothing, as far as the environment told it.
         foreseeable: whether the observation followed from what the agent had been shown: as far as the environment told
             it, or because nothing was done.
+        parts: what the rewards are made of, by name, as far as the environment told it; summed over the actions.
+        violations, obligations: the rules that the actions broke and the duties that they did, as far as the
+            environment told it.
         calls: the tool calls of the answer, with what came of them.
         results: what came of them, in the same order.
     """
@@ -62,6 +65,9 @@ class PlayResult:
     not_executed: int = 0
     ineffective: int = 0
     foreseeable: bool = True
+    parts: dict[str, float] = field(default_factory=dict)
+    violations: list[str] = field(default_factory=list)
+    obligations: list[str] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
     results: list[ToolResult] = field(default_factory=list)
 
@@ -158,6 +164,32 @@ def _step(env: TextEnv, action: str, result: PlayResult) -> None:
     result.state = str(info["state"]) if info.get("state") is not None else None
     result.ineffective += info.get("effective") is not None and not info["effective"]
     result.foreseeable = result.foreseeable and bool(info.get("foreseeable", False))
+    for part, amount in _parts(env, info).items():
+        result.parts[part] = result.parts.get(part, 0.0) + amount
+    result.violations += _names(env, info, "violations")
+    result.obligations += _names(env, info, "obligations")
+
+
+def _parts(env: TextEnv, info: dict[str, Any]) -> dict[str, float]:
+    """``info["parts"]``, if its contract allows it."""
+    parts = info.get("parts") or {}
+    if not isinstance(parts, Mapping):
+        raise EnvironmentFault(f'info["parts"] of {_name(env)}.step must be numbers by name, not {_told(parts)}.')
+    for name, amount in parts.items():
+        if not isinstance(name, str) or not isinstance(amount, numbers.Real) or not math.isfinite(amount):
+            raise EnvironmentFault(
+                f'info["parts"] of {_name(env)}.step must be finite numbers by name, not {_told(amount)} for '
+                f"{_told(name)}."
+            )
+    return {name: float(amount) for name, amount in parts.items()}
+
+
+def _names(env: TextEnv, info: dict[str, Any], key: str) -> list[str]:
+    """A list of names in ``info``, if its contract allows it."""
+    names = info.get(key) or []
+    if isinstance(names, str) or not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+        raise EnvironmentFault(f'info["{key}"] of {_name(env)}.step must be a list of names, not {_told(names)}.')
+    return list(names)
 
 
 def _observation(env: TextEnv, where: str, observation: object) -> str:

@@ -6,7 +6,9 @@ follows the episode: its sequences are read one after the other, and the end of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +16,8 @@ from numpy.typing import NDArray
 
 from rehearsal.algorithms import advantages as estimators
 from rehearsal.algorithms.advantages import Floats, Integers
+from rehearsal.algorithms.reward_parts import OVERLONG
+from rehearsal.rewards.groups import normalised_apart
 
 if TYPE_CHECKING:
     from rehearsal.algorithms.presets import AdvantageSettings, Algorithm
@@ -37,6 +41,8 @@ class SequenceRewards:
             same array), so ``turn_rewards[s][t]`` is that of turn t as numbered in ``turns_N``. Read by the estimators
             that look at when rewards came; the others read ``rewards_PG``.
         values_N: the critic's value of the state before each token; None without a critic.
+        parts: the parts of the rewards by name, each float64 of shape (P, G); read by algorithms that normalise them
+            apart.
         policy_S: bool, the sequences that the policy learns from: whitening takes its mean and deviation from these.
             None for all.
 
@@ -53,6 +59,7 @@ class SequenceRewards:
     turn_rewards: list[NDArray[np.float64]]
     values_N: NDArray[np.floating] | None = None
     policy_S: NDArray[np.bool_] | None = None
+    parts: Mapping[str, NDArray[np.float64]] | None = None
 
     def __post_init__(self) -> None:
         self.rewards_PG = estimators.checked_rewards(self.rewards_PG)
@@ -196,12 +203,13 @@ def token_advantages(
 
     if not how.is_sequential:
         rewards_PG = np.where(lengths_PG > 0, rewards.rewards_PG + penalties_PG, np.nan)
-        if how.estimator == "grpo":
-            advantages_PG = estimators.grpo(rewards_PG, how.eps)
-        elif how.estimator == "rloo":
-            advantages_PG = estimators.rloo(rewards_PG)
-        else:  # dr_grpo and reinforce_pp_baseline differ in the whitening that follows
-            advantages_PG = estimators.dr_grpo(rewards_PG)
+        if algorithm.parts:
+            parts = {**(rewards.parts or {}), OVERLONG: penalties_PG}
+            known = {name: np.where(lengths_PG > 0, parts[name], np.nan) for name in algorithm.parts}
+            advantages_PG = normalised_apart(known, algorithm.parts, partial(_compared, how))
+            advantages_PG = np.where(np.isnan(rewards_PG), 0.0, advantages_PG)
+        else:
+            advantages_PG = _compared(how, rewards_PG)
         scored_N = rewards.sampled_N & ~np.isnan(rewards_PG.reshape(-1))[rewards.sequence_episode_S[rewards.sequence_N]]
         advantages_N = np.where(
             scored_N, advantages_PG.reshape(-1)[rewards.sequence_episode_S[rewards.sequence_N]], 0.0
@@ -245,6 +253,16 @@ def one_scale(
         if size > 0:
             scaled_N[mine_N] = advantages_N[mine_N] / np.float32(size)
     return scaled_N
+
+
+def _compared(how: AdvantageSettings, rewards_PG: Floats) -> Floats:
+    """Advantages by an estimator that compares the episodes of a group."""
+    if how.estimator == "grpo":
+        return estimators.grpo(rewards_PG, how.eps)
+    if how.estimator == "rloo":
+        return estimators.rloo(rewards_PG)
+    # dr_grpo and reinforce_pp_baseline differ in the whitening that follows
+    return estimators.dr_grpo(rewards_PG)
 
 
 def _sequential(

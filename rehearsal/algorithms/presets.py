@@ -34,6 +34,7 @@ from rehearsal.algorithms.objectives import (
     ValueLoss,
 )
 from rehearsal.algorithms.ratios import CorrectionMode, ImportanceCorrection
+from rehearsal.algorithms.reward_parts import checked_parts
 from rehearsal.algorithms.shaping import OverlongPenalty
 from rehearsal.errors import RecipeError
 
@@ -110,6 +111,9 @@ class Options:
         self_certainty: weight of the policy's certainty as a reward of its own, see
             :mod:`rehearsal.algorithms.intrinsic`; none at 0.
         reward_weight: weight of the environment's reward beside it; 0 learns without any reward.
+        parts: weights of the parts of the reward, by name, which are then normalised apart (GDPO), see
+            :func:`rehearsal.rewards.groups.normalised_apart` and
+            :func:`rehearsal.algorithms.reward_parts.parts_matrix`. Empty for the sum of the rewards as it is.
         parameters: which parameters are updated, "all" or the name of an adapter.
     """
 
@@ -144,6 +148,7 @@ class Options:
     mask_truncated: bool = False
     self_certainty: float = 0.0
     reward_weight: float = 1.0
+    parts: dict[str, float] = field(default_factory=dict)
     parameters: str = "all"
 
 
@@ -205,6 +210,7 @@ class Algorithm:
             :func:`rehearsal.algorithms.shaping.was_cut_off` is True.
         self_certainty: weight of the policy's certainty as a reward of its own.
         reward_weight: weight of the environment's reward beside it.
+        parts: weights of the parts of the reward where they are normalised apart.
         options: the options that it was made from, for reports and checkpoints.
     """
 
@@ -217,6 +223,7 @@ class Algorithm:
     mask_truncated: bool = False
     self_certainty: float = 0.0
     reward_weight: float = 1.0
+    parts: Mapping[str, float] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -249,6 +256,9 @@ class Algorithm:
             f"algorithm: {self.name}",
             f"advantage: {how.estimator} ({numbers[how.estimator]}{'; whitened' if how.whitens else ''})",
         ]
+        if self.parts:
+            weights = ", ".join(f"{weight:g} x {name}" for name, weight in self.parts.items())
+            lines.append(f"parts of the reward, normalised apart: {weights}")
         lines += [f"objective: {_describe_objective(objective)}" for objective in self.objectives]
         lines.append(
             f"groups that teach nothing: replaced, {self.max_refill_tries} tries at most"
@@ -318,6 +328,10 @@ def _check_type(option: str, value: Any) -> None:
             if value in choices:
                 return
             names.append("one of " + ", ".join(choices))
+        elif get_origin(kind) is dict:
+            if isinstance(value, Mapping):
+                return
+            names.append("a table of weights")
         elif kind is type(None):
             if value is None:
                 return
@@ -346,6 +360,11 @@ def _check_values(name: str, options: Options, overrides: Mapping[str, Any]) -> 
             raise RecipeError(f"option {option!r} does nothing in {name!r}, whose loss is {options.loss!r}")
     if options.reward_weight != 1.0 and not options.self_certainty:
         raise RecipeError("option 'reward_weight' does nothing without 'self_certainty'")
+    if options.parts and options.advantage in SEQUENTIAL_ESTIMATORS:
+        raise RecipeError(
+            f"option 'parts' normalises parts of the reward within groups, which {options.advantage} does not; "
+            "use grpo, dr_grpo, rloo or reinforce_pp_baseline"
+        )
     if options.overlong_max_tokens is None and options.overlong_cache_tokens is not None:
         raise RecipeError("option 'overlong_cache_tokens' does nothing without 'overlong_max_tokens'")
 
@@ -403,6 +422,7 @@ def _build(name: str, options: Options) -> Algorithm:
         mask_truncated=options.mask_truncated,
         self_certainty=options.self_certainty,
         reward_weight=options.reward_weight,
+        parts=checked_parts(options.parts, overlong is not None),
         options=asdict(options),
     )
 

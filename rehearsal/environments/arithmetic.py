@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from rehearsal.parsing import parse_python
+
 MAX_LENGTH = 200
 """Characters; a longer text is not an expression."""
 
@@ -43,7 +45,7 @@ def parse_expression(text: str) -> Expression | None:
     if len(text) > MAX_LENGTH or not _ALLOWED.fullmatch(text):
         return None
     try:
-        tree = ast.parse(text, mode="eval")
+        tree = parse_python(text, "eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
     numbers: list[int] = []

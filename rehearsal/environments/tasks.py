@@ -15,6 +15,7 @@ from rehearsal.environments.registry import check_names
 from rehearsal.environments.splits import content_split
 from rehearsal.errors import EnvironmentFault, RecipeError
 from rehearsal.rewards.answers import prompt_key
+from rehearsal.rewards.composition import Combination, combination, verify_combined
 from rehearsal.rewards.pool import VerifierPool
 from rehearsal.rewards.registry import verifier as make_verifier
 from rehearsal.rewards.tasks import check_disjoint, load_tasks
@@ -33,6 +34,20 @@ class VerifiedTasks(EpisodeEnv):
     unusable) the episode has failed and has no reward. Checks run in processes of their own that all environments of
     this process share, with a hard time limit.
 
+    Several verifiers make one score where ``also`` names others, and ``combine`` says how, such as a form that counts
+    only with a right answer::
+
+        [environment.params.also.form]
+        verifier = "pattern"
+        pattern = ".+ = .+"
+
+        [environment.params.combine]
+        how = "gate"
+        success = "last-number"
+        bonus = { form = 0.1 }
+
+    The scores of the single verifiers are then among the ``parts``.
+
     Without ``splits`` the tasks of the source are dealt out by the content of their prompts, eight of ten to training.
     With it, each split is read from the source's own, and splits that share prompts are refused.
 
@@ -49,6 +64,9 @@ class VerifiedTasks(EpisodeEnv):
         timeout: seconds that a check may take; verifiers that run in threads keep their own.
         category: name of a field that says what kind of task it is; success is told for each kind apart.
         config: of a Hugging Face data set that has several.
+        also: other verifiers by a name of your choice: for each its ``verifier`` and its options. The first one is
+            known by the name in ``verifier``.
+        combine: ``how`` (see :func:`rehearsal.rewards.composition.combination`) and its options.
 
     Raises:
         RecipeError: for a parameter out of its range, or splits without a train and a test split.
@@ -64,16 +82,19 @@ class VerifiedTasks(EpisodeEnv):
         self, source: str, verifier: str, prompt: str = "prompt", reference: str | None = "reference",
         options: Mapping[str, Any] | None = None, splits: Mapping[str, str] | None = None,
         told: str = "Do the task. The action is the answer.", turns: int = 1, timeout: float = 10.0,
-        category: str | None = None, config: str | None = None,
+        category: str | None = None, config: str | None = None, also: Mapping[str, Mapping[str, Any]] | None = None,
+        combine: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(max_steps=1)
         self._category = category
         self.max_turns = whole_number("turns", turns, 1, 1000)
         self.told = told
-        self._pools = (verifier, json.dumps(options or {}, sort_keys=True), real_number("timeout", timeout, 0.01, 3600))
+        self._combine = _combination(verifier, also, combine)
+        made_of = {verifier: {**(options or {}), "verifier": verifier}, **(also or {})}
+        self._pools = (json.dumps(made_of, sort_keys=True), real_number("timeout", timeout, 0.01, 3600))
         named = None if splits is None else tuple(sorted(splits.items()))
         self._tasks = _split_tasks(source, prompt, reference, named, config)
-        _verifier(*self._pools[:2])  # one that cannot be made is told of at once
+        _verifiers(self._pools[0])  # one that cannot be made is told of at once
         if category is not None:
             _check_category(category, self._tasks)
         self._now = Task("")
@@ -95,7 +116,11 @@ class VerifiedTasks(EpisodeEnv):
         return self._now.prompt
 
     def _act(self, action: str) -> tuple[float, bool, bool, bool]:
-        (found,) = _pool(*self._pools).verify([action], [self._now])
+        pool = _pool(*self._pools)
+        if self._combine is None:
+            (found,) = pool.verify([action], [self._now])
+        else:
+            (found,) = verify_combined(pool, self._combine, [action], [self._now])
         if not isinstance(found, Score):
             raise EnvironmentFault(f"The answer could not be checked ({found.kind}): {found.message}")
         self._score = found
@@ -126,6 +151,29 @@ class VerifiedTasks(EpisodeEnv):
         """``prompt``, ``reference`` and ``data`` of the task."""
         self._need_reset()
         return {"prompt": self._now.prompt, "reference": self._now.reference, "data": dict(self._now.data)}
+
+
+def _combination(
+    verifier: str, also: Mapping[str, Mapping[str, Any]] | None, combine: Mapping[str, Any] | None
+) -> Combination | None:
+    """How the scores of several verifiers become one; None where there is one verifier."""
+    if not also and combine is None:
+        return None
+    if not also or combine is None:
+        raise RecipeError("also names other verifiers, and combine says what to make of their scores: give both.")
+    for name, options in also.items():
+        if name == verifier or not isinstance(options, Mapping) or not isinstance(options.get("verifier"), str):
+            raise RecipeError(
+                f"also.{name} must be a table that names its verifier, and be called other than {verifier}."
+            )
+    if not isinstance(combine, Mapping) or not isinstance(combine.get("how"), str):
+        raise RecipeError('combine must be a table with how = "sum", "gate" or "partial" and what that needs.')
+    made = combination(combine["how"], {name: value for name, value in combine.items() if name != "how"})
+    check_names("verifier (the first one, or in also) called", sorted(made.names), [verifier, *also])
+    unused = sorted({verifier, *also} - made.names)
+    if unused:
+        raise RecipeError(f"combine makes no use of {unused[0]}; give it a weight, which may be 0.")
+    return made
 
 
 def _check_category(field: str, splits: Mapping[str, Sequence[Task]]) -> None:
@@ -170,22 +218,26 @@ def _split_of(task: Task) -> str:
 
 
 @lru_cache(maxsize=8)
-def _verifier(name: str, options: str) -> Verifier:
-    """Made once for all environments of this process: some load a model."""
-    return make_verifier(name, **json.loads(options))
+def _verifiers(made_of: str) -> dict[str, Verifier]:
+    """By name, made once for all environments of this process: some load a model."""
+    verifiers = {}
+    for name, settings in json.loads(made_of).items():
+        options = {option: value for option, value in settings.items() if option != "verifier"}
+        verifiers[name] = make_verifier(settings["verifier"], **options)
+    return verifiers
 
 
 _LOCK = threading.Lock()
-_POOLS: dict[tuple[str, str, float], VerifierPool] = {}
+_POOLS: dict[tuple[str, float], VerifierPool] = {}
 
 
-def _pool(verifier: str, options: str, timeout: float) -> VerifierPool:
-    """The pool of a verifier: one for all environments of this process, which step in many threads."""
+def _pool(made_of: str, timeout: float) -> VerifierPool:
+    """The pool of some verifiers: one for all environments of this process, which step in many threads."""
     with _LOCK:
-        key = (verifier, options, timeout)
+        key = (made_of, timeout)
         if key not in _POOLS:
-            made = VerifierPool(_verifier(verifier, options), timeout=timeout)
-            _POOLS[key] = made
+            made = _verifiers(made_of)
+            _POOLS[key] = VerifierPool(next(iter(made.values())) if len(made) == 1 else made, timeout=timeout)
         return _POOLS[key]
 
 
@@ -195,10 +247,11 @@ def close_pools() -> None:
     """
     with _LOCK:
         pools = [_POOLS.popitem() for _ in range(len(_POOLS))]
-    for (verifier, options, _), pool in pools:
-        # The pool before what its verifier holds, such as a sandbox.
+    for (made_of, _), pool in pools:
+        # The pool before what its verifiers hold, such as a sandbox.
         pool.close(now=True)
-        getattr(_verifier(verifier, options), "close", lambda: None)()
+        for verifier in _verifiers(made_of).values():
+            getattr(verifier, "close", lambda: None)()
 
 
 atexit.register(close_pools)

@@ -18,6 +18,7 @@ from typing import Any
 from rehearsal.algorithms.variance import group_variance
 from rehearsal.errors import CheckpointError
 from rehearsal.reports.calls import BrokenCall, CallView, broken_call, call_views, told_above
+from rehearsal.reports.turn_rewards import made_of
 from rehearsal.training.runs import RunFolder
 from rehearsal.training.trajectory_store import read_table, read_trajectories
 from rehearsal.trajectory import Group, Trajectory, Turn, rewards_matrix
@@ -150,6 +151,8 @@ def _turn(turn: Turn, above: bool) -> dict[str, Any]:
         "v": turn.valid,
         "r": _number(turn.reward),
     }
+    if told := made_of(turn):
+        packed["m"] = _cut(told)
     if turn.calls:
         packed["c"] = [_call(call) for call in call_views(turn)]
     elif broken := broken_call(turn):

@@ -16,6 +16,7 @@ from rehearsal.reports.data import ReportData, gather, moment
 from rehearsal.reports.plots import draw, spell
 from rehearsal.reports.sections import SECTIONS
 from rehearsal.reports.tables import STOP_WORDS
+from rehearsal.reports.turn_rewards import made_of
 from rehearsal.training.storage import write_atomically
 
 _HERE = Path(__file__).parent
@@ -71,6 +72,7 @@ def page_templates(text_limit: int) -> jinja2.Environment:
     templates.filters["spell"] = spell
     templates.filters["clip"] = partial(_clip, limit=text_limit)
     templates.filters.update(calls=call_views, broken_call=broken_call, use=use_of, call_counts=call_counts)
+    templates.filters["made_of"] = made_of
     templates.globals.update(draw=draw, stop_words=STOP_WORDS, told_above=told_above, unread=UNREAD)
     return templates
 

@@ -223,6 +223,7 @@ function mini(episode, number) {
     if (turn.c || turn.b) {
       one.append(...(turn.c ? calls(turn) : [broken(turn.b)]));
       if (turn.r) one.append(make("span", "reward " + (turn.r > 0 ? "up" : "down"), amount(turn.r)));
+      if (turn.m) one.append(make("p", "made-of", turn.m));
       card.append(one);
       continue;
     }
@@ -231,6 +232,7 @@ function mini(episode, number) {
     if (!turn.v) acts.push(make("span", "flag", "not valid"));
     if (turn.r) acts.push(make("span", "reward " + (turn.r > 0 ? "up" : "down"), amount(turn.r)));
     one.append(block("action", acts));
+    if (turn.m) one.append(make("p", "made-of", turn.m));
     card.append(one);
   }
   const end = make("p", "why", episode.stop.replaceAll("_", " ") + (episode.kept ? "" : "; the policy did not learn from it") + (episode.error ? ". " + episode.error : ""));

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rehearsal.errors import SandboxError
+from rehearsal.parsing import ALONE, parse_python
 from rehearsal.rewards import code_judge
 from rehearsal.rewards.answers import ANSWER
 from rehearsal.rewards.code_judge import defined_names, free_names
@@ -198,7 +199,8 @@ class CodeVerifier:
     def _names(self, task: Task, tests: str, given: str, check: bool) -> list[str]:
         """The functions that are the candidate's, the one under test first."""
         try:
-            free = [name for name in free_names(tests) if name not in defined_names(given)]
+            with ALONE:
+                free = [name for name in free_names(tests) if name not in defined_names(given)]
         except SyntaxError as error:
             raise VerificationError(f"The tests are no Python: {error}.") from error
         entry = task.data.get("entry_point")
@@ -348,7 +350,7 @@ def _whole(code: str, prompt: str, entry: str) -> str:
 
 def _parses(source: str) -> ast.Module | None:
     try:
-        return ast.parse(source)
+        return parse_python(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 

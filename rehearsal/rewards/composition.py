@@ -20,11 +20,13 @@ their ratios. Three facts follow, for a group of G episodes (shown in the tests)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Protocol
 
 from rehearsal.errors import RewardError
+from rehearsal.naming import hint
 from rehearsal.rewards.pool import VerifierPool
 from rehearsal.rewards.verifier import Failure, Score, Task, VerificationError, Verifier
 
@@ -204,6 +206,30 @@ class Composite:
         return self.combine(scores)
 
 
+def combination(name: str, options: Mapping[str, Any]) -> Combination:
+    """A combination by name, so that a recipe can ask for one.
+
+    Args:
+        name: "sum" for :class:`WeightedSum`, "gate" for :class:`Gate`, "partial" for :class:`PartialCredit`.
+        options: its attributes.
+
+    Raises:
+        RewardError: for an unknown name or option, one that is missing, or a value of the wrong type or out of range.
+    """
+    if name not in _COMBINATIONS:
+        raise RewardError(f"There is no combination {name!r}; {hint(name, sorted(_COMBINATIONS))}")
+    made = _COMBINATIONS[name]
+    known = {attribute.name: attribute for attribute in fields(made)}
+    for option, value in options.items():
+        if option not in known:
+            raise RewardError(f"The combination {name} has no option {option!r}; {hint(option, sorted(known))}")
+        _check_type(f"{option} of the combination {name}", value, str(known[option].type))
+    for option, attribute in known.items():
+        if option not in options and attribute.default is MISSING and attribute.default_factory is MISSING:
+            raise RewardError(f"The combination {name} needs {option}.")
+    return made(**{option: tuple(value) if isinstance(value, list) else value for option, value in options.items()})
+
+
 def verify_combined(
     pool: VerifierPool, combine: Combination, completions: Sequence[str], tasks: Sequence[Task]
 ) -> list[Score | Failure]:
@@ -231,6 +257,28 @@ def verify_combined(
                 failure = Failure(result.kind, f"{name}: {result.message}")
         combined.append(failure or combine(scores))
     return combined
+
+
+_COMBINATIONS: dict[str, Any] = {"sum": WeightedSum, "gate": Gate, "partial": PartialCredit}
+
+
+def _check_type(what: str, value: object, wanted: str) -> None:
+    if wanted == "str":
+        fits, told = isinstance(value, str), "a name"
+    elif wanted == "float":
+        fits, told = _is_number(value), "a number"
+    elif wanted.startswith("Mapping"):
+        fits = isinstance(value, Mapping) and all(map(_is_number, value.values()))
+        told = "a table of numbers by name"
+    else:
+        fits = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+        told = "a list of names"
+    if not fits:
+        raise RewardError(f"{what} must be {told}, not {value!r}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _combined(value: float, passed: bool, scores: Mapping[str, Score]) -> Score:

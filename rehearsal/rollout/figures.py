@@ -65,7 +65,7 @@ def tool_metrics(episodes: Sequence[Trajectory], prefix: str = "train") -> dict[
 
 
 def rollout_metrics(groups: Sequence[Group], prefix: str = "train") -> dict[str, float]:
-    """What a batch of episodes says at a glance: success, reward, lengths, errors and stop reasons."""
+    """What a batch of episodes says at a glance: success, reward and its parts, lengths, errors and stop reasons."""
     episodes = [trajectory for group in groups for trajectory in group]
     if not episodes:
         return {}
@@ -82,6 +82,9 @@ def rollout_metrics(groups: Sequence[Group], prefix: str = "train") -> dict[str,
     if scored:
         metrics[f"{prefix}/reward"] = float(np.mean([trajectory.reward for trajectory in scored]))
         metrics[f"{prefix}/reward_std"] = float(np.std([trajectory.reward for trajectory in scored]))
+        parts = [trajectory.parts for trajectory in scored]
+        for name in sorted({name for mine in parts for name in mine} - {"reward"}):
+            metrics[f"{prefix}/reward/{name}"] = float(np.mean([mine.get(name, 0.0) for mine in parts]))
         known = [trajectory.success for trajectory in scored if trajectory.success is not None]
         # Where the environment tells success at all, an episode for which it told none has not succeeded.
         if known:

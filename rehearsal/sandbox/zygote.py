@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ TRIES = 3
 """How often a cell is asked for where zygotes end as soon as they have begun."""
 _SECONDS_TO_START = 60.0
 _SECONDS_TO_LEAVE = 5.0
+_SECONDS_BETWEEN_LOOKS = 0.002
+_SECONDS_BETWEEN_TRIES = 0.25
 _ROOTS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store", "/gnu/store")
 _SINGLE_FILES = ("/etc/ld.so.cache", "/etc/localtime")
 _BOOT = """
@@ -113,7 +116,7 @@ class Zygote:
     def alive(self) -> bool:
         """Whether it still runs, as far as anybody knows."""
         # The process that was started may be the one around the zygote, and end a little later.
-        return not self._closed and not self._deaf and self._process.poll() is None
+        return not self._closed and not self._deaf and not self._has_ended()
 
     def close(self) -> None:
         """End it with every cell, and leave no file behind."""
@@ -121,12 +124,14 @@ class Zygote:
             return
         self._closed = True
         self._control.close()
-        try:
-            self._process.wait(_SECONDS_TO_LEAVE)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(OSError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        patience = time.monotonic() + _SECONDS_TO_LEAVE
+        while not self._has_ended() and time.monotonic() < patience:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        # Also where what was started has ended: it may be the process around the zygote, killed from outside, and the
+        # one within it may be stuck halfway to its walls.
+        with contextlib.suppress(OSError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
         if self._scratch:
             shutil.rmtree(self._scratch, ignore_errors=True)
 
@@ -135,6 +140,33 @@ class Zygote:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _has_ended(self) -> bool:
+        """Whether the process that was started has ended. It is not fetched: until it is, its number, which is that of
+        its group too, goes to no other."""
+        if self._process.returncode is not None or not hasattr(os, "waitid"):
+            return self._process.poll() is not None
+        try:
+            return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:
+            return True
+
+    def _first_words(self) -> bytes:
+        """What the zygote says once its walls stand.
+
+        Raises:
+            OSError: if it says nothing in time, or what is around it has ended.
+        """
+        self._control.settimeout(_SECONDS_BETWEEN_TRIES)
+        deadline = time.monotonic() + _SECONDS_TO_START
+        while True:
+            try:
+                return self._control.recv(1 << 16)
+            except TimeoutError:
+                if self._has_ended():
+                    raise OSError("it was ended from outside") from None
+                if time.monotonic() > deadline:
+                    raise
 
     def _checked_stand_in(self, stand_in: int | None, paths: Sequence[str]) -> int | None:
         """Root without namespaces becomes another user, if that user can then still read Python."""
@@ -165,7 +197,7 @@ class Zygote:
         try:
             self._control.settimeout(_SECONDS_TO_START)
             self._control.send(json.dumps(settings).encode())
-            answer = json.loads(self._control.recv(1 << 16) or b'{"failed": "it ended at once"}')
+            answer = json.loads(self._first_words() or b'{"failed": "it ended at once"}')
         except OSError as error:
             answer = {"failed": str(error)}
         self._control.settimeout(None)

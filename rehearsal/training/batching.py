@@ -13,6 +13,7 @@ from rehearsal.algorithms.batch import TokenBatch
 from rehearsal.algorithms.credit import SequenceRewards, one_scale, token_advantages
 from rehearsal.algorithms.intrinsic import mixed_advantages
 from rehearsal.algorithms.presets import Algorithm
+from rehearsal.algorithms.reward_parts import OVERLONG, parts_matrix
 from rehearsal.errors import TrainingDiverged
 from rehearsal.training.passes import Passes
 from rehearsal.training.sequences import Sequences
@@ -76,6 +77,7 @@ def policy_batch(
             turn_rewards=sequences.turn_rewards,
             values_N=values_N,
             policy_S=keep_S,
+            parts=parts_matrix(groups, [name for name in algorithm.parts if name != OVERLONG]),
         ),
     )
     if families is not None:

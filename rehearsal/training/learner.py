@@ -32,8 +32,8 @@ from rehearsal.training.batching import AFTER_DIVERGENCE, policy_batch
 from rehearsal.training.critic import Critic
 from rehearsal.training.gradient_probe import draw_by_quantile, gradient_figures
 from rehearsal.training.optimiser import Update, clipped_updates, forget_gradients, make_optimiser, scheduled_share
+from rehearsal.training.options import TrainingOptions
 from rehearsal.training.passes import Passes
-from rehearsal.training.recipe import TrainingOptions
 from rehearsal.training.sequences import collect
 from rehearsal.training.terms import WEIGHT, WEIGHT_SQUARED, PackFigures, term_of
 from rehearsal.training.works import Work, parameter_sets, world_works

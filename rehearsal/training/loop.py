@@ -14,6 +14,7 @@ import numpy as np
 
 from rehearsal.algorithms.filters import DropConstant, KeepAll, Kept, at_most, loss_scale, make_filter
 from rehearsal.algorithms.presets import Algorithm, preset
+from rehearsal.algorithms.reward_parts import RewardShaping
 from rehearsal.diagnostics import Verdict
 from rehearsal.evaluation.held_out import Evaluation, evaluate
 from rehearsal.evaluation.probe import Prober
@@ -83,6 +84,7 @@ class Trainer:
     def __post_init__(self) -> None:
         recipe = self.recipe
         self.algorithm: Algorithm = preset(recipe.algorithm.name, **recipe.algorithm.options)
+        self.shaping = RewardShaping(**recipe.rewards.model_dump())
         self.filter = make_filter(recipe.filter.name, **recipe.filter.options)
         if self.algorithm.dynamic_sampling and isinstance(self.filter, KeepAll):
             self.filter = DropConstant()
@@ -168,6 +170,7 @@ class Trainer:
             tasks = self.tasks.of_step(step, missing, first=len(groups))
             fresh = self.player.play(tasks, size, step=step, on_episode=self.observer.episode)
             check_failures(fresh, recipe.training.abort_failed_share)
+            self.shaping.apply(fresh)
             groups += fresh
             # Filters compare groups with each other, so all are looked at again once there are more of them.
             kept = self.filter(rewards_matrix(groups), np.random.default_rng([recipe.seed, step]))

@@ -26,7 +26,7 @@ from rehearsal.diagnostics import (
 from rehearsal.errors import RecipeError
 from rehearsal.models.chat import ChatRenderer
 from rehearsal.training.learner import Learner
-from rehearsal.training.recipe import DiagnosticsOptions
+from rehearsal.training.options import DiagnosticsOptions
 from rehearsal.trajectory import Group, all_trajectories
 
 _LEARNING_PASSES = 3.0

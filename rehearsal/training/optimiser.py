@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from rehearsal.errors import TrainingDiverged
-from rehearsal.training.recipe import TrainingOptions
+from rehearsal.training.options import TrainingOptions
 
 
 def make_optimiser(parameters: Iterable[torch.nn.Parameter], options: TrainingOptions) -> torch.optim.AdamW:

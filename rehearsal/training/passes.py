@@ -21,7 +21,7 @@ from rehearsal.models.packing import Pack, PackItem
 from rehearsal.models.parallel import pack_workers
 from rehearsal.models.scoring import each_target, target_logprobs
 from rehearsal.training.critic import Critic
-from rehearsal.training.recipe import TrainingOptions
+from rehearsal.training.options import TrainingOptions
 
 
 @dataclass

@@ -17,7 +17,8 @@ from rehearsal.errors import EnvironmentFault, RecipeError
 from rehearsal.evaluation.held_out import held_out_tasks
 from rehearsal.generation.sampling import stream_key
 from rehearsal.rollout import Task, tasks_of_step
-from rehearsal.training.recipe import AgentOptions, CurriculumOptions, Recipe
+from rehearsal.training.options import AgentOptions, CurriculumOptions
+from rehearsal.training.recipe import Recipe
 from rehearsal.trajectory import Group
 
 

@@ -22,7 +22,8 @@ segments            list<struct>         token_ids list<int32>, logprobs list<fl
 turns               list<struct>         observation, notice, response, thought (string), actions, executed
                                          (list<string>), rewards (list<double>), penalty (double), valid (bool), stop,
                                          state (string), calls (list<struct>: name, arguments as JSON, result, error
-                                         (string) and cost (double); missing in files from before there were tools)
+                                         (string) and cost (double)), parts, shaping (map<string, double>),
+                                         violations, obligations (list<string>); older files lack some of these
 final_observation   string               the environment's last words
 counters            map<string, double>  numbers worth adding up, by name
 advantage           double               of the episode; null where it has none
@@ -58,6 +59,7 @@ _SEGMENT_ARRAYS: dict[str, pa.DataType] = {
     "turns": pa.int16(),
 }
 _TEXTS = pa.list_(pa.string())
+_NUMBERS = pa.map_(pa.string(), pa.float64())
 _CALL = pa.struct(
     {"name": pa.string(), "arguments": pa.string(), "result": pa.string(), "error": pa.string(), "cost": pa.float64()}
 )
@@ -74,8 +76,12 @@ _TURN_FIELDS: dict[str, pa.DataType] = {
     "stop": pa.string(),
     "state": pa.string(),
     "calls": pa.list_(_CALL),
+    "parts": _NUMBERS,
+    "violations": _TEXTS,
+    "obligations": _TEXTS,
+    "shaping": _NUMBERS,
 }
-_ADDED_LATER = {"calls"}
+_ADDED_LATER = {"calls", "parts", "violations", "obligations", "shaping"}
 """Fields of a turn that files of this version may lack."""
 _SCALARS: dict[str, tuple[pa.DataType, Callable[[Trajectory], Any]]] = {
     "environment": (pa.string(), lambda one: one.environment),
@@ -215,8 +221,16 @@ def _calls_from_store(calls: Sequence[Mapping[str, Any]]) -> list[ToolCall]:
     return [ToolCall(**{**call, "arguments": json.loads(call["arguments"])}) for call in calls]
 
 
-_TO_STORE: dict[str, Callable[[Any], Any]] = {"stop": lambda stop: stop.value, "calls": _calls_to_store}
-_FROM_STORE: dict[str, Callable[[Any], Any]] = {"stop": SampleStop, "calls": _calls_from_store}
+def _pairs(numbers: Mapping[str, float]) -> list[tuple[str, float]]:
+    return [(name, float(number)) for name, number in numbers.items()]
+
+
+_TO_STORE: dict[str, Callable[[Any], Any]] = {
+    "stop": lambda stop: stop.value, "calls": _calls_to_store, "parts": _pairs, "shaping": _pairs,
+}  # fmt: skip
+_FROM_STORE: dict[str, Callable[[Any], Any]] = {
+    "stop": SampleStop, "calls": _calls_from_store, "parts": dict, "shaping": dict,
+}  # fmt: skip
 
 
 def _array(values: list[Any], type_: pa.DataType) -> pa.Array:

@@ -106,7 +106,7 @@ def test_pools_can_be_closed_and_come_back(source):
     env = make("tasks", source=source, verifier="tests.environments.test_tasks:Sleeper", timeout=7.5)
     env.reset(seed=0)
     env.step("0")
-    pools = [pool for key, pool in _POOLS.items() if key[2] == 7.5]
+    pools = [pool for key, pool in _POOLS.items() if key[1] == 7.5]
     close_pools()
     assert not _POOLS
     with pytest.raises(RewardError, match="closed"):
@@ -161,3 +161,58 @@ def test_grade_school_mathematics():
     for split in SPLITS:
         env.reset(seed=1, options={"split": split})
         assert env.step(env.oracle()[0])[1] == 1.0
+
+
+COMBINED = {
+    "also": {"sum": {"verifier": "pattern", "pattern": r"\d+ \+ \d+ = \d+"}},
+    "combine": {"how": "gate", "success": "last-number", "bonus": {"sum": 0.5}},
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "success"),
+    [("It is {}.", 1.0, True), ("1 + 1 = {}", 1.5, True), ("1 + 1 = 999", 0.0, False), ("none", 0.0, False)],
+)
+def test_several_verifiers_make_one_reward(source, form, value, success):
+    env = make("tasks", source=source, verifier="last-number", **COMBINED)
+    env.reset(seed=3)
+    (right,) = env.oracle()
+    _, reward, _, _, info = env.step(form.format(right))
+    assert (reward, info["success"]) == (value, success)
+    assert info["parts"]["sum"] == float("=" in form)
+
+
+def test_a_part_that_fails_leaves_no_reward(source):
+    env = make(
+        "tasks", source=source, verifier="last-number", timeout=0.5,
+        also={"slow": {"verifier": "tests.environments.test_tasks:Sleeper"}},
+        combine={"how": "sum", "weights": {"last-number": 1.0, "slow": 0.0}},
+    )  # fmt: skip
+    env.reset(seed=0)
+    with pytest.raises(EnvironmentFault, match=r"\(timeout\): slow"):
+        env.step("60")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"combine": None}, "give both"),
+        ({"also": None}, "give both"),
+        ({"also": {"sum": {"pattern": "x"}}}, "also.sum must be a table that names its verifier"),
+        ({"also": {"sum": "pattern"}}, "also.sum must be a table"),
+        ({"also": {"last-number": {"verifier": "math"}}}, "called other than last-number"),
+        ({"also": {"sum": {"verifier": "pattern", "patern": "x"}}}, "no option 'patern'"),
+        ({"combine": "gate"}, "must be a table with how"),
+        ({"combine": {"how": "gates", "success": "sum"}}, "no combination 'gates'"),
+        ({"combine": {"how": "gate"}}, "needs success"),
+        ({"combine": {"how": "gate", "success": "last-number", "bonus": {"some": 1.0}}}, "some"),
+        ({"combine": {"how": "gate", "success": "last-number", "bonus": ["sum"]}}, "table of numbers"),
+        ({"combine": {"how": "gate", "success": "last-number", "needs": "sum"}}, "list of names"),
+        ({"combine": {"how": "gate", "success": "last-number"}}, "no use of sum"),
+        ({"combine": {"how": "gate", "success": "last-number", "penalty": 1.0}}, "no option 'penalty'"),
+        ({"combine": {"how": "partial", "success": "last-number", "levels": {"sum": 1.5}}}, "below 1"),
+    ],
+)
+def test_verifiers_that_cannot_be_combined(source, changes, told):
+    with pytest.raises((RecipeError, RewardError), match=told):
+        make("tasks", **{"source": source, "verifier": "last-number", **COMBINED, **changes})

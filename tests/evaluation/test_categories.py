@@ -14,7 +14,7 @@ from rehearsal.evaluation.best_of import best_of_figures, told, verify_episodes
 from rehearsal.evaluation.categories import category_figures, token_figures
 from rehearsal.evaluation.held_out import evaluation_figures
 from rehearsal.evaluation.statistics import wilson_interval
-from rehearsal.rewards.registry import register_verifier
+from rehearsal.rewards import registry
 from rehearsal.rewards.verifier import Score, Task, VerificationError
 from rehearsal.trajectory import Group, Segment, StopReason, Trajectory, Turn
 
@@ -94,15 +94,20 @@ class Longest:
         return Score(float(len(completion)), False)
 
 
-register_verifier("longest-of-tests", Longest)
+@pytest.fixture
+def longest(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name that it has for one test: whoever lists all verifiers must not meet it."""
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    registry.register_verifier("longest-of-tests", Longest)
+    return "longest-of-tests"
 
 
-def test_a_verifier_picks_among_samples() -> None:
+def test_a_verifier_picks_among_samples(longest: str) -> None:
     groups = [
         Group([episode(False, answer="1"), episode(True, answer="longer"), episode(False, answer="?" * 20)]),
         Group([episode(True, answer="1"), episode(False, answer="longer"), episode(True, failed=True)]),
     ]
-    scores = verify_episodes(groups, "longest-of-tests")
+    scores = verify_episodes(groups, longest)
     assert [[score is None for score in own] for own in scores] == [[False, False, True], [False, False, True]]
     figures = best_of_figures(groups, scores)
     assert figures["best@1"] == 0.5
@@ -112,9 +117,9 @@ def test_a_verifier_picks_among_samples() -> None:
     assert best_of_figures([Group([episode(None)])], [[1.0]]) == {}
 
 
-def test_a_verifier_that_knows_nothing_is_told_of() -> None:
+def test_a_verifier_that_knows_nothing_is_told_of(longest: str) -> None:
     with pytest.raises(RewardError, match=r"could say nothing about any of 1 episodes: .*It asks"):
-        verify_episodes([Group([episode(True, answer="?")])], "longest-of-tests")
+        verify_episodes([Group([episode(True, answer="?")])], longest)
     with pytest.raises(RewardError, match="no verifier"):
         verify_episodes([Group([episode(True)])], "longest-of-test")
 

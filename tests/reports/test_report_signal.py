@@ -68,6 +68,21 @@ def test_every_group_is_there_with_why_it_was_kept(tmp_path: Path) -> None:
     assert (turn["o"], turn["t"], turn["a"], turn["x"]) == ("a lake", "think <b>", ["Left", "Up"], 1)
 
 
+def test_what_the_reward_of_a_turn_is_made_of(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=2)
+    told = play(1.0)
+    told.turns[0].parts = {"form": 0.5}
+    told.turns[0].shaping = {"length": -0.25, "call": 0.0}
+    told.turns[0].violations, told.turns[0].obligations = ["<rude>", "late"], ["greeted"]
+    write_trajectories(run.trajectory_path("train", 1), [Group([told, play(0.0)])], "train", 1)
+    write_trajectories(run.trajectory_path("eval", 2), [Group([told])], "eval", 2)
+    (group,) = unpack(pack_groups(run, []).blocks[1])
+    words = "form +0.5, length −0.25; broke <rude>, late; did greeted"
+    assert [one["turns"][0].get("m") for one in group["episodes"]] == [words, None]
+    page = write_report(run.path).read_text(encoding="utf-8")
+    assert "form +0.5, length −0.25; broke &lt;rude&gt;, late; did greeted" in page
+
+
 def test_a_small_budget_leaves_steps_out_evenly(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=33)
     whole = pack_groups(run, [])

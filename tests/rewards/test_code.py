@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -481,7 +482,10 @@ class Killer:
         def patched(interpreter: Interpreter, *args: Any, **kwargs: Any) -> Any:
             if self.kills < times and "double" in str(args):
                 self.kills += 1
-                os.killpg(verifier._sandbox()._zygote._process.pid, signal.SIGKILL)
+                process = verifier._sandbox()._zygote._process
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait(10)
+                time.sleep(0.3)  # what lives below it ends a moment later, and could still answer
             return original(interpreter, *args, **kwargs)
 
         monkeypatch.setattr(Interpreter, where, patched)

@@ -6,17 +6,20 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rehearsal.errors import SandboxError
 from rehearsal.sandbox import InterpreterPool, Isolation, Limits, Outcome
 from rehearsal.sandbox.inside import zygote
+from rehearsal.sandbox.zygote import Zygote
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -188,6 +191,63 @@ def test_a_zygote_that_ends_as_it_is_asked_is_replaced(own_pool: InterpreterPool
     with own_pool.interpreter() as it:
         assert it.run("1").output == "1\n"
     assert own_pool.restarts == 1
+
+
+def test_a_zygote_ends_although_what_is_around_it_was_killed_alone(own_pool: InterpreterPool) -> None:
+    """It may be stuck where it cannot see that its host is gone, as a process is that is stopped."""
+    around = own_pool._zygote._process.pid
+    inside = below(own_pool)
+    if own_pool.isolation < Isolation.NAMESPACES:
+        pytest.skip("there is nothing around it")
+    for pid in inside:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+    os.kill(around, signal.SIGKILL)
+    own_pool.close()
+    try:
+        assert eventually(lambda: not any(_is_alive(pid) for pid in inside))
+    finally:
+        for pid in inside:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_a_start_that_is_killed_from_outside_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever holds the other end of the socket may live on, and never say a word."""
+    began, groups = subprocess.Popen, []
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        process = began(["sh", "-c", "sleep 600 & wait"], **kwargs)
+        groups.append(process.pid)
+        threading.Timer(0.3, process.kill).start()
+        return process
+
+    monkeypatch.setattr("rehearsal.sandbox.zygote.subprocess.Popen", killed)
+    begun = time.monotonic()
+    with pytest.raises(SandboxError, match="did not start: it was ended from outside"):
+        Zygote(Isolation.NAMESPACES)
+    assert time.monotonic() - begun < 20
+    assert len(groups) == 1
+    assert eventually(lambda: not _of_group(groups[0])), "whoever held the other end lives on"
+
+
+def _stat(pid: int | str) -> tuple[str, int]:
+    """State and process group; that of a dead one where there is none."""
+    try:
+        state, _, group = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:3]
+    except OSError:
+        return "Z", 0
+    return state, int(group)
+
+
+def _is_alive(pid: int) -> bool:
+    return _stat(pid)[0] != "Z"
+
+
+def _of_group(group: int) -> list[str]:
+    """Processes of a group that live."""
+    found = [entry for entry in os.listdir("/proc") if entry.isdigit()]
+    return [pid for pid in found if _stat(pid)[1] == group and _stat(pid)[0] != "Z"]
 
 
 def test_spare_interpreters_that_cannot_be_had_harm_nobody(

@@ -17,7 +17,7 @@ from rehearsal.models.packed import PackedPlan, Span, packed_attention, packed_h
 from rehearsal.training.critic import Critic
 from rehearsal.training.learner import Learner
 from rehearsal.training.optimiser import Update, clipped_updates, make_optimiser, scheduled_share
-from rehearsal.training.recipe import TrainingOptions
+from rehearsal.training.options import TrainingOptions
 from rehearsal.trajectory import Group
 
 MakeGroups = Callable[..., list[Group]]

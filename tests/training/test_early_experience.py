@@ -25,8 +25,9 @@ from rehearsal.rollout import Rollout, Task
 from rehearsal.training.branches import Branch, Experience, State, any_legal, collect_branches
 from rehearsal.training.early_experience import EarlySettings, early_experience, imitation_situations
 from rehearsal.training.learner import Learner
+from rehearsal.training.options import TrainingOptions
 from rehearsal.training.playing import make_rollout
-from rehearsal.training.recipe import Recipe, TrainingOptions
+from rehearsal.training.recipe import Recipe
 from rehearsal.training.reflection import TURNED_DOWN, question, reflect, thought_of, turned_down
 from rehearsal.training.sequences import collect_situations
 from rehearsal.training.world import WORLD_MODES, WorldMode, world_model

@@ -23,7 +23,7 @@ from rehearsal.models.load import _compute_activations_again
 from rehearsal.rollout import run_coroutine
 from rehearsal.training.learner import Learner
 from rehearsal.training.optimiser import forget_gradients
-from rehearsal.training.recipe import TrainingOptions
+from rehearsal.training.options import TrainingOptions
 from rehearsal.trajectory import Group, Kind, SampleStop, Segment, StopReason, Trajectory, Turn
 
 Gradients = dict[str, Tensor]

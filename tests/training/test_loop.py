@@ -644,3 +644,44 @@ def test_refills_are_in_the_metrics(small: Callable[..., Recipe]) -> None:
     assert figures["signal/played_groups"] == 8
     assert figures["signal/rounds"] == 4
     assert figures["signal/dead_groups"] == 0.5
+
+
+# Rewards of training
+
+
+def test_what_is_added_to_rewards_is_seen_by_all_but_the_evaluation(
+    small: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = small(rewards__length="cosine", rewards__length_tokens=200, training__steps=1, save_trajectories_every=1)
+    train(recipe, output=tmp_path / "run")
+    (row,) = rows_of(tmp_path / "run")
+    assert row["train/reward/length"] < 0
+    played = episodes_of(tmp_path / "run" / "trajectories" / "train_000001.parquet")
+    for episode in played:
+        assert episode.reward == pytest.approx(episode.parts["reward"] + episode.parts["length"])
+    assert row["train/reward"] == pytest.approx(np.mean([episode.reward for episode in played]))
+    judged = episodes_of(tmp_path / "run" / "trajectories" / "eval_000001.parquet")
+    assert judged and not any(turn.shaping for episode in judged for turn in episode.turns)
+
+
+def test_parts_of_the_reward_are_learnt_from_apart(small: Callable[..., Recipe]) -> None:
+    """With all the weight on one part, the others make no difference."""
+
+    def after(**options: Any) -> dict[str, torch.Tensor]:
+        recipe = small(training__steps=2, evaluation__episodes=0, **options)
+        trainer = Trainer(recipe)
+        trainer.run()
+        assert trainer.policy is not None
+        return {name: tensor.clone() for name, tensor in trainer.policy.model.state_dict().items()}
+
+    parts, length = "algorithm__options__parts", {"rewards__length": "cosine", "rewards__length_tokens": 200}
+    plain = after()
+    alone = after(**length, **{parts: {"reward": 1.0}})
+    both = after(**length, **{parts: {"reward": 1.0, "length": 0.5}})
+    assert all(torch.equal(alone[name], tensor) for name, tensor in plain.items())
+    assert not all(torch.equal(both[name], tensor) for name, tensor in plain.items())
+
+
+def test_a_part_that_the_environment_does_not_tell_ends_the_run(small: Callable[..., Recipe]) -> None:
+    with pytest.raises(EnvironmentFault, match="names manners"):
+        Trainer(small(algorithm__options__parts={"manners": 1.0}, evaluation__episodes=0)).run()

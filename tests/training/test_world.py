@@ -33,8 +33,9 @@ from rehearsal.rollout import Task
 from rehearsal.training.learner import Learner
 from rehearsal.training.loop import Trainer
 from rehearsal.training.observer import SilentObserver
+from rehearsal.training.options import TrainingOptions
 from rehearsal.training.playing import make_processes, make_rollout, policy_of
-from rehearsal.training.recipe import Recipe, TrainingOptions, resolve_recipe
+from rehearsal.training.recipe import Recipe, resolve_recipe
 from rehearsal.training.run import train
 from rehearsal.training.runs import RunFolder
 from rehearsal.training.sequences import answer_mask, collect, surprise_mask, with_other_answers, with_shuffled_answers

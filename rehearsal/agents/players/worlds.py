@@ -19,6 +19,7 @@ from rehearsal.environments.bandit import PAIRS
 from rehearsal.environments.base import TextEnv
 from rehearsal.environments.episode import Position
 from rehearsal.errors import RecipeError
+from rehearsal.parsing import parse_python
 from rehearsal.trajectory import ToolCall
 
 MOVES: dict[str, Position] = {"Left": (0, -1), "Down": (1, 0), "Right": (0, 1), "Up": (-1, 0)}
@@ -367,7 +368,7 @@ def _tree(expression: str) -> Node:
             return Node(left.value * right.value, "*", left, right)
         return Node(left.value // right.value, "/", left, right)
 
-    return visit(ast.parse(expression, mode="eval").body)
+    return visit(parse_python(expression, "eval").body)
 
 
 def _steps(tree: Node) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rehearsal.agents.toolbox import ToolSource
 from rehearsal.agents.tools import Tool, ToolFailure, tool_from
+from rehearsal.parsing import parse_python
 
 MAX_BITS = 3400
 """Whole numbers have at most so many bits, about 1000 digits: what is larger takes long and says little."""
@@ -53,7 +54,7 @@ def calculate(expression: str) -> Number:
     if len(text) > MAX_CHARACTERS:
         raise ToolFailure(f"the expression has {len(text)} characters, and {MAX_CHARACTERS} are allowed")
     try:
-        return _value(ast.parse(text, mode="eval").body)
+        return _value(parse_python(text, "eval").body)
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         if isinstance(error, ValueError) and not isinstance(error, SyntaxError | UnicodeError):
             raise ToolFailure(f"{error}") from error

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rehearsal.parsing import parse_python
+
 
 class Bug(NamedTuple):
     """A change that may break a program.
@@ -64,7 +66,7 @@ def with_bugs(lines: Sequence[str], bugs: Sequence[Bug]) -> tuple[str, ...]:
 
 def possible_bugs(lines: Sequence[str]) -> list[Bug]:
     """Everything that can be broken in a program, each change once."""
-    tree = ast.parse("\n".join(lines))
+    tree = parse_python("\n".join(lines))
     text = _Text(lines)
     nodes = list(ast.walk(tree))
     names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
