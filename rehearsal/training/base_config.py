@@ -72,7 +72,7 @@ SCENES = (
     Scene(
         "rehearsal.training.base_scenes:Recite",
         {},
-        120.0,
+        60.0,
         {"oracle": 1.0, "wavering": 0.0, "blind": 0.0, "random": 0.0},
     ),
     Scene("calculate", {}, 7.0, {**_ASKING, "calls": 0.35}, tools=("calculator",)),
@@ -127,7 +127,7 @@ class BaseConfig:
     mlp: int = 384
     max_positions: int = 4096
     vocabulary: int = 1024
-    tokens: int = 26_000_000
+    tokens: int = 18_000_000
     tokens_per_step: int = 4096
     learning_rate: float = 3e-3
     warmup: float = 0.03

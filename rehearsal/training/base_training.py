@@ -19,6 +19,7 @@ from rehearsal.models.packed import packed_hidden
 from rehearsal.models.packing import Pack, PackItem, make_packs
 from rehearsal.models.parallel import accumulate_gradients, map_packs, pack_workers
 from rehearsal.training.base_config import BaseConfig
+from rehearsal.training.base_optimiser import BaseOptimiser
 from rehearsal.training.base_transcripts import Transcript
 from rehearsal.trajectory import Kind
 
@@ -89,7 +90,7 @@ class BaseState:
     """How far the training of a base has come, apart from its weights.
 
     Attributes:
-        optimizer: the state of AdamW; None before the first step.
+        optimizer: the state of the optimiser; None before the first step.
         step: optimiser steps done.
         episodes: transcripts taken from the stream.
         tokens: tokens in them.
@@ -111,7 +112,7 @@ def train_base(
     model: Qwen3ForCausalLM, config: BaseConfig, transcripts: Iterator[Transcript], on_step: OnStep | None = None,
     state: BaseState | None = None, save: Callable[[BaseState], None] | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Train with AdamW on a stream of transcripts, each seen once, in place.
+    """Train with Muon and AdamW on a stream of transcripts, each seen once, in place.
 
     Args:
         model: with random weights, or those that belong to ``state``.
@@ -131,23 +132,16 @@ def train_base(
     weights = np.zeros(_OPENING + 1, dtype=np.float32)
     weights[[Kind.THOUGHT, Kind.ACTION]] = 1.0
     weights[Kind.OBSERVATION], weights[_OPENING] = config.observation_weight, config.opening_weight
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=config.learning_rate, betas=(0.9, 0.95),
-    )  # fmt: skip
+    optimiser = BaseOptimiser(model, config.weight_decay)
     state = state or BaseState()
     if state.optimizer is not None:
-        optimizer.load_state_dict(state.optimizer)
+        optimiser.load_state_dict(state.optimizer)
     model.train()
     parameters = list(model.parameters())
     workers = pack_workers(model)
     began = time.monotonic() - state.seconds
     for step in range(state.step, config.steps):
         batch = _take(transcripts, config.tokens_per_step)
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * schedule(step, config.steps, config.warmup)
         weight = float(sum(weights[_classes(t)[1:]].sum() for t in batch))
 
         def losses_of(work: _Work, weight: float = weight) -> tuple[list[Tensor | None], float]:
@@ -161,8 +155,7 @@ def train_base(
             raise TrainingDiverged(
                 f"The loss of step {step} is {total} and its gradient has norm {norm}: lower the learning rate."
             )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimiser.step(config.learning_rate * schedule(step, config.steps, config.warmup))
         state.step = step + 1
         state.tokens += sum(len(t.token_ids) for t in batch)
         state.episodes += len(batch)
@@ -172,7 +165,7 @@ def train_base(
         if on_step is not None:
             on_step(state.step, _smoothed(state), state.tokens / state.seconds)
         if save is not None and state.step % SAVE_EVERY == 0 and state.step < config.steps:
-            save(replace(state, optimizer=optimizer.state_dict()))
+            save(replace(state, optimizer=optimiser.state_dict()))
     return {
         "tokens": float(state.tokens),
         "episodes": float(state.episodes),
