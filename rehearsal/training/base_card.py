@@ -29,8 +29,8 @@ training with rewards is to add.
     {command}
 
 Trained from random weights on {tokens:,.0f} tokens of {episodes:,.0f} episodes, in {steps:,.0f} steps of Muon and AdamW
-(peak learning rate {learning_rate:g}, {seconds:,.0f} seconds, seed {seed}). The data are episodes of scripted players in
-the built-in environments, made during training; no text by people or by other models was used. All tasks are of the
+(peak learning rate {learning_rate:g}, {seconds:,.0f} seconds, seed {seed}). The data are episodes of scripted players
+in the built-in environments, made during training; no text by people or by other models was used. All tasks are of the
 training splits. The loss is taken on thoughts, actions and, with smaller weights, the environment's observations.
 
 Scenes (share of episodes):
