@@ -159,7 +159,7 @@ class Encoder:
         ids_BT = torch.full((len(ids), width), self._pad)
         mask_BT = torch.zeros((len(ids), width), dtype=torch.long)
         for row, one in enumerate(ids):
-            ids_BT[row, : len(one)] = torch.from_numpy(one)
+            ids_BT[row, : len(one)] = torch.from_numpy(one.astype(np.int64))
             mask_BT[row, : len(one)] = 1
         device = next(self._model.parameters()).device
         mask_BT = mask_BT.to(device)

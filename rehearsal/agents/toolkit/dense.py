@@ -199,16 +199,27 @@ def _embeddings(ids: Sequence[np.ndarray], encoder: Encoder, cache: Path | None)
     with _making:  # two that make the same would take twice the memory
         made_ND = _made.get((encoder, name))
         if cache is not None:
-            file = cache / f"{hashlib.sha256(f'{name} {encoder.fingerprint}'.encode()).hexdigest()}.npy"
-            made_ND = _read(file, (len(ids), encoder.dimension)) if made_ND is None else made_ND
-        if made_ND is None:
+            whole = hashlib.sha256(f"{name} {encoder.fingerprint}".encode()).hexdigest()
+            made_ND = _stored(cache / f"{whole}.npy", made_ND, ids, encoder)
+        elif made_ND is None:
             made_ND = encoder.embed_tokens(ids)
-        if cache is not None and not file.is_file():
-            _write(file, made_ND)
         _made[encoder, name] = made_ND
         _made.move_to_end((encoder, name))
         while len(_made) > _KEPT:
             _made.popitem(last=False)
+    return made_ND
+
+
+def _stored(file: Path, made_ND: np.ndarray | None, ids: Sequence[np.ndarray], encoder: Encoder) -> np.ndarray:
+    """Embeddings that are made already, are in a file, or are made now; they are in the file afterwards."""
+    if made_ND is None:
+        read_ND = _read(file, (len(ids), encoder.dimension))
+        if read_ND is not None:
+            return read_ND
+        made_ND = encoder.embed_tokens(ids)
+    elif file.is_file():
+        return made_ND
+    _write(file, made_ND)
     return made_ND
 
 
@@ -218,10 +229,8 @@ def _read(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
         found = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    if found.shape != shape or found.dtype != np.float32 or not np.isfinite(found).all():
-        file.unlink(missing_ok=True)
-        return None
-    return np.asarray(found)
+    fits = found.shape == shape and found.dtype == np.float32 and bool(np.isfinite(found).all())
+    return np.asarray(found) if fits else None
 
 
 def _write(file: Path, embeddings_ND: np.ndarray) -> None:
