@@ -58,9 +58,7 @@ def test_an_embedding_is_that_of_plain_pytorch(bert: Path, qwen3: Path, kind: st
 
 @pytest.mark.parametrize("kind", ["bert", "qwen3"])
 @pytest.mark.parametrize("pooling", ["mean", "last"])
-def test_neither_padding_nor_the_batch_changes_an_embedding(
-    bert: Path, qwen3: Path, kind: str, pooling: str
-) -> None:
+def test_neither_padding_nor_the_batch_changes_an_embedding(bert: Path, qwen3: Path, kind: str, pooling: str) -> None:
     folder = bert if kind == "bert" else qwen3
     alone_ND = np.concatenate([Encoder(folder, pooling=pooling).embed([text]) for text in TEXTS])
     for size in (2, 3, 32):

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import math
 import os
-import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -229,22 +228,21 @@ def _read(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
         found = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    fits = found.shape == shape and found.dtype == np.float32 and bool(np.isfinite(found).all())
-    return np.asarray(found) if fits else None
+    if not isinstance(found, np.ndarray) or found.shape != shape or found.dtype != np.float32:
+        return None
+    return found if np.isfinite(found).all() else None
 
 
 def _write(file: Path, embeddings_ND: np.ndarray) -> None:
-    aside: Path | None = None
+    aside = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as stream:
-            aside = Path(stream.name)
+        with aside.open("wb") as stream:
             np.save(stream, embeddings_ND, allow_pickle=False)
         # At once: another process finds nothing or all of it.
         os.replace(aside, file)
     except OSError as error:
         raise ToolError(f"The embeddings cannot be written to {file.parent}: {error}.") from error
     finally:
-        if aside is not None:
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
