@@ -59,7 +59,10 @@ class Encoder:
         device: str = "cpu", dtype: str = "float32",
     ) -> None:  # fmt: skip
         _check(pooling, max_tokens, batch_size, dtype)
-        where = pick_device(device)
+        try:
+            where = pick_device(device)
+        except ModelError as error:
+            raise ModelError(f'There is no device {device!r} for an encoder here; use "cpu" or "cuda".') from error
         self.source = str(source)
         folder = Path(source).expanduser()
         local = folder.exists() or self.source.startswith((".", "/", "~"))

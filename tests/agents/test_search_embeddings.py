@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Callable, Sequence
@@ -73,7 +74,7 @@ def test_the_order_of_the_rankings_does_not_matter(rankings: list[list[int]], da
     assert {number for number, _ in fused} == {number for ranking in cut for number in ranking}
     assert reciprocal_rank_fusion(data.draw(st.permutations(cut))) == fused
     assert all(one[1] > other[1] or (one[1] == other[1] and one[0] < other[0])
-               for one, other in zip(fused, fused[1:], strict=False))  # fmt: skip
+               for one, other in itertools.pairwise(fused))  # fmt: skip
 
 
 # The index
@@ -82,11 +83,12 @@ def test_the_order_of_the_rankings_does_not_matter(rankings: list[list[int]], da
 class Compass:
     """An encoder of four words, whose vectors are known; a text's is that of its first word, 6 words are taken."""
 
-    vectors = {"north": (0.0, 1.0), "east": (1.0, 0.0), "northeast": (0.6, 0.8), "south": (0.0, -1.0)}
     max_tokens = 6
     dimension = 2
-    prefixes = {"query": "", "document": ""}
-    fingerprint = "compass"
+
+    def __init__(self, query: str = "", document: str = "") -> None:
+        self.vectors = {"north": (0.0, 1.0), "east": (1.0, 0.0), "northeast": (0.6, 0.8), "south": (0.0, -1.0)}
+        self.prefixes = {"query": query, "document": document}
 
     def token_ids(self, texts: Sequence[str], cut: bool = True) -> list[np.ndarray]:
         known = [*self.vectors, "filler"]
@@ -135,8 +137,7 @@ def test_prefixes_go_before_queries_and_passages() -> None:
     index = index_of("filler", "south filler", query_prefix="north ", document_prefix="east ")
     assert [match.cosine for match in index.search("south", 2)] == pytest.approx([0.0, 0.0])
     assert index.search("south", 1)[0].passage == "filler", "what is shown has no prefix"
-    encoder = Compass()
-    encoder.prefixes = {"query": "north ", "document": "north "}
+    encoder = Compass(query="north ", document="north ")
     assert index_of("south", encoder=encoder).search("east", 1)[0].cosine == pytest.approx(1.0)
     plain = index_of("south", encoder=encoder, query_prefix="", document_prefix="")
     assert plain.search("south", 1)[0].cosine == pytest.approx(1.0)

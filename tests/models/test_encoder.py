@@ -67,7 +67,7 @@ def test_neither_padding_nor_the_batch_changes_an_embedding(bert: Path, qwen3: P
 
 
 def test_a_tokenizer_that_pads_at_the_left_changes_nothing(qwen3: Path, tmp_path: Path) -> None:
-    """Last-token pooling at the last place of the mask's sum is wrong there, and right in every test without padding."""
+    """The token at the place that the sum of the mask names is the last one only where padding comes behind."""
     folder = shutil.copytree(qwen3, tmp_path / "left")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"padding_side": "left"}))
@@ -208,7 +208,7 @@ def test_folders_without_an_encoder(bert: Path, qwen3: Path, tmp_path: Path) -> 
     (broken / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="cannot be loaded"):
         Encoder(broken)
-    with pytest.raises(ModelError, match="first token of .* sees no other"):
+    with pytest.raises(ModelError, match=r"first token of .* sees no other"):
         Encoder(qwen3, pooling="cls")
 
 
@@ -242,7 +242,7 @@ def test_an_encoder_that_gives_no_numbers(bert: Path, tmp_path: Path) -> None:
         ({"max_tokens": True}, "max_tokens .* not True"),
         ({"max_tokens": 65}, "takes 64 tokens of a text, not 65"),
         ({"batch_size": 0}, "batch_size .* from 1 on"),
-        ({"device": "abacus"}, "no device"),
+        ({"device": "abacus"}, "no device 'abacus' for an encoder"),
     ],
 )
 def test_options_that_cannot_be_used(bert: Path, options: dict[str, Any], told: str) -> None:
