@@ -127,6 +127,10 @@ class VerifiedTasks(EpisodeEnv):
         self._need_reset()
         return {"prompt": self._now.prompt, "reference": self._now.reference, "data": dict(self._now.data)}
 
+    def facts(self) -> dict[str, str]:
+        """Those of the verifier."""
+        return dict(getattr(_verifier(*self._pools[:2]), "facts", dict)())
+
 
 def _check_category(field: str, splits: Mapping[str, Sequence[Task]]) -> None:
     """Refuse a field of categories that a task lacks, or that is its prompt or reference."""

@@ -54,6 +54,8 @@ from rehearsal.sandbox import (
     ProgramRunner,
 )
 from rehearsal.sandbox.inside import plain
+from rehearsal.sandbox.probing import require
+from rehearsal.usage import merged
 
 _JUDGE = Path(code_judge.__file__).read_text(encoding="utf-8")
 _SECONDS_OF_THE_JUDGE = 5.0
@@ -117,6 +119,17 @@ class CodeVerifier:
     def isolation(self) -> Isolation:
         """The level in force."""
         return self._sandbox().isolation
+
+    def facts(self) -> dict[str, str]:
+        """The level of isolation of the sandbox, found without starting it; and ``remote`` where programs are run by a
+        service.
+
+        Raises:
+            SandboxError: if the level is not to be had.
+        """
+        own = require(self._options["isolation"], self._options["python"]).value
+        elsewhere = getattr(self._programs, "isolation", "") if self._programs is not None else ""
+        return merged([{"sandbox": own}, {"sandbox": str(getattr(elsewhere, "value", elsewhere))}])
 
     def verify(self, completion: str, task: Task) -> Score:
         """Check the code of a completion.

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
+from rehearsal import usage
 from rehearsal.errors import SandboxError
 from rehearsal.sandbox.cell import Answer, Cell, CellGone
 from rehearsal.sandbox.inside import plain
@@ -103,6 +104,7 @@ class Interpreter:
             begun = time.monotonic()
             lost_here = self._cell is None
             self.calls += 1
+            usage.count({usage.SANDBOX + self._pool.isolation.value: 1})
             try:
                 if self._cell is None:
                     self._cell = self._pool._new_cell()
