@@ -14,7 +14,7 @@ from rehearsal.environments.tasks import close_pools
 from rehearsal.evaluation.run import evaluate_policy
 from rehearsal.reports import write_report
 from rehearsal.reports.evaluation import evaluation_parts
-from rehearsal.sandbox import strongest
+from rehearsal.sandbox import available, strongest
 from rehearsal.training.loop import Trainer
 from rehearsal.training.observer import SilentObserver
 from rehearsal.training.plan import describe_plan
@@ -28,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "rewards"))
 from judge_server import FakeServer
 
 MakeRecipe = Callable[..., Recipe]
+LEVEL = next((level.value for level, reason in available().items() if not reason), "")
+"""The weakest one there is: a recipe that names none gets the strongest."""
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def judged(small: MakeRecipe, server: FakeServer, tmp_path: Path) -> MakeRecipe:
 @pytest.fixture
 def coded(small: MakeRecipe, tmp_path: Path) -> Iterator[MakeRecipe]:
     """A recipe whose answers are run as code."""
-    yield _tasks(small, tmp_path, "code", {"isolation": "rlimits", "seconds": 5.0})
+    yield _tasks(small, tmp_path, "code", {"isolation": LEVEL, "seconds": 5.0})
     close_pools()
 
 
@@ -59,10 +61,11 @@ def _tasks(small: MakeRecipe, tmp_path: Path, verifier: str, options: dict[str, 
     rows = [{"prompt": f"Task {n}.", "reference": ["assert f() == 1"]} for n in range(60)]
     source.write_text("\n".join(map(json.dumps, rows)))
     params = {"source": str(source), "verifier": verifier, "options": options}
-    return lambda **changes: small(
-        environment__name="tasks", environment__params=params, training__steps=2, evaluation__every=0,
-        filter__name="none", **changes,
-    )  # fmt: skip
+    usual = {
+        "environment__name": "tasks", "environment__params": params, "training__steps": 2, "evaluation__every": 0,
+        "filter__name": "none",
+    }  # fmt: skip
+    return lambda **changes: small(**{**usual, **changes})
 
 
 def usage_of(row: Mapping[str, Any]) -> dict[str, float]:
@@ -112,7 +115,7 @@ def test_what_was_used_twice_counts_twice_and_nothing_else_does(
     judged: MakeRecipe, server: FakeServer, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    recipe = judged(training__steps=3, checkpoint__every=10, environment__params__options__cache=None)
+    recipe = judged(training__steps=3, checkpoint__every=10)
     with pytest.raises(KeyboardInterrupt):
         train(recipe, output=run, observer=Cut(2))
     before = dict(RunFolder.open(run).info.usage)
@@ -145,20 +148,22 @@ def test_a_step_that_breaks_off_is_paid_for(
 def test_the_level_of_a_sandbox_is_recorded(coded: MakeRecipe, tmp_path: Path) -> None:
     run = tmp_path / "run"
     recipe = coded()
-    assert "sandbox: rlimits" in describe_plan(recipe)
+    assert f"sandbox: {LEVEL}" in describe_plan(recipe)
     train(recipe, output=run)
     info = RunFolder.open(run).info
-    assert info.facts == {"sandbox": "rlimits"}
-    assert set(info.usage) == {"sandbox/rlimits"}
+    assert info.facts == {"sandbox": LEVEL}
+    assert set(info.usage) == {f"sandbox/{LEVEL}"}
     # Each episode's code is loaded in an interpreter; that takes two calls.
-    assert info.usage["sandbox/rlimits"] >= 2 * (2 * 4 * 3 + 2 * 4)
+    calls = info.usage[f"sandbox/{LEVEL}"]
+    assert calls >= 2 * (2 * 4 * 3 + 2 * 4)
     assert recorded(run) == info.usage
     page = write_report(run).read_text(encoding="utf-8")
-    assert f"rlimits, {info.usage['sandbox/rlimits']:,.0f} calls" in page
+    assert f"{LEVEL}, {calls:,.0f} calls" in page
     figures = evaluate_policy(run, episodes=3)
-    assert figures["sandbox/rlimits"] >= 6
+    there = figures[f"sandbox/{LEVEL}"]
+    assert there >= 6
     (costs,) = [part for part in evaluation_parts(figures) if part.title == "Cost"]
-    assert ["calls in the sandbox, rlimits", f"{figures['sandbox/rlimits']:,.0f}"] in [list(row) for row in costs.rows]
+    assert [f"calls in the sandbox, {LEVEL}", f"{there:,.0f}"] in [list(row) for row in costs.rows]
     (result,) = [part for part in evaluation_parts(figures) if part.title == "Result"]
     assert not any(row[0].startswith("sandbox") for row in result.rows)
 
@@ -187,4 +192,4 @@ def test_what_other_processes_used_comes_back(
         assert used
         assert recorded(tmp_path / name) == pytest.approx(used)
     assert RunFolder.open(tmp_path / "judged").info.usage["judge/requests"] == len(server.requests) > 8
-    assert set(used) == {"sandbox/rlimits"}
+    assert set(used) == {f"sandbox/{LEVEL}"}
