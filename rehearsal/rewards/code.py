@@ -52,9 +52,9 @@ from rehearsal.sandbox import (
     Outcome,
     ProgramResult,
     ProgramRunner,
+    require,
 )
 from rehearsal.sandbox.inside import plain
-from rehearsal.sandbox.probing import require
 from rehearsal.usage import merged
 
 _JUDGE = Path(code_judge.__file__).read_text(encoding="utf-8")

@@ -205,7 +205,9 @@ class InterpreterPool:
         limits: Limits | None = None,
     ) -> ProgramResult:  # fmt: skip
         """As :func:`rehearsal.sandbox.run_program`, with the packages of this pool and, if None, its limits."""
-        return run_in(self._running(), source, stdin=stdin, files=files, limits=limits or self.limits)
+        zygote = self._running()
+        usage.count({usage.SANDBOX + self.isolation.value: 1})
+        return run_in(zygote, source, stdin=stdin, files=files, limits=limits or self.limits)
 
     def close(self) -> None:
         """End every interpreter and the zygote."""

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Protocol
 
-from rehearsal import usage
 from rehearsal.errors import SandboxError
 from rehearsal.sandbox.cell import Cell, CellGone
 from rehearsal.sandbox.limits import Limits, Outcome, ProgramResult
@@ -34,7 +33,6 @@ def run_in(
     limits = limits or Limits()
     coded = _checked(files or {}, limits)
     begun = time.monotonic()
-    usage.count({usage.SANDBOX + zygote.isolation.value: 1})
     cell = Cell(zygote, limits)
     try:
         message = {"do": "program", "source": source, "stdin": stdin, "files": coded}

@@ -186,8 +186,7 @@ def test_what_other_processes_used_comes_back(
     judged: MakeRecipe, coded: MakeRecipe, server: FakeServer, tmp_path: Path
 ) -> None:
     for name, recipe in (("judged", judged), ("coded", coded)):
-        base = {"model__path": "base", "agent__max_context": 400, "model__dtype": "float32"}
-        train(recipe(engine__processes=2, **base), output=tmp_path / name)
+        train(recipe(engine__processes=2), output=tmp_path / name)
         used = RunFolder.open(tmp_path / name).info.usage
         assert used
         assert recorded(tmp_path / name) == pytest.approx(used)

@@ -15,8 +15,7 @@ from rehearsal.environments.repair.programs import Program, draw_program
 from rehearsal.environments.repair.running import Answer, Arguments, Run, leave, run_own, shared_runner
 from rehearsal.environments.splits import draw_in_split
 from rehearsal.errors import EnvironmentFault, RecipeError
-from rehearsal.sandbox import Isolation
-from rehearsal.sandbox.probing import require
+from rehearsal.sandbox import Isolation, require
 
 _TRIES = 200
 _LEAST_HIDDEN = 3
