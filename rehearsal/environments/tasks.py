@@ -152,6 +152,10 @@ class VerifiedTasks(EpisodeEnv):
         self._need_reset()
         return {"prompt": self._now.prompt, "reference": self._now.reference, "data": dict(self._now.data)}
 
+    def facts(self) -> dict[str, str]:
+        """Those of the verifier."""
+        return dict(getattr(_verifier(*self._pools[:2]), "facts", dict)())
+
 
 def _combination(
     verifier: str, also: Mapping[str, Mapping[str, Any]] | None, combine: Mapping[str, Any] | None
