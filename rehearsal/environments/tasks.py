@@ -153,8 +153,11 @@ class VerifiedTasks(EpisodeEnv):
         return {"prompt": self._now.prompt, "reference": self._now.reference, "data": dict(self._now.data)}
 
     def facts(self) -> dict[str, str]:
-        """Those of the verifier."""
-        return dict(getattr(_verifier(*self._pools[:2]), "facts", dict)())
+        """Those of the verifiers."""
+        found: dict[str, str] = {}
+        for verifier in _verifiers(self._pools[0]).values():
+            found |= getattr(verifier, "facts", dict)()
+        return found
 
 
 def _combination(

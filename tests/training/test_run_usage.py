@@ -123,7 +123,7 @@ def test_what_was_used_twice_counts_twice_and_nothing_else_does(
     close_pools()  # with the judge's memory, so that steps that are played again cost again
     from rehearsal.environments import tasks
 
-    tasks._verifier.cache_clear()
+    tasks._verifiers.cache_clear()
     train(output=run, resume=True)
     info = RunFolder.open(run).info
     assert info.usage["judge/requests"] == len(server.requests) > before["judge/requests"]
