@@ -5,11 +5,16 @@ line of source from a pipe, runs it and writes a line back, with no sandbox at a
 timed in turn. The start is from asking the pool to the first answer, once with a spare interpreter waiting and once
 without. Memory is the proportional share (PSS) of all processes of the sandbox, so that pages which forks share count
 once; what they take in addition to the same pool without interpreters is a figure of its own.
+
+The environment ``repair`` runs a program against its tests after every edit. That is timed over the same run in this
+process, with lines counted and no sandbox, as its own solutions are run; every program is another one, since what was
+run before is remembered.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import statistics
 import subprocess
@@ -20,6 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import interleaved, parser, report, say
+from rehearsal.environments import make
+from rehearsal.environments.repair.running import ProgramRunner, run_own
 from rehearsal.sandbox import InterpreterPool, Limits
 from rehearsal.sandbox.inside import processes
 
@@ -73,6 +80,27 @@ def start(pool: InterpreterPool, pause: float) -> float:
         return time.perf_counter() - begun
 
 
+def repair_runs(count: int, isolation: str | None) -> dict[str, Callable[[], None]]:
+    """The programs of repair's tasks against their tests: in the sandbox, and in this process."""
+    env = make("repair")
+    tasks = []
+    for seed in range(count):
+        env.reset(seed=seed)
+        task = env._present
+        tasks.append((task.program.function, env.describe()["program"], task.calls))
+    runner = ProgramRunner(isolation)
+    inside, outside = itertools.cycle(tasks), itertools.cycle(tasks)
+
+    def sandboxed() -> None:
+        runner._known.clear()
+        assert runner.run(*next(inside)).answers
+
+    def own() -> None:
+        assert run_own(*next(outside)).answers
+
+    return {"own": own, "sandbox": sandboxed, "close": runner.close}
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--interpreters", type=int, default=32, help="how many at once, for their memory")
@@ -116,6 +144,14 @@ def main() -> None:
         say(f"{args.interpreters} interpreters: {figures['memory_mib']:.0f} MiB")
         for interpreter in taken:
             interpreter.close()
+    runs = repair_runs(calls // 10, args.isolation)
+    close = runs.pop("close")
+    seconds = interleaved(runs, calls // 10, warmup=5)
+    close()
+    for name, values in seconds.items():
+        figures[f"repair_{name}_ms"] = 1000 * statistics.median(values)
+    figures["repair_over_own_ms"] = figures["repair_sandbox_ms"] - figures["repair_own_ms"]
+    say(f"a repaired program's tests cost {figures['repair_over_own_ms']:.2f} ms over a run without a sandbox")
     goals = {"call_over_plain_ms": "<= 5", "start_with_spare_ms": "<= 50", "memory_mib": "<= 2048"}
     report("sandbox", figures, goals, [args.seed], args.quick)
 

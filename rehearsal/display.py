@@ -15,6 +15,7 @@ from rehearsal.diagnostics import Verdict
 from rehearsal.training.observer import Observer, Watched
 from rehearsal.training.recipe import Recipe
 from rehearsal.trajectory import Trajectory
+from rehearsal.usage import usage_words
 
 
 def percent(value: float | None) -> str:
@@ -89,6 +90,8 @@ class TerminalObserver(Observer):
         cache = getattr(engine, "cache_bytes", 0) / 2**20
         split = f" in {trainer.processes} processes" if trainer.processes > 1 else ""
         table.add_row("engine", f"{engine.capacity} episodes at once{split}, at most {cache:.0f} MiB of cache")
+        for name, told in trainer.facts.items():
+            table.add_row(escape(name), escape(told))
         if trainer.folder is not None:
             table.add_row("run", escape(str(trainer.folder.path)))
         self.console.print(table)
@@ -166,6 +169,9 @@ class TerminalObserver(Observer):
 
     def finished(self, summary: Mapping[str, Any]) -> None:
         self._stop()
+        if self._trainer is not None and self._trainer.usage:
+            for name, told in usage_words(self._trainer.usage, self._trainer.facts).items():
+                self.console.print(f"[dim]{name.lower()}[/] {escape(told)}", highlight=False)
 
     def close(self) -> None:
         """Leave the terminal in order, whatever happened."""

@@ -125,6 +125,53 @@ def taught_policy(taught_folder: Path) -> Any:
     return load_policy(taught_folder, device="cpu")
 
 
+def _letters_tokenizer(length: int) -> Any:
+    """A token for each letter, between [CLS] and [SEP]; every sign that is none is [UNK]."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [chr(i) for i in range(ord("a"), ord("z") + 1)] + [str(i) for i in range(10)] + [".", ":"]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {one: i for i, one in enumerate([*special, *letters, *(f"##{one}" for one in letters)])}
+    made = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]", max_input_chars_per_word=1000))
+    made.normalizer = normalizers.Lowercase()
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, model_max_length=length, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
+        sep_token="[SEP]",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory: pytest.TempPathFactory, tiny_qwen3: Callable[..., Any]) -> Callable[..., Path]:
+    """Writes the folder of an encoder with random weights that reads letters: ``encoder_folder("bert")``, which takes
+    64 tokens, or "qwen3", a causal language model."""
+    from transformers import BertConfig, BertModel
+
+    def build(kind: str = "bert", seed: int = 0) -> Path:
+        folder = tmp_path_factory.mktemp("encoders") / kind
+        tokenizer = _letters_tokenizer(64)
+        torch.manual_seed(seed)
+        if kind == "bert":
+            model: Any = BertModel(
+                BertConfig(
+                    vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                    intermediate_size=48, max_position_embeddings=64, initializer_range=0.2,
+                ),
+                add_pooling_layer=False,
+            )  # fmt: skip
+        else:
+            model = tiny_qwen3(len(tokenizer), seed=seed)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return build
+
+
 @pytest.fixture(scope="session")
 def build_family() -> Callable[[str], Any]:
     """Makes a tiny model of a family by name, with a vocabulary of 97 and weights wide enough for mistakes to show."""

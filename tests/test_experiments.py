@@ -56,21 +56,21 @@ def test_the_fall_itself_is_no_call() -> None:
 def test_the_detector_is_judged() -> None:
     pushed = [run(30, 10), run(30, 15), run(20, 40), run(None, 10)]
     healthy = [run(None, None), run(None, None), run(None, 10), run(None, None)]
-    found = collapse.judged(pushed, healthy, Thresholds())
+    found = collapse.calls_of(pushed, healthy, Thresholds()).figures()
     assert found["collapses"] == 3, "one of the pushed runs never fell"
     assert found["called"] == pytest.approx(2 / 3), "a call after the fall is none"
     assert 13 <= found["median_lead"] <= 17
     assert found["false_alarms"] == 0.25
-    nothing = collapse.judged([], [], Thresholds())
+    nothing = collapse.calls_of([], [], Thresholds()).figures()
     assert math.isnan(nothing["called"])
 
 
 def test_thresholds_are_chosen_by_what_they_find() -> None:
     weak = [[{**row, "behaviour/invalid_turns": row["behaviour/invalid_turns"] * 0.16} for row in run(30, 10)]]
-    assert collapse.judged(weak, [run(None, None)], Thresholds())["called"] == 0
+    assert collapse.calls_of(weak, [run(None, None)], Thresholds()).figures()["called"] == 0
     chosen = collapse.choose(weak, [run(None, None)])
     assert chosen.invalid == 0.05
-    assert collapse.judged(weak, [run(None, None)], chosen)["called"] == 1
+    assert collapse.calls_of(weak, [run(None, None)], chosen).figures()["called"] == 1
     # What nothing tells about stays quiet, and so does what is told loudly enough.
     assert chosen.longer == max(collapse.CANDIDATES["longer"])
     loud = collapse.choose([run(30, 10)], [run(None, None)])

@@ -171,7 +171,7 @@ class JudgeFeedback:
             )},
             {"role": "user", "content": quoted("conversation", _conversation(env, agent, result))},
         ]  # fmt: skip
-        return self.client.ask(messages, _remark)
+        return self.client.ask(messages, _remark, purpose="feedback")
 
 
 def _remark(text: str) -> str:

@@ -20,6 +20,7 @@ from rehearsal.agents.tools import ArgumentError, Tool, ToolFailure, as_tool, cl
 from rehearsal.environments.base import TextEnv
 from rehearsal.errors import EnvironmentFault, RecipeError, RehearsalError, ToolError
 from rehearsal.trajectory import ToolCall
+from rehearsal.usage import merged
 
 _MAX_QUOTED = 40
 _MAX_LISTED = 20
@@ -233,6 +234,10 @@ class ToolSource(ABC):
     def open(self) -> Sequence[Tool]:
         """The tools of one episode. May be called from several threads at once."""
 
+    def facts(self) -> Mapping[str, str]:
+        """What the tools work with, for the plan and the records of a run, such as ``{"sandbox": "namespaces"}``."""
+        return {}
+
     def close(self) -> None:  # noqa: B027  (most hold nothing)
         """Give back what it holds; called when the run is over."""
 
@@ -308,6 +313,10 @@ class Toolkit:
         except BaseException:
             _close(opened)
             raise
+
+    def facts(self) -> dict[str, str]:
+        """What the tools of the sources work with."""
+        return merged(source.facts() for source in self.sources)
 
     def close(self) -> None:
         """Close the sources."""

@@ -47,7 +47,7 @@ class Thresholds:
     varied: float = 0.5
     entropy_fall: float = 0.15
     entropy_rise: float = 2.5
-    large_step: float = 0.007
+    large_step: float = 0.01
     unpaid: float = 0.08
     surer: float = 1.2
     success_done: float = 0.85

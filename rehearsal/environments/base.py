@@ -140,3 +140,8 @@ class TextEnv(gym.Env[str, str]):
         Positions are ``(row, column)`` pairs that count from 0 at the top left. Empty where there is nothing to tell.
         """
         return {}
+
+    def facts(self) -> dict[str, str]:
+        """What it works with, for the plan and the records of a run: ``{"sandbox": "namespaces"}`` where it runs code
+        in a sandbox, ``{"judge": "MODEL at ADDRESS"}`` where it asks one. Asked before any reset."""
+        return {}

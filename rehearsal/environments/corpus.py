@@ -46,7 +46,7 @@ class Hit:
     Attributes:
         key, title: of the document.
         snippet: the words around what was looked for.
-        score: BM25, higher is better; comparable within one query.
+        score: BM25, or what else ranks; higher is better, comparable within one query.
     """
 
     key: str
@@ -116,6 +116,10 @@ class Corpus:
             rows = self._rows("SELECT key, title, text FROM documents WHERE rowid IN "
                               "(SELECT number FROM keys WHERE title = ? LIMIT 2)", (wanted.casefold(),))  # fmt: skip
         return Document(*rows[0]) if len(rows) == 1 else None
+
+    def documents(self) -> list[Document]:
+        """All of them, in the order in which equal ones are ranked."""
+        return [Document(*row) for row in self._rows("SELECT key, title, text FROM documents ORDER BY rowid")]
 
     def close(self) -> None:
         """Close the index."""

@@ -117,6 +117,9 @@ class Proposals(TextEnv):
     def describe(self) -> dict[str, Any]:
         return self.inner.describe()
 
+    def facts(self) -> dict[str, str]:
+        return self.inner.facts()
+
     def close(self) -> None:
         """Close the inner environment."""
         self.inner.close()

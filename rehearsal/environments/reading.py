@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from rehearsal.environments.corpus import Corpus
+from typing import Protocol
+
+from rehearsal.environments.corpus import Document, Hit
 from rehearsal.environments.episode import whole_number
 from rehearsal.environments.tooling import ToolFailure
+
+
+class Searchable(Protocol):
+    """What a :class:`Reader` reads: a :class:`~rehearsal.environments.corpus.Corpus`, or something that ranks its
+    documents in another way."""
+
+    def search(self, query: str, count: int = 5, words: int = 24) -> list[Hit]:
+        """Documents for a query, best first."""
+
+    def get(self, key: str) -> Document | None:
+        """The document of a key or title, if there is one."""
 
 
 class Reader:
@@ -17,7 +30,7 @@ class Reader:
         page: characters of a document that ``open`` shows at a time.
     """
 
-    def __init__(self, corpus: Corpus, results: int = 5, words: int = 24, page: int = 1500) -> None:
+    def __init__(self, corpus: Searchable, results: int = 5, words: int = 24, page: int = 1500) -> None:
         self.corpus = corpus
         self.results = whole_number("results", results, 1, 100)
         self.words = whole_number("words", words, 1, 64)
@@ -44,7 +57,7 @@ class Reader:
         found = self.corpus.get(document.strip().removeprefix("[").removesuffix("]"))
         if found is None:
             raise ToolFailure(f"there is no document {document[:60]!r}; search shows ids in brackets")
-        pages = _pages(found.text, self.page)
+        pages = parts_of(found.text, self.page) or [""]
         if not 1 <= page <= len(pages):
             raise ToolFailure(f"page must be from 1 to {len(pages)}, not {page}")
         head = f"{found.title}\n" if found.title and page == 1 else ""
@@ -52,7 +65,7 @@ class Reader:
         return f"{head}{pages[page - 1]}{foot}"
 
 
-def _pages(text: str, size: int) -> list[str]:
+def parts_of(text: str, size: int) -> list[str]:
     """A text in parts of at most ``size`` characters, cut at blanks where there are any near the end of a part."""
     pages: list[str] = []
     begin = 0
@@ -63,4 +76,4 @@ def _pages(text: str, size: int) -> list[str]:
             end = blank + 1 if blank > 0 else end
         pages.append(text[begin:end])
         begin = end
-    return pages or [""]
+    return pages

@@ -152,6 +152,13 @@ class VerifiedTasks(EpisodeEnv):
         self._need_reset()
         return {"prompt": self._now.prompt, "reference": self._now.reference, "data": dict(self._now.data)}
 
+    def facts(self) -> dict[str, str]:
+        """Those of the verifiers."""
+        found: dict[str, str] = {}
+        for verifier in _verifiers(self._pools[0]).values():
+            found |= getattr(verifier, "facts", dict)()
+        return found
+
 
 def _combination(
     verifier: str, also: Mapping[str, Mapping[str, Any]] | None, combine: Mapping[str, Any] | None

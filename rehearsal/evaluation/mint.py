@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from rehearsal.agents.agent import Limits
 from rehearsal.agents.feedback import Feedback, JudgeFeedback, ScriptedFeedback
@@ -208,13 +207,3 @@ def user_of(feedback: str | None, model: str | None = None, api_key_env: str | N
     if model is None:
         raise RecipeError(f"Name the model behind {feedback} that gives feedback, with --feedback-model.")
     return JudgeFeedback(JudgeClient(feedback, model, api_key_env=api_key_env))
-
-
-def judge_figures(feedback: Feedback | None) -> Mapping[str, float]:
-    """What a judge model's remarks have cost: ``feedback/requests``, ``feedback/prompt_tokens``,
-    ``feedback/completion_tokens``."""
-    if not isinstance(feedback, JudgeFeedback):
-        return {}
-    cost: Any = feedback.client.cost
-    names = ("requests", "prompt_tokens", "completion_tokens")
-    return {f"feedback/{name}": float(getattr(cost, name)) for name in names}

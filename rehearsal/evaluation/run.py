@@ -15,7 +15,7 @@ from rehearsal.environments.base import TextEnv
 from rehearsal.errors import ModelError, RecipeError
 from rehearsal.evaluation.best_of import best_of_figures, verify_episodes
 from rehearsal.evaluation.held_out import Evaluation, evaluate
-from rehearsal.evaluation.mint import judge_figures, mint_environments, mint_figures, play_mint, user_of
+from rehearsal.evaluation.mint import mint_environments, mint_figures, play_mint, user_of
 from rehearsal.evaluation.remote import ChatRollout
 from rehearsal.evaluation.samples import compare, success_by_task
 from rehearsal.generation.remote import RemoteEngine
@@ -26,6 +26,7 @@ from rehearsal.training.playing import answer_protocol, episode_limits, make_rol
 from rehearsal.training.recipe import Recipe, resolve_recipe
 from rehearsal.training.runs import RunFolder
 from rehearsal.training.tasks import TaskSource, variants_of
+from rehearsal.usage import Account
 
 
 def evaluate_policy(
@@ -54,7 +55,8 @@ def evaluate_policy(
         verifier_options: of the verifier.
 
     Returns:
-        the figures of :class:`rehearsal.evaluation.held_out.Evaluation`.
+        the figures of :class:`rehearsal.evaluation.held_out.Evaluation`, and what judges and sandboxes were asked to do
+        for all of it, by the names of :mod:`rehearsal.usage`.
 
     Raises:
         RehearsalError: with one sentence, for whatever the user can mend.
@@ -63,6 +65,7 @@ def evaluate_policy(
         raise RecipeError(f"episodes must be 1 or more, not {episodes}.")
     if samples < 1:
         raise RecipeError(f"samples must be 1 or more, not {samples}.")
+    account = Account()
     if url is not None:
         if against is not None:
             raise RecipeError(
@@ -70,12 +73,12 @@ def evaluate_policy(
             )
         recipe = resolve_recipe(recipe, overrides)
         result = _evaluate_remote(str(policy), recipe, split, episodes, temperature, samples, url, api_key_env)
-        return {**result.figures, **_picked(result, verifier, verifier_options)}
+        return {**result.figures, **_picked(result, verifier, verifier_options), **account.take()}
     recipe, loaded = load_for_evaluation(policy, recipe, overrides)
     source = _tasks_of(recipe, policy)
     if against is None:
         result = _played(recipe, source, loaded, split, episodes, temperature, samples)
-        return {**result.figures, **_picked(result, verifier, verifier_options)}
+        return {**result.figures, **_picked(result, verifier, verifier_options), **account.take()}
     # Both are looked for before either plays.
     _, other = load_for_evaluation(against, recipe, ())
     result = _played(recipe, source, loaded, split, episodes, temperature, samples)
@@ -85,7 +88,7 @@ def evaluate_policy(
     found = compare(success_by_task(result.groups), success_by_task(rival.groups))
     figures = {f"against/{name}": float(value) for name, value in vars(found).items()}
     figures |= _picked(result, verifier, verifier_options)
-    return {**result.figures, "against/success": rival.figures["success"], **figures}
+    return {**result.figures, "against/success": rival.figures["success"], **figures, **account.take()}
 
 
 def evaluate_mint(
@@ -106,7 +109,8 @@ def evaluate_mint(
         temperature: of the answers; MINT takes the likeliest token.
 
     Returns:
-        the figures of :func:`rehearsal.evaluation.mint.mint_figures`, and what remarks of a model have cost.
+        the figures of :func:`rehearsal.evaluation.mint.mint_figures`, and what judges, remarks of a model and sandboxes
+        were asked to do, by the names of :mod:`rehearsal.usage`.
 
     Raises:
         RehearsalError: with one sentence, for whatever the user can mend.
@@ -115,6 +119,7 @@ def evaluate_mint(
         raise RecipeError(f"episodes must be 1 or more, not {episodes}.")
     if samples < 1:
         raise RecipeError(f"samples must be 1 or more, not {samples}.")
+    account = Account()
     user = user_of(feedback, feedback_model, feedback_key_env) if isinstance(feedback, str | None) else feedback
     loaded: Policy | RemoteEngine
     if url is not None:
@@ -133,7 +138,7 @@ def evaluate_mint(
             helped = play_mint(player, tasks, turns, first=2, temperature=temperature, samples=samples)
         check_failures([group for groups in helped for group in groups], recipe.training.abort_failed_share)
         assisted = [plain[0], *helped]
-    return {**mint_figures(plain, assisted), **judge_figures(user)}
+    return {**mint_figures(plain, assisted), **account.take()}
 
 
 @contextlib.contextmanager

@@ -124,6 +124,25 @@ PLANS: dict[str, list[Plan]] = {
             {"world/grad_norm": "world adapter"},
         ),
     ],
+    "What it asks of others": [
+        Plan(
+            "Requests to the judge",
+            "In a step. What the cache answers costs nothing.",
+            {"judge/requests": "answered by the model", "judge/cached": "from the cache"},
+        ),
+        Plan(
+            "Tokens of the judge",
+            "In a step, as its server counts them.",
+            {"judge/prompt_tokens": "read", "judge/completion_tokens": "written"},
+            "tokens",
+        ),
+        Plan("Price of the judge", "In a step, by the prices given.", {"judge/money": "price"}),
+        Plan(
+            "Calls in the sandbox",
+            "In a step, by level of isolation.",
+            {f"sandbox/{level}": level for level in ("rlimits", "filters", "namespaces", "bubblewrap", "remote")},
+        ),
+    ],
     "How fast it runs": [
         Plan(
             "Tokens a second",

@@ -17,6 +17,7 @@ from rehearsal.reports.group_archive import GroupArchive, pack_groups
 from rehearsal.reports.verdict import Verdict, judge, number
 from rehearsal.training.json_lines import read_json_lines
 from rehearsal.training.runs import RunFolder, RunInfo
+from rehearsal.usage import usage_words
 
 _MODEL_KEYS = ("model.path", "model.name", "model.id", "model.model", "model")
 _ENVIRONMENT_KEYS = ("environment.name", "environment.id", "environment.environment", "environment", "env")
@@ -78,6 +79,13 @@ class ReportData:
         """Seconds of training, pauses left out; None if nothing was recorded."""
         rows = [*self.metrics, *(row for rows in self.evaluations.values() for row in rows)]
         return max((time for row in rows if (time := number(row.get("time"))) is not None), default=None)
+
+    @property
+    def usage_words(self) -> dict[str, str]:
+        """What sandboxes and judges were asked to do, in words; empty where there were none or nothing is recorded."""
+        told, used = self.info.facts, self.info.usage
+        facts = {name: str(fact) for name, fact in told.items()} if isinstance(told, Mapping) else {}
+        return usage_words(used if isinstance(used, Mapping) else {}, facts)
 
     @property
     def model(self) -> str:

@@ -15,6 +15,7 @@ from rehearsal.reports.data import moment
 from rehearsal.reports.page import page_templates
 from rehearsal.reports.plots import Chart, Series, draw
 from rehearsal.training.storage import write_atomically
+from rehearsal.usage import SANDBOX, is_usage
 
 _HERE = Path(__file__).parent
 _LONGEST_TEXT = 2000
@@ -31,6 +32,10 @@ _COSTS = {
     "feedback/requests": "remarks that were asked of the user",
     "feedback/prompt_tokens": "read by the user's model in all",
     "feedback/completion_tokens": "written by the user's model in all",
+    "judge/requests": "answers of the judge in all",
+    "judge/cached": "answers of the judge from its cache",
+    "judge/prompt_tokens": "read by the judge in all",
+    "judge/completion_tokens": "written by the judge in all",
 }
 
 
@@ -125,6 +130,7 @@ def _result(figures: Mapping[str, float]) -> Part:
         rows.append(["success", f"{_percent(figures['success'])} {_ends(figures, 'success_')}"])
     for name, value in figures.items():
         elsewhere = name.startswith(("success", "against/", "category/", "tools/", "feedback/")) or name in _COSTS
+        elsewhere = elsewhere or is_usage(name)
         if elsewhere or name.endswith(_ENDS) or _AT.fullmatch(name):
             continue
         if name == "slope":
@@ -218,11 +224,15 @@ def _tools(figures: Mapping[str, float]) -> Part:
 
 def _costs(figures: Mapping[str, float]) -> Part:
     rows = [[told, f"{figures[name]:,.4g}"] for name, told in _COSTS.items() if name in figures]
+    rows += [[f"of the {who}, by its prices", f"{figures[f'{name}/money']:,.4g}"] for name, who in
+             (("feedback", "user's model"), ("judge", "judge")) if f"{name}/money" in figures]  # fmt: skip
+    rows += [[f"calls in the sandbox, {name.removeprefix(SANDBOX)}", f"{calls:,.0f}"]
+             for name, calls in figures.items() if name.startswith(SANDBOX)]  # fmt: skip
     rows += [[told, f"{figures[name]:.3g}"] for name, told in (
         ("feedback/remarks", "remarks in an episode"),
         ("feedback/withheld", "remarks withheld since they held the solution, in an episode"),
     ) if name in figures]  # fmt: skip
-    return Part("Cost in tokens", "", ("", ""), rows)
+    return Part("Cost", "", ("", ""), rows)
 
 
 def _percent(value: float) -> str:

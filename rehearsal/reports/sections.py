@@ -72,6 +72,7 @@ def overview(data: ReportData, templates: jinja2.Environment) -> Markup:
         "Steps": f"{data.steps[-1]:,}" if data.steps else "none",
         "Training time": spell_seconds(data.seconds) if data.seconds is not None else "not recorded",
         "Device": data.info.device or "not recorded",
+        **data.usage_words,
         "Started": moment(data.info.started) or "not recorded",
         "Version": data.info.version or "not recorded",
     }

@@ -52,8 +52,10 @@ from rehearsal.sandbox import (
     Outcome,
     ProgramResult,
     ProgramRunner,
+    require,
 )
 from rehearsal.sandbox.inside import plain
+from rehearsal.usage import merged
 
 _JUDGE = Path(code_judge.__file__).read_text(encoding="utf-8")
 _SECONDS_OF_THE_JUDGE = 5.0
@@ -80,7 +82,8 @@ class CodeVerifier:
     Args:
         limits: of a candidate: ``seconds`` for all assertions of a task together, or for each input of a program.
         isolation: the level of the sandbox, or its name; the strongest one there is if None.
-        partial: the value is the share of tests that pass. Otherwise it is 1 if all do, and else 0.
+        partial: the value is the share of tests that pass. Otherwise it is 1 if all do, and else 0; inputs behind the
+            first one that fails are then not run, so the score has no part ``tests``, the share that passed.
         concurrent: how many completions are checked at one time.
         packages: folders of packages that code may import, beside the standard library.
         python: the Python to run inside; this one if None.
@@ -117,6 +120,17 @@ class CodeVerifier:
     def isolation(self) -> Isolation:
         """The level in force."""
         return self._sandbox().isolation
+
+    def facts(self) -> dict[str, str]:
+        """The level of isolation of the sandbox, found without starting it; and ``remote`` where programs are run by a
+        service.
+
+        Raises:
+            SandboxError: if the level is not to be had.
+        """
+        own = require(self._options["isolation"], self._options["python"]).value
+        elsewhere = getattr(self._programs, "isolation", "") if self._programs is not None else ""
+        return merged([{"sandbox": own}, {"sandbox": str(getattr(elsewhere, "value", elsewhere))}])
 
     def verify(self, completion: str, task: Task) -> Score:
         """Check the code of a completion.
@@ -192,7 +206,8 @@ class CodeVerifier:
                     raise VerificationError(f"The code of the prompt does not run: {asked.error}")
             loaded = _there(candidate.run(_whole(code, code_given, names[0])))
             if loaded.outcome not in _WELL:
-                return self._score(0, 1, f"The code does not run: {loaded.error}")
+                evidence = f"No test was run. The code does not run: {loaded.error}"
+                return Score(0.0, False, {"tests": 0.0}, evidence[:_LONGEST_EVIDENCE])
             with self._sandbox().interpreter() as judge:
                 return self._judged(candidate, judge, [tests, given, names, check])
 
@@ -257,8 +272,9 @@ class CodeVerifier:
                 passed += 1
             elif not failure:
                 failure = f"First failing: input {number} of {len(pairs)}, {_short(given)!r}: {said}"
-                if not self.partial:
-                    break
+                if not self.partial and number < len(pairs):
+                    told = f"{passed} of the first {number} tests passed, and the other {len(pairs) - number} were not"
+                    return Score(0.0, False, {}, f"{told} run. {failure[:_LONGEST_EVIDENCE]}")
         return self._score(passed, len(pairs), failure)
 
     def _score(self, passed: int, total: int, failure: str, gone: bool = False) -> Score:

@@ -29,6 +29,7 @@ from rehearsal.errors import RewardError
 from rehearsal.naming import hint
 from rehearsal.rewards.pool import VerifierPool
 from rehearsal.rewards.verifier import Failure, Score, Task, VerificationError, Verifier
+from rehearsal.usage import merged
 
 
 class Combination(Protocol):
@@ -191,6 +192,10 @@ class Composite:
     def runs_in(self) -> str:
         """Where its verifiers run."""
         return str(getattr(next(iter(self.verifiers.values())), "runs_in", "process"))
+
+    def facts(self) -> dict[str, str]:
+        """Those of its verifiers."""
+        return merged(getattr(verifier, "facts", dict)() for verifier in self.verifiers.values())
 
     def warm_up(self) -> None:
         for verifier in self.verifiers.values():

@@ -76,6 +76,10 @@ class RubricJudge:
         """What the judge has cost so far."""
         return self.client.cost
 
+    def facts(self) -> dict[str, str]:
+        """Which judge is asked."""
+        return {"judge": self.client.told}
+
     def verify(self, completion: str, task: Task) -> Score:
         criteria = self._criteria if self._criteria is not None else _criteria(task.data.get("criteria"))
         listed = "\n".join(f"{number}. {criterion.text}" for number, criterion in enumerate(criteria, 1))
@@ -130,6 +134,10 @@ class PairJudge:
     def cost(self) -> Cost:
         """What the judge has cost so far."""
         return self.client.cost
+
+    def facts(self) -> dict[str, str]:
+        """Which judge is asked."""
+        return {"judge": self.client.told}
 
     def compare(self, prompt: str, first: str, second: str) -> Score:
         """1 if the first is better, 0 if the second is, 0.5 for a tie.

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import httpx
 
+from rehearsal import usage
 from rehearsal.errors import RewardError
 from rehearsal.rewards.verifier import VerificationError
 
@@ -101,7 +102,7 @@ class JudgeClient:
                 )
         self._max_retries = max_retries
         self._backoff = backoff
-        self._prices = prices or (0.0, 0.0)
+        self._prices = prices
         self._extra = dict(extra) if extra is not None else {"temperature": 0}
         self._client = httpx.Client(timeout=httpx.Timeout(timeout, connect=min(10.0, timeout), pool=None))
         self._timeout = timeout
@@ -114,13 +115,21 @@ class JudgeClient:
         """What it has cost so far."""
         return self._cost
 
-    def ask(self, messages: Sequence[Message], read: Callable[[str], T], *, tries: int = 2) -> T:
+    @property
+    def told(self) -> str:
+        """Who is asked where, for people."""
+        return f"{self.model} at {self.base_url}"
+
+    def ask(
+        self, messages: Sequence[Message], read: Callable[[str], T], *, tries: int = 2, purpose: str = "judge"
+    ) -> T:  # fmt: skip
         """The model's answer to a chat, as ``read`` makes it out.
 
         Args:
             messages: the chat.
             read: takes the answer's text; raises a ValueError where it cannot be read. Only what can be read is kept.
             tries: how often the model is asked for an answer that can be read.
+            purpose: what :mod:`rehearsal.usage` counts it as, "judge" or "feedback".
 
         Raises:
             VerificationError: if there is none, in a sentence that says why.
@@ -131,11 +140,11 @@ class JudgeClient:
         if known is not None:
             with contextlib.suppress(ValueError):  # kept by a version that read it otherwise; ask anew
                 found = read(known)
-                self._add(cached=1)
+                self._add(purpose, cached=1)
                 return found
         text = ""
         for _ in range(tries):
-            text = self._text(self._post(body))
+            text = self._text(self._post(body), purpose)
             try:
                 found = read(text)
             except ValueError:
@@ -144,11 +153,11 @@ class JudgeClient:
             return found
         raise VerificationError(f"The judge's answer cannot be read: {' '.join(text.split())[:200]!r}")
 
-    def _text(self, answer: dict[str, Any]) -> str:
+    def _text(self, answer: dict[str, Any], purpose: str) -> str:
         usage = answer.get("usage")
         counts = usage if isinstance(usage, dict) else {}
         prompt, completion = (_count(counts.get(name)) for name in ("prompt_tokens", "completion_tokens"))
-        self._add(requests=1, prompt_tokens=prompt, completion_tokens=completion)
+        self._add(purpose, requests=1, prompt_tokens=prompt, completion_tokens=completion)
         try:
             content = answer["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):
@@ -162,15 +171,19 @@ class JudgeClient:
         self._client.close()
         self._cache.close()
 
-    def _add(self, **counts: int) -> None:
+    def _add(self, purpose: str, **counts: int) -> None:
+        used = {f"{purpose}/{name}": float(n) for name, n in counts.items()}
+        money = 0.0
+        if self._prices is not None:
+            tokens = (counts.get("prompt_tokens", 0), counts.get("completion_tokens", 0))
+            money = sum(n * price for n, price in zip(tokens, self._prices, strict=True)) / 1e6
+            used[f"{purpose}/money"] = money
         with self._lock:
             old = self._cost
-            money = (
-                counts.get("prompt_tokens", 0) * self._prices[0] + counts.get("completion_tokens", 0) * self._prices[1]
-            ) / 1e6
             self._cost = replace(
                 old, money=old.money + money, **{name: getattr(old, name) + n for name, n in counts.items()}
             )
+        usage.count(used)
 
     def _post(self, body: dict[str, Any]) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}

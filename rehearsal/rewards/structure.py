@@ -122,7 +122,9 @@ class Pattern:
 
     Attributes:
         pattern: the expression; the reference of the task if None.
-        how: ``full`` (all of the text), ``search`` (anywhere in it) or ``absent`` (nowhere in it).
+        how: ``full`` (all of the text), ``search`` (anywhere in it) or ``absent`` (nowhere in it). Where there is no
+            text, or nothing but white space, ``absent`` does not pass: saying nothing is no way to keep a rule about
+            what is said. A completion whose thought never ends has no answer.
         where: ``answer`` (see :func:`rehearsal.rewards.answers.answer_of`) or ``completion`` (everything, with thought
             and tags, for checks of their form).
         ignore_case: whether case does not matter.
@@ -159,6 +161,8 @@ class Pattern:
             expression = re.compile(pattern, flags)
         except (re.error, OverflowError, RecursionError) as problem:
             raise VerificationError(f"The reference {pattern[:80]!r} is no regular expression: {problem}.") from problem
+        if self.how == "absent" and not text.strip():
+            return Score(0.0, False, evidence=f"there is no {self.where} for {pattern[:100]!r} to be absent from")
         found = expression.fullmatch(text) if self.how == "full" else expression.search(text)
         passed = (found is None) if self.how == "absent" else (found is not None)
         told = f"matches at {found.start()}" if found else "does not match"

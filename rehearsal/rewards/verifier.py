@@ -82,6 +82,7 @@ class Verifier(Protocol):
     - ``runs_in``: ``"process"`` (if absent), or ``"thread"`` for verifiers that wait for something else, such as a
       server or a process of their own, and keep their own time limits.
     - ``warm_up()``: loads what is heavy. It is called once in each process, before any time limit runs.
+    - ``facts()``: what it works with, for a plan and the records of a run, such as ``{"sandbox": "namespaces"}``.
     - ``verify_batch(completions, tasks)``: returns a :class:`Score` or a :class:`Failure` for each, for verifiers that
       ``runs_in`` threads and are faster with many at once.
 

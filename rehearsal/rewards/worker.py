@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from rehearsal import usage
 from rehearsal.errors import RewardError
 from rehearsal.rewards.verifier import Failure, Score, Task, VerificationError, Verifier
 
@@ -129,6 +130,9 @@ class WorkerProcess:
             if self._has_ended():
                 self._end_group()  # what it started may hold the pipe, whose end would then never be read
             return []
+        if what == "used":
+            usage.count(content)
+            return self.receive(timeout)
         if what != "results":
             raise WorkerEndedError(content)
         return cast(list[Result], content)
@@ -238,6 +242,15 @@ def _check_chunk(
     items: list[bytes], verifiers: dict[str, Verifier], count: mmap.mmap, timeout: float, tell: Any
 ) -> None:
     results: list[Result] = []
+    account = usage.Account()
+
+    def tell_results() -> None:
+        # What they took comes first: with the last result nobody listens any more.
+        used = account.take()
+        if used:
+            tell("used", used)
+        tell("results", results)
+
     flushed = time.monotonic()
     for number, item in enumerate(items, 1):
         # By default the signal ends the process, whatever it is doing.
@@ -245,11 +258,11 @@ def _check_chunk(
         _COUNT.pack_into(count, 0, number)
         results.append(_check(item, verifiers))
         if time.monotonic() - flushed > FLUSH_EVERY:
-            tell("results", results)
+            tell_results()
             results, flushed = [], time.monotonic()
     signal.setitimer(signal.ITIMER_REAL, 0)
     _COUNT.pack_into(count, 0, _MORE_THAN_ANY_ITEM)
-    tell("results", results)
+    tell_results()
 
 
 def _check(item: bytes, verifiers: dict[str, Verifier]) -> Result:

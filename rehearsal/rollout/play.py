@@ -8,6 +8,7 @@ own with a time limit, so a slow or hanging one holds nobody else up.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from rehearsal.generation.session import Engine, Session
 from rehearsal.models.chat import ChatRenderer, Rendered
 from rehearsal.rollout.places import HungError, OddError, Place, run_coroutine, together
 from rehearsal.trajectory import Group, StopReason, Trajectory, Turn, info_success
+from rehearsal.usage import merged
 
 T = TypeVar("T")
 
@@ -168,6 +170,14 @@ class Rollout:
                     f"which leaves no room for an answer in agent.max_context ({limits.max_context} tokens); raise it "
                     f"to {needed + limits.max_tokens_per_turn} or more."
                 )
+
+    def facts(self) -> dict[str, str]:
+        """What environments and tools work with, such as the level of isolation of a sandbox."""
+        told = [self.toolkit.facts()]
+        for make in self.makers:
+            with contextlib.closing(make()) as env:
+                told.append(env.facts())
+        return merged(told)
 
     def close(self) -> None:
         """Close environments and tools; an environment that takes longer than a few seconds is left behind."""

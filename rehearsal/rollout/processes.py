@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import torch
 
+from rehearsal import usage
 from rehearsal.errors import RehearsalError
 from rehearsal.generation.sampling import SamplingParams
 from rehearsal.models.lora import is_low_rank, is_plain_low_rank, plain_state
@@ -96,9 +97,16 @@ class ProcessRollout:
             worker.leave()
         for worker in self._workers:
             worker.end()
+        while not self._inbox.empty():  # a step was broken off: what it has used was used
+            _, what, content = self._inbox.get()
+            if what == "used":
+                usage.count(content)
 
     def _receive(self) -> tuple[int, str, Any]:
         number, what, content = self._inbox.get()
+        while what == "used":  # its account is part of ours
+            usage.count(content)
+            number, what, content = self._inbox.get()
         if what == "error":
             # The others are in the middle of something that nobody will ask for any more.
             self.close()
@@ -173,8 +181,12 @@ def serve() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         torch.set_num_threads(1)
 
+        account = usage.Account()
+
         def tell(what: str, content: Any) -> None:
-            pickle.dump((what, content), outbox, protocol=5)
+            used = account.take()
+            for message in ((("used", used),) if used else ()) + ((what, content),):
+                pickle.dump(message, outbox, protocol=5)
             outbox.flush()
 
         try:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
+from rehearsal import usage
 from rehearsal.errors import SandboxError
 from rehearsal.sandbox.cell import Answer, Cell, CellGone
 from rehearsal.sandbox.inside import plain
@@ -103,6 +104,7 @@ class Interpreter:
             begun = time.monotonic()
             lost_here = self._cell is None
             self.calls += 1
+            usage.count({usage.SANDBOX + self._pool.isolation.value: 1})
             try:
                 if self._cell is None:
                     self._cell = self._pool._new_cell()
@@ -203,7 +205,9 @@ class InterpreterPool:
         limits: Limits | None = None,
     ) -> ProgramResult:  # fmt: skip
         """As :func:`rehearsal.sandbox.run_program`, with the packages of this pool and, if None, its limits."""
-        return run_in(self._running(), source, stdin=stdin, files=files, limits=limits or self.limits)
+        zygote = self._running()
+        usage.count({usage.SANDBOX + self.isolation.value: 1})
+        return run_in(zygote, source, stdin=stdin, files=files, limits=limits or self.limits)
 
     def close(self) -> None:
         """End every interpreter and the zygote."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 
+from rehearsal import usage
 from rehearsal.errors import SandboxError
 from rehearsal.sandbox.limits import MIB, Limits, Outcome, ProgramResult
 
@@ -71,6 +72,7 @@ class RemoteSandbox:
             "files": {name: base64.b64encode(content).decode("ascii") for name, content in contents.items()},
         }
         begun = time.monotonic()
+        usage.count({usage.SANDBOX + self.isolation: 1})
         said = self._post(request, limits.seconds + _SECONDS_OF_GRACE)
         seconds = time.monotonic() - begun
         if said.get("status") == "SandboxError":

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Mapping
 
+from rehearsal import usage
 from rehearsal.errors import SandboxError
 from rehearsal.sandbox.isolation import Isolation
 from rehearsal.sandbox.limits import Limits, ProgramResult
@@ -47,6 +48,7 @@ def run_program(
                 if zygote is not None:
                     zygote.close()
                 zygote = _zygotes[level, python] = Zygote(level, python=python)
+        usage.count({usage.SANDBOX + level.value: 1})
         try:
             return run_in(zygote, source, stdin=stdin, files=files, limits=limits)
         except SandboxError:

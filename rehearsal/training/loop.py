@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from rehearsal.algorithms.filters import DropConstant, KeepAll, Kept, at_most, l
 from rehearsal.algorithms.presets import Algorithm, preset
 from rehearsal.algorithms.reward_parts import RewardShaping
 from rehearsal.diagnostics import Verdict
+from rehearsal.errors import CheckpointError
 from rehearsal.evaluation.held_out import Evaluation, evaluate
 from rehearsal.evaluation.probe import Prober
 from rehearsal.models.adapters import active_adapters, adapter_names, save_adapters
@@ -44,6 +46,7 @@ from rehearsal.training.trackers import Tracker, make_trackers
 from rehearsal.training.trajectory_store import write_trajectories
 from rehearsal.training.world import world_model
 from rehearsal.trajectory import Group, all_trajectories, rewards_matrix
+from rehearsal.usage import Account, added
 
 
 @dataclass
@@ -121,6 +124,9 @@ class Trainer:
         self.memory = Memory(recipe, self.policy.renderer)
         self.ended_by: Verdict | None = None
         self.trackers: list[Tracker] = []
+        self.facts = self.rollout.facts()
+        self.usage: dict[str, float] = {}
+        self._account = Account()
 
     # The loop
 
@@ -128,6 +134,8 @@ class Trainer:
         """Train to the end of the recipe, or until a stop is asked for; returns the summary."""
         self.observer.started(self)
         self._start_trackers()
+        if self.folder is not None:
+            self.folder.write_facts(self.facts)
         if self.steps_done == 0:
             self.evaluate("test", self.recipe.evaluation.episodes)
         if self.ended_by is not None:
@@ -192,6 +200,7 @@ class Trainer:
         check_failures(result.groups, self.recipe.training.abort_failed_share)
         result.figures.update(self.learner.prediction_losses(result.groups))
         result.figures.update(self.probe())
+        result.figures.update(self.used())
         self.evaluations.append((self.steps_done, split, result.figures))
         if self.folder is not None:
             self.folder.append_evaluation(self.steps_done, split, result.figures)
@@ -209,6 +218,15 @@ class Trainer:
                 found = self.prober.measure(self.policy.model)
             self._probed = {f"probe/{name}": value for name, value in found.items()}
         return self._probed if self.prober is not None else {}
+
+    def used(self) -> dict[str, float]:
+        """What judges and sandboxes were asked to do since this was last asked, noted for the run."""
+        used = self._account.take()
+        if used:
+            self.usage = added(self.usage, used)
+            if self.folder is not None:
+                self.folder.add_usage(used)
+        return used
 
     def judge(self) -> bool:
         """Say what is wrong, if anything is; returns whether the recipe ends the run on it."""
@@ -256,6 +274,7 @@ class Trainer:
             **self.tasks.sampler.figures(),
             **figures,
             **self._probed,
+            **self.used(),
             "signal/kept_groups": float(batch.kept.keep_P.sum()),
             "signal/kept_share": batch.kept.share,
             "signal/kept_episodes": float(batch.kept.keep_PG.sum()),
@@ -319,6 +338,7 @@ class Trainer:
         for row in self.folder.evaluations().rows:
             figures = {name: value for name, value in row.items() if name not in ("step", "time", "split")}
             self.evaluations.append((row["step"], row["split"], figures))
+        self.usage = dict(self.folder.info.usage)
 
     def finish(self) -> dict[str, Any]:
         """Write the policy and the summary."""
@@ -341,6 +361,7 @@ class Trainer:
                     summary[f"{name}_before"] = held_out[0][1][name]
                 if done and name in held_out[-1][1]:
                     summary[f"{name}_after"] = held_out[-1][1][name]
+        self.used()
         if self.folder is not None:
             summary["seconds"] = self.folder.seconds
             where = self.folder.path / "policy"
@@ -371,6 +392,10 @@ class Trainer:
         if self._player is not None:
             self._player.close()
             self._player = None
+        if self.folder is not None and self.folder.writable:
+            # What a step has used that an error or Ctrl-C broke off. That error matters more than one of the disk.
+            with contextlib.suppress(CheckpointError):
+                self.used()
 
     # Small things
 

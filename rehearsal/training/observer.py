@@ -21,6 +21,7 @@ class Watched(Protocol):
         recipe, policy, algorithm, folder: of the run; no folder where nothing is written.
         rollout: what plays, with its engine and limits.
         processes: how many play.
+        facts, usage: what environments, tools and verifiers work with, and what the run has used so far.
         steps_done: optimiser steps so far.
         stop_requested: set it, and the run ends after the present step.
     """
@@ -31,6 +32,8 @@ class Watched(Protocol):
     folder: RunFolder | None
     rollout: Rollout
     processes: int
+    facts: dict[str, str]
+    usage: dict[str, float]
     steps_done: int
     stop_requested: bool
 

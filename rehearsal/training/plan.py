@@ -13,6 +13,7 @@ from rehearsal.training.playing import make_rollout, make_toolkit, policy_of
 from rehearsal.training.recipe import Recipe
 from rehearsal.training.tasks import unlocked_tools, variants_of
 from rehearsal.training.world import MODE_TEXTS
+from rehearsal.usage import merged
 
 _MIB = 2**20
 
@@ -57,6 +58,7 @@ def describe_plan(recipe: Recipe) -> str:
     if recipe.world.mode != "policy_only":
         lines.append(f"world model, {recipe.world.mode}: {MODE_TEXTS[recipe.world.mode]}")
     lines += _tool_lines(recipe)
+    lines += [f"{name}: {told}" for name, told in _facts(recipe).items()]
     lines.append("")
     lines.append(
         f"{training.steps} steps of {training.groups} x {training.group_size} episodes, "
@@ -66,6 +68,16 @@ def describe_plan(recipe: Recipe) -> str:
     lines += [f"  {name:<24}{size / _MIB:10.1f} MiB" for name, size in plan.items()]
     lines.append(f"  {'together':<24}{sum(plan.values()) / _MIB:10.1f} MiB")
     return "\n".join(lines)
+
+
+def _facts(recipe: Recipe) -> dict[str, str]:
+    """What environments, tools and verifiers of a recipe work with, such as the level of isolation of a sandbox."""
+    with contextlib.closing(make_toolkit(recipe)) as toolkit:
+        told = [toolkit.facts()]
+    for variant in variants_of(recipe):
+        with contextlib.closing(variant.make()) as env:
+            told.append(env.facts())
+    return merged(told)
 
 
 def _tool_lines(recipe: Recipe) -> list[str]:

@@ -36,6 +36,7 @@ from typing import IO, Any, Literal, Self, cast
 from rehearsal.errors import CheckpointError
 from rehearsal.training.json_lines import JsonLines, as_line, plain, read_json_lines
 from rehearsal.training.storage import FolderLock, storage_errors, write_atomically
+from rehearsal.usage import added
 
 Status = Literal["running", "finished", "stopped", "failed"]
 """How a run stands: at work, done as planned, interrupted by its user, or ended by an error."""
@@ -56,6 +57,9 @@ class RunInfo:
         version: of Rehearsal, at the last start.
         command: what was typed to start it.
         device: the processor or GPU that it runs on, in words.
+        facts: what is in force where it runs, by name, such as the level of isolation of its sandbox.
+        usage: what judges and sandboxes were asked to do so far, by the names of :mod:`rehearsal.usage`. All of it: of
+            steps that were lost to a crash and played again, both times.
         summary: final numbers and facts by name, as the training loop gives them.
         error: one sentence, if the status is "failed".
         warnings: sentences about what went wrong on the way without ending the run.
@@ -69,6 +73,8 @@ class RunInfo:
     version: str = ""
     command: str = ""
     device: str = ""
+    facts: dict[str, str] = field(default_factory=dict)
+    usage: dict[str, float] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     error: str = ""
     warnings: list[str] = field(default_factory=list)
@@ -207,6 +213,11 @@ class RunFolder:
         return self._lock is not None or FolderLock.is_held(self.path)
 
     @property
+    def writable(self) -> bool:
+        """Whether this object holds the folder."""
+        return self._lock is not None
+
+    @property
     def recipe_text(self) -> str:
         """The content of ``recipe.toml``, or "" if it is missing."""
         with storage_errors(self.path / "recipe.toml", writing=False):
@@ -223,6 +234,16 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Record the final numbers and facts; replaces an earlier summary."""
         self.info.summary = dict(summary)
+        self._save()
+
+    def write_facts(self, facts: Mapping[str, str]) -> None:
+        """Record what is in force where the run goes on; replaces what was recorded before."""
+        self.info.facts = dict(facts)
+        self._save()
+
+    def add_usage(self, usage: Mapping[str, float]) -> None:
+        """Add to what the run has used."""
+        self.info.usage = added(self.info.usage, usage)
         self._save()
 
     def add_warning(self, sentence: str) -> None:

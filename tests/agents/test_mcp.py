@@ -66,6 +66,14 @@ def secret() -> str:
     return os.environ.get("DEMO_SECRET", "none")
 
 @server.tool()
+def shout(lines: int) -> str:
+    "Complains."
+    for number in range(lines):
+        print("x" * 999, number, file=sys.stderr)
+    sys.stderr.flush()
+    return "said"
+
+@server.tool()
 def hang(seconds: float) -> str:
     "Waits."
     time.sleep(seconds)
@@ -100,9 +108,31 @@ def say(box: Toolbox, tool_name: str, **arguments: Any) -> Any:
     return box.execute(ToolCall(tool_name, arguments))
 
 
+def test_what_a_server_says_on_its_standard_error_is_not_piled_up(stdio: Mcp) -> None:
+    connection = stdio._shared
+    assert connection is not None and connection._errors is not None
+    # More than a pipe holds by far: a server that nobody listened to would wait here.
+    assert say(box_of(stdio), "shout", lines=5000).text == "said"
+    patience = time.monotonic() + 10
+    while not connection._errors._said.endswith(b" 4999\n") and time.monotonic() < patience:
+        time.sleep(0.01)
+    assert connection._errors._said.endswith(b" 4999\n")
+    assert len(connection._errors._said) <= 4096
+    assert connection._errors.pen.closed, "with our own end open, the end of the server would not be seen"
+
+
+def test_nothing_is_left_of_a_server_that_was_closed(script: Path) -> None:
+    source = mcp_tools(command=[sys.executable, str(script)], start_timeout=120.0)
+    connection = source._shared
+    assert connection is not None and connection._errors is not None
+    source.close()
+    connection._errors._reader.join(20)
+    assert not connection._errors._reader.is_alive()
+
+
 def test_tools_of_a_server_that_is_started(stdio: Mcp) -> None:
     box = box_of(stdio)
-    assert list(box.tools) == ["add", "remember", "fail", "pid", "stall", "secret", "hang"]
+    assert list(box.tools) == ["add", "remember", "fail", "pid", "stall", "secret", "shout", "hang"]
     add = box.tools["add"]
     assert add.description == "Adds two numbers."
     assert add.signature == "add(a: integer, b: integer = 1)"

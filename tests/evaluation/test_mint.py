@@ -275,5 +275,5 @@ def test_a_page_escapes_what_it_is_told(tmp_path: Path) -> None:
                "category/<b>/tasks": 2.0}  # fmt: skip
     page = write_evaluation_page(tmp_path / "page.html", figures, {"policy": "<script>"}).read_text()
     assert "<b>" not in page and "&lt;b&gt;" in page and "<script" not in page
-    assert "50% (20% to 80%)" in page and "Cost in tokens" in page
+    assert "50% (20% to 80%)" in page and "Cost" in page
     assert turns_chart(figures) is None

@@ -209,6 +209,27 @@ def test_partial_credit() -> None:
         assert (score.value, score.passed) == (0.75, False)
 
 
+def test_what_was_not_run_is_not_counted_as_failed() -> None:
+    """Without partial credit the first failing input decides, and those behind it are not run."""
+    task = Task("Print twice the number.", [(str(n), str(2 * n if n != 2 else 5)) for n in range(5)])
+    doubles = "```python\nprint(2 * int(input()))\n```"
+    with CodeVerifier(partial=True) as partial, CodeVerifier() as strict:
+        score = partial.verify(doubles, task)
+        assert (score.value, score.parts) == (0.8, {"tests": 0.8})
+        assert score.evidence.startswith("4 of 5 tests passed. First failing: input 3 of 5")
+        score = strict.verify(doubles, task)
+        assert (score.value, score.passed, score.parts) == (0.0, False, {})
+        told = "2 of the first 3 tests passed, and the other 2 were not run. First failing: input 3 of 5"
+        assert score.evidence.startswith(told)
+        # Where the last one fails all were run.
+        score = strict.verify(doubles, Task(task.prompt, task.reference[:3]))
+        assert (score.value, score.parts) == (0.0, {"tests": pytest.approx(2 / 3)})
+        assert score.evidence.startswith("2 of 3 tests passed. First failing: input 3 of 3")
+        broken = strict.verify("```python\n1 / 0\n```", Task("Write f.", ["assert f() == 1", "assert f() != 2"]))
+        assert (broken.value, broken.passed, broken.parts) == (0.0, False, {"tests": 0.0})
+        assert broken.evidence.startswith("No test was run. The code does not run:")
+
+
 def test_exceptions_that_would_end_the_loops_of_the_tests(verifier: CodeVerifier) -> None:
     """``map`` and ``zip`` end at a StopIteration, so nothing would be compared and everything would hold."""
     for kind in ("StopIteration", "StopAsyncIteration", "GeneratorExit"):

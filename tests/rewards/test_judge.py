@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import threading
+import sys
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,61 +17,13 @@ from rehearsal.rewards.judge import Criterion, PairJudge, RubricJudge
 from rehearsal.rewards.judge_client import JudgeClient
 from rehearsal.rewards.pool import VerifierPool
 from rehearsal.rewards.verifier import Failure, Score, Task, VerificationError
+from rehearsal.usage import Account
 
-Answer = tuple[int, Any]
+sys.path.insert(0, str(Path(__file__).parent))
+
+from judge_server import Answer, FakeServer, completion
+
 CRITERIA = [Criterion("is polite", 2.0), Criterion("names a town", 1.0), Criterion("is rude", -1.0)]
-
-
-class FakeServer:
-    """Answers with what ``reply`` makes of a request's chat: a text, or a status and a body."""
-
-    def __init__(self) -> None:
-        self.reply: Callable[[str], str | Answer] = lambda text: "{}"
-        self.requests: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.at_once = self.most = 0
-        self._lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer._lock:
-                    outer.requests.append({"path": self.path, **body})
-                    outer.headers.append(dict(self.headers))
-                    outer.at_once += 1
-                    outer.most = max(outer.most, outer.at_once)
-                answer = outer.reply(body["messages"][-1]["content"])
-                with outer._lock:
-                    outer.at_once -= 1
-                status, content = answer if isinstance(answer, tuple) else (200, completion(answer))
-                data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                if status == 429:
-                    self.send_header("Retry-After", "0.01")
-                self.end_headers()
-                with contextlib.suppress(BrokenPipeError):  # nobody waited
-                    self.wfile.write(data)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-def completion(text: str | None) -> dict[str, Any]:
-    return {
-        "choices": [{"message": {"role": "assistant", "content": text}}],
-        "usage": {"prompt_tokens": 100, "completion_tokens": 10},
-    }
 
 
 @pytest.fixture
@@ -226,6 +176,7 @@ def test_answers_are_kept_by_content_in_memory_and_in_a_file(server: FakeServer,
 
 
 def test_what_it_costs(server: FakeServer) -> None:
+    account = Account()
     server.reply = lambda text: decisions(True, True, False)
     judge = RubricJudge(client(server, prices=(3.0, 15.0)), CRITERIA)
     for response in ("one", "two", "one"):
@@ -234,6 +185,22 @@ def test_what_it_costs(server: FakeServer) -> None:
     assert (cost.requests, cost.cached, cost.prompt_tokens, cost.completion_tokens) == (2, 1, 200, 20)
     assert cost.money == pytest.approx((200 * 3 + 20 * 15) / 1e6)
     assert str(cost) == "2 requests, 1 from the cache, 200 + 20 tokens, 0.0009 in all"
+    used = account.take()
+    assert used.pop("judge/money") == pytest.approx(cost.money)
+    assert used == {
+        "judge/requests": 2, "judge/cached": 1, "judge/prompt_tokens": 200, "judge/completion_tokens": 20
+    }  # fmt: skip
+
+
+def test_what_has_no_price_has_no_cost_of_nothing(server: FakeServer) -> None:
+    server.reply = lambda text: decisions(True)
+    account = Account()
+    judge = client(server)
+    assert judge.ask([{"role": "user", "content": "x"}], str, purpose="feedback")
+    assert account.take() == {
+        "feedback/requests": 1, "feedback/prompt_tokens": 100, "feedback/completion_tokens": 10
+    }  # fmt: skip
+    assert RubricJudge(judge, ["is polite"]).facts() == {"judge": f"judge at {server.url}"}
 
 
 @pytest.mark.parametrize("status", [429, 500, 503, 408])

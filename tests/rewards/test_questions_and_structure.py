@@ -197,6 +197,17 @@ def test_json_is_read_as_its_standard_has_it() -> None:
         ({"pattern": "b", "how": "search"}, "abc", True),
         ({"pattern": "b", "how": "absent"}, "abc", False),
         ({"pattern": "b", "how": "absent"}, "a", True),
+        # Saying nothing is no way to keep a rule about what is said.
+        ({"pattern": "b", "how": "absent"}, "", False),
+        ({"pattern": "b", "how": "absent"}, " \n", False),
+        ({"pattern": "b", "how": "absent"}, "<think>b", False),
+        ({"pattern": "b", "how": "absent"}, "b</think>", False),
+        ({"pattern": "b", "how": "absent"}, "b</think>a", True),
+        ({"pattern": "b", "how": "absent"}, "a<answer> </answer>", False),
+        ({"pattern": "b", "how": "absent", "where": "completion"}, "<think>a", True),
+        ({"pattern": "b", "how": "absent", "where": "completion"}, "\t", False),
+        # Who asks for an empty answer by a pattern gets it.
+        ({"pattern": "", "how": "full"}, "", True),
         ({"pattern": "ABC", "ignore_case": True}, "abc", True),
         ({"pattern": "<think>.*</think>.+", "where": "completion"}, "<think>a\nb</think>c", True),
         ({"pattern": "<think>.*</think>.+", "where": "completion"}, "c", False),

@@ -216,6 +216,11 @@ def test_calls_that_depend_on_their_arguments(machine: str) -> None:
     for command in range(16):
         owner = command in (8, 10, 15)
         assert verdict(machine, fcntl, (3, command)) == (refused(errno.EPERM) if owner else ALLOWED)
+    assert verdict(machine, fcntl, (3, 1031, 1 << 20)) == refused(errno.EPERM), "pipes keep their size"
+    for option in range(1, 64):
+        larger = option in (7, 32)
+        said = verdict(machine, seccomp._SETSOCKOPT[column], (3, 1, option))
+        assert said == (refused(errno.EPERM) if larger else ALLOWED), "and so do the buffers of sockets"
     assert verdict(machine, ioctl, (0, 0x8901)) == verdict(machine, ioctl, (0, 0x8902)) == refused(errno.EPERM)
 
 

@@ -11,6 +11,7 @@ import pytest
 import rehearsal.sandbox.probing as probing
 from rehearsal.errors import SandboxError
 from rehearsal.sandbox import InterpreterPool, Isolation, Limits, Outcome, available, require, run_program, strongest
+from rehearsal.usage import Account
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,3 +118,18 @@ def test_a_script_that_ends_leaves_no_process(tmp_path: Path) -> None:
         from pools import eventually, is_zombie
 
         assert eventually(lambda pid=int(done.stdout): is_zombie(pid)), how
+
+
+def test_what_runs_is_counted_by_its_level_and_looking_around_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probing, "_found", {})
+    account = Account()
+    level = strongest()
+    assert account.take() == {}, "a level that was only tried out was not used"
+    run_program("print(1)", isolation=level)
+    with InterpreterPool(1, isolation=level, spare=1) as pool:
+        assert account.take() == {f"sandbox/{level.value}": 1}
+        pool.run_program("print(1)")
+        with pool.interpreter() as it:
+            it.run("def f(): return 1")
+            it.call("f")
+    assert account.take() == {f"sandbox/{level.value}": 3}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tomllib
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rehearsal import cli
 from rehearsal.agents import toolkit
 from rehearsal.agents.tools import tool_from
 from rehearsal.environments import make
@@ -21,6 +23,7 @@ from rehearsal.training.playing import episode_limits, make_rollout, make_toolki
 from rehearsal.training.recipe import Recipe, resolve_recipe
 from rehearsal.training.run import train
 from rehearsal.training.trajectory_store import read_trajectories
+from rehearsal.trajectory import ToolCall
 
 MakeRecipe = Callable[..., Recipe]
 TOOLS: dict[str, Any] = {
@@ -141,6 +144,30 @@ def test_a_run_with_tools(recipe: MakeRecipe, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text().splitlines()]
     shown = [row for row in rows if "train/tools/calculator/used" in str(row)]
     assert shown, "the figures of the tools are among the metrics"
+
+
+def test_a_run_whose_search_has_embeddings(
+    recipe: MakeRecipe, encoder_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The dry run of a file, its tools, and a step: what the recipe says of embeddings gets to the tool."""
+    file = tmp_path / "recipe.toml"
+    options = {**recipe().tools.options["search"], "embeddings": str(encoder_folder("bert")), "pooling": "last",
+               "cache": str(tmp_path / "cache")}  # fmt: skip
+    made = recipe(tools__options={"search": options}, training__steps=1)
+    file.write_text(made.to_toml(), encoding="utf-8")
+    assert cli.main(["train", str(file), "--dry-run"]) == 0
+    assert "search(query: string)" in capsys.readouterr().out
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    with contextlib.closing(make_toolkit(made)) as kit:
+        box = kit.open(made_env(made))
+        assert box is not None
+        assert box.execute(ToolCall("search", {"query": "hoels"})).text.startswith("[")
+        assert box.execute(ToolCall("search", {"query": " "})).text == "Nothing was found; try other words."
+    result = train(made, output=tmp_path / "run")
+    assert "embeddings" in (result.path / "recipe.toml").read_text()
+    file.write_text(file.read_text(encoding="utf-8").replace('"last"', '"first"'), encoding="utf-8")
+    assert cli.main(["train", str(file), "--dry-run"]) == 2
+    assert "There is no pooling 'first'" in capsys.readouterr().err
 
 
 def test_only_tools_that_others_can_find_are_played_in_processes(

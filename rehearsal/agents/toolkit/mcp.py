@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import shlex
-import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -24,6 +23,9 @@ from rehearsal.errors import ToolError
 
 _CLOSING_SECONDS = 5.0
 _MAX_PROBLEM = 200
+_MAX_SAID = 4096
+"""Bytes of a server's standard error that are kept: the last ones."""
+_LAST_WORDS_SECONDS = 1.0
 _GRACE = 1.0
 """Seconds after which a call that nobody waits for any more is taken back; it would wait in vain for ever."""
 _START_TRIES = 3
@@ -169,6 +171,33 @@ class _EndedError(ToolError):
     """A server ended as it was started."""
 
 
+class _StandardError:
+    """The end of what a server says on its standard error, which would spoil the screen of a run. A pipe that is always
+    read: a server may say as much as it likes, for as long as it runs, and neither waits nor fills a disk.
+
+    Attributes:
+        pen: what the server writes to; closed here once the server has it.
+    """
+
+    def __init__(self) -> None:
+        reading, writing = os.pipe()
+        self.pen = os.fdopen(writing, "w", encoding="utf-8", errors="replace")
+        self._said = b""
+        self._reader = threading.Thread(target=self._read, args=(reading,), daemon=True, name="rehearsal-mcp-errors")
+        self._reader.start()
+
+    def last_line(self) -> str:
+        """What it said last, once it can say no more, or has had a moment to."""
+        self._reader.join(_LAST_WORDS_SECONDS)
+        lines = [line.strip() for line in self._said.decode("utf-8", "replace").splitlines() if line.strip()]
+        return lines[-1][:_MAX_PROBLEM] if lines else ""
+
+    def _read(self, descriptor: int) -> None:
+        with os.fdopen(descriptor, "rb", buffering=0) as end:
+            while piece := end.read(1 << 16):
+                self._said = (self._said + piece)[-_MAX_SAID:]
+
+
 class _Connection:
     """A connection and the thread that runs it.
 
@@ -181,8 +210,7 @@ class _Connection:
         self._server = server
         self._client: Any = None
         self._task: asyncio.Task[None] | None = None
-        # What a server says on its standard error would spoil the screen of a run; its last words are told if it fails.
-        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._errors = None if isinstance(server, str) else _StandardError()  # its last words are told if it fails
         self._loop = asyncio.new_event_loop()
         self._leave = asyncio.Event()
         self._begun: Future[None] = Future()
@@ -194,8 +222,8 @@ class _Connection:
         except Exception as error:
             self.close()
             what = f"did not answer within {seconds:g} s" if isinstance(error, TimeoutError) else _first(error)
-            what += self._last_words()
-            self._errors.close()
+            said = self._errors.last_line() if self._errors is not None else ""
+            what += f" ({said})" if said else ""
             kind = _EndedError if _ended_at_once(error) else ToolError
             raise kind(f"The MCP server {told} cannot be used: {what}.") from error
 
@@ -242,31 +270,25 @@ class _Connection:
                 self._loop.run_until_complete(_end_others())
                 self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
-            if self._begun.exception() is None:
-                self._errors.close()
             self._ended.set_result(None)
 
     async def _live(self) -> None:
-        sdk = _sdk()
-        server = self._server if isinstance(self._server, str) else sdk.stdio_client(self._server, errlog=self._errors)
-        async with sdk.Client(server) as client:
-            self._client = client
-            self.listed = await _list(client)
-            self._begun.set_result(None)
-            await self._leave.wait()
+        # Our own end of the server's standard error is closed once it has its own: the last one tells that it ended.
+        with contextlib.nullcontext() if self._errors is None else self._errors.pen as pen:
+            sdk = _sdk()
+            server = self._server if pen is None else sdk.stdio_client(self._server, errlog=pen)
+            async with sdk.Client(server) as client:
+                if pen is not None:
+                    pen.close()
+                self._client = client
+                self.listed = await _list(client)
+                self._begun.set_result(None)
+                await self._leave.wait()
 
     def _end(self) -> None:
         self._leave.set()
         if self._task is not None and not self._begun.done():
             self._task.cancel()  # it is still waiting for the server's first words
-
-    def _last_words(self) -> str:
-        try:
-            self._errors.seek(0)
-            lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
-        except (OSError, ValueError):
-            return ""
-        return f" ({lines[-1][:_MAX_PROBLEM]})" if lines else ""
 
     async def _call(self, name: str, arguments: dict[str, Any], seconds: float | None) -> str:
         try:

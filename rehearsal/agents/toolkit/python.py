@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from rehearsal.agents.toolbox import ToolSource
@@ -45,6 +45,9 @@ class Python(ToolSource):
         episode = _Episode(self.pool)
         seconds = self.pool.limits.seconds + _GRACE
         return [replace(tool_from(episode.python, timeout=seconds), close=episode.close)]
+
+    def facts(self) -> Mapping[str, str]:
+        return {"sandbox": self.pool.isolation.value}
 
     def close(self) -> None:
         self.pool.close()

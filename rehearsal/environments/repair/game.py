@@ -15,7 +15,7 @@ from rehearsal.environments.repair.programs import Program, draw_program
 from rehearsal.environments.repair.running import Answer, Arguments, Run, leave, run_own, shared_runner
 from rehearsal.environments.splits import draw_in_split
 from rehearsal.errors import EnvironmentFault, RecipeError
-from rehearsal.sandbox import Isolation
+from rehearsal.sandbox import Isolation, require
 
 _TRIES = 200
 _LEAST_HIDDEN = 3
@@ -209,6 +209,14 @@ class Repair(EpisodeEnv):
             "family": task.program.family, "bugs": [bug.kind for bug in task.bugs],
             "program": "\n".join(self._lines), "solution": task.program.source,
         }  # fmt: skip
+
+    def facts(self) -> dict[str, str]:
+        """The level of isolation of its sandbox.
+
+        Raises:
+            SandboxError: if the level is not to be had.
+        """
+        return {"sandbox": require(self.isolation).value}
 
     def close(self) -> None:
         """Give the sandbox back; closing twice is harmless, and a reset after it begins again."""

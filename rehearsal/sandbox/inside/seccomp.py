@@ -37,6 +37,10 @@ _TIOCSTI, _TIOCLINUX, _FIOSETOWN, _SIOCSPGRP = 0x5412, 0x541C, 0x8901, 0x8902
 a descriptor is sent signals."""
 _F_SETOWN, _F_SETSIG, _F_SETOWN_EX = 8, 10, 15
 """Commands of fcntl(2): the kernel sends any signal, SIGKILL too, to whoever is named as a descriptor's owner."""
+_F_SETPIPE_SZ = 1031
+_SO_SNDBUF, _SO_SNDBUFFORCE = 7, 32
+"""The kernel's buffers count for no limit of a process: they stay as small as they are made, see
+:mod:`rehearsal.sandbox.inside.processes`."""
 _AF_UNIX = 1
 _STREAMS = tuple(1 | flags for flags in (0, 0x800, 0x8_0000, 0x8_0800))
 """SOCK_STREAM, with and without SOCK_NONBLOCK and SOCK_CLOEXEC."""
@@ -69,7 +73,7 @@ DENIED: dict[str, tuple[int | None, int | None]] = {
     # memory that neither the limits of a process nor the size of its scratch folder count
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "semget": (64, 190),
     "msgget": (68, 186), "mq_open": (240, 180), "mbind": (237, 235), "set_mempolicy": (238, 237),
-    "set_mempolicy_home_node": (450, 450),
+    "set_mempolicy_home_node": (450, 450), "vmsplice": (278, 75),
     # what the user's other processes share by numbers that can be guessed
     "shmat": (30, 196), "shmctl": (31, 195), "semop": (65, 193), "semtimedop": (220, 192), "semctl": (66, 191),
     "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187), "mq_unlink": (241, 181),
@@ -89,7 +93,7 @@ _MODES_AND_TIMES: dict[str, tuple[int | None, int | None]] = {
 """These change nothing and say that they did, since every copy of a file sets them and would fail otherwise."""
 
 _SOCKET, _CLONE, _CLONE3, _IOCTL = (41, 198), (56, 220), (435, 435), (16, 29)
-_SOCKETPAIR, _FCNTL = (53, 199), (72, 25)
+_SOCKETPAIR, _FCNTL, _SETSOCKOPT = (53, 199), (72, 25), (54, 208)
 _ABOUT_ITSELF = {"prlimit64": (302, 261), "sched_setaffinity": (203, 122)}
 """Calls whose first argument names a process; 0 is the caller."""
 _SIGNALS = {"kill": (62, 129), "tgkill": (234, 131)}
@@ -131,7 +135,8 @@ def program(machine: str, own_pid: int, *, own_signals_only: bool, keep_attribut
     # pair for datagrams could still send to any other in the file system.
     pair = [_argument(0), *_refused_unless(_AF_UNIX), _argument(1), *_refused_unless(*_STREAMS)]
     lines += _guarded(_SOCKETPAIR[column], pair)
-    lines += _guarded(_FCNTL[column], [_argument(1), *_refused_if(_F_SETOWN, _F_SETSIG, _F_SETOWN_EX)])
+    lines += _guarded(_FCNTL[column], [_argument(1), *_refused_if(_F_SETOWN, _F_SETSIG, _F_SETOWN_EX, _F_SETPIPE_SZ)])
+    lines += _guarded(_SETSOCKOPT[column], [_argument(2), *_refused_if(_SO_SNDBUF, _SO_SNDBUFFORCE)])
     # The flags of clone3 lie in memory, where a filter cannot look; libraries fall back to clone.
     lines += [(_EQUAL, 0, 1, _CLONE3[column]), _refuse(errno.ENOSYS)]
     lines += _guarded(_CLONE[column], [_argument(0), (_ANY_BIT, 0, 1, _NAMESPACES), _refuse(errno.EPERM)])
