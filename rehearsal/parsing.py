@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import threading
+import warnings
 from typing import Any, Literal, overload
 
 ALONE = threading.RLock()
@@ -26,7 +27,9 @@ def parse_python(source: str, mode: Literal["exec", "eval"] = "exec") -> Any:
     """
     for tries_left in reversed(range(_TRIES)):
         try:
-            with ALONE:
+            # What is doubtful in what an agent wrote, such as "2and 3", is nothing to tell the user's terminal.
+            with ALONE, warnings.catch_warnings():
+                warnings.simplefilter("ignore", SyntaxWarning)
                 return ast.parse(source, mode=mode)
         except SystemError:  # somebody who does not know of the lock was parsing too
             if not tries_left:

@@ -50,3 +50,8 @@ def test_what_is_no_python_raises_what_it_raised() -> None:
     # A SyntaxError or a ValueError, by the version of Python.
     with pytest.raises((SyntaxError, ValueError), match="null"):
         parse_python("1\0")
+
+
+def test_what_is_doubtful_is_not_told_to_the_terminal(recwarn: pytest.WarningsRecorder) -> None:
+    assert ast.unparse(parse_python("2and 3", "eval")) == "2 and 3"
+    assert not recwarn.list
