@@ -20,6 +20,7 @@ from rehearsal.rewards.pool import VerifierPool
 from rehearsal.rewards.registry import verifier as make_verifier
 from rehearsal.rewards.tasks import check_disjoint, load_tasks
 from rehearsal.rewards.verifier import Score, Task, Verifier
+from rehearsal.usage import merged
 
 
 class VerifiedTasks(EpisodeEnv):
@@ -154,10 +155,7 @@ class VerifiedTasks(EpisodeEnv):
 
     def facts(self) -> dict[str, str]:
         """Those of the verifiers."""
-        found: dict[str, str] = {}
-        for verifier in _verifiers(self._pools[0]).values():
-            found |= getattr(verifier, "facts", dict)()
-        return found
+        return merged(getattr(verifier, "facts", dict)() for verifier in _verifiers(self._pools[0]).values())
 
 
 def _combination(

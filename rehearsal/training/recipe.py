@@ -15,6 +15,7 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from rehearsal.algorithms.reward_parts import RewardShaping
 from rehearsal.errors import RecipeError
 from rehearsal.training.options import (
     AdapterOptions,
@@ -136,8 +137,10 @@ class Recipe(Options):
             raise ValueError("training needs sampling.temperature above 0: episodes of a group must differ")
         if self.agent.max_tokens_per_turn >= self.agent.max_context:
             raise ValueError("agent.max_context must be larger than agent.max_tokens_per_turn")
-        if (self.rewards.length == "cosine") != (self.rewards.length_tokens is not None):
-            raise ValueError("rewards.length_tokens goes with rewards.length set to cosine: give both or neither")
+        try:
+            RewardShaping(**self.rewards.model_dump())
+        except RecipeError as error:
+            raise ValueError(str(error)) from error
         if self.training.minibatches > self.training.groups * self.training.group_size:
             raise ValueError("training.minibatches must not exceed the episodes of a step")
         return self
