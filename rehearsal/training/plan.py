@@ -13,7 +13,6 @@ from rehearsal.training.playing import make_rollout, make_toolkit, policy_of
 from rehearsal.training.recipe import Recipe
 from rehearsal.training.tasks import unlocked_tools, variants_of
 from rehearsal.training.world import MODE_TEXTS
-from rehearsal.usage import merged
 
 _MIB = 2**20
 
@@ -24,6 +23,11 @@ def memory_plan(recipe: Recipe) -> dict[str, float]:
     The estimate counts, for each layer and each token of a pack, the tensors that a gated decoder keeps for its
     backward pass: about 16 of the model's width and 5 of the feed-forward layer's.
     """
+    return _planned(recipe)[0]
+
+
+def _planned(recipe: Recipe) -> tuple[dict[str, float], dict[str, str]]:
+    """The memory, and what environments, tools and verifiers work with, of a rollout that is made for that."""
     policy = policy_of(recipe)
     algorithm = preset(recipe.algorithm.name, **recipe.algorithm.options)
     rollout = make_rollout(recipe, policy)
@@ -45,20 +49,21 @@ def memory_plan(recipe: Recipe) -> dict[str, float]:
         plan["reference policy"] = float(trained)  # it shares what is not trained
     if algorithm.needs_critic:
         plan["critic"] = 4.0 * weights
+    facts = rollout.facts()
     rollout.close()
-    return plan
+    return plan, facts
 
 
 def describe_plan(recipe: Recipe) -> str:
     """A few plain lines for people."""
-    plan = memory_plan(recipe)
+    plan, facts = _planned(recipe)
     training = recipe.training
     algorithm = preset(recipe.algorithm.name, **recipe.algorithm.options)
     lines = [algorithm.describe()]
     if recipe.world.mode != "policy_only":
         lines.append(f"world model, {recipe.world.mode}: {MODE_TEXTS[recipe.world.mode]}")
     lines += _tool_lines(recipe)
-    lines += [f"{name}: {told}" for name, told in _facts(recipe).items()]
+    lines += [f"{name}: {told}" for name, told in facts.items()]
     lines.append("")
     lines.append(
         f"{training.steps} steps of {training.groups} x {training.group_size} episodes, "
@@ -68,16 +73,6 @@ def describe_plan(recipe: Recipe) -> str:
     lines += [f"  {name:<24}{size / _MIB:10.1f} MiB" for name, size in plan.items()]
     lines.append(f"  {'together':<24}{sum(plan.values()) / _MIB:10.1f} MiB")
     return "\n".join(lines)
-
-
-def _facts(recipe: Recipe) -> dict[str, str]:
-    """What environments, tools and verifiers of a recipe work with, such as the level of isolation of a sandbox."""
-    with contextlib.closing(make_toolkit(recipe)) as toolkit:
-        told = [toolkit.facts()]
-    for variant in variants_of(recipe):
-        with contextlib.closing(variant.make()) as env:
-            told.append(env.facts())
-    return merged(told)
 
 
 def _tool_lines(recipe: Recipe) -> list[str]:
