@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import heapq
 import os
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,105 +22,13 @@ import torch
 from rehearsal.errors import GenerationError
 from rehearsal.generation.blocks import Block, BlockRunner, Drawn, Run, Streams, cut_blocks
 from rehearsal.generation.cache import KeyValuePool, ShapeProbe
+from rehearsal.generation.local_session import LocalSession
+from rehearsal.generation.places import Places
 from rehearsal.generation.sampling import SamplingParams
-from rehearsal.generation.session import EngineStats, Sampled
+from rehearsal.generation.session import EngineStats
 from rehearsal.models.adapters import active_adapters, adapter_parameters
 from rehearsal.models.packed import causal_lm, packed_attention, packed_hidden
 from rehearsal.trajectory import SampleStop
-
-
-@dataclass
-class _SharedPrefix:
-    """The first ``length`` tokens that forked sessions have in common, computed once."""
-
-    length: int
-    holders: set[int] = field(default_factory=set)
-    """Places whose keys and values begin with these tokens."""
-    filler: LocalSession | None = None
-    """The session that is computing them now."""
-    waiting: int = 0
-    """Forks that have no place yet."""
-    saved: list[torch.Tensor] | None = None
-    """A copy for those who wait, made when the last holder left."""
-
-
-class LocalSession:
-    """A session of the local engine; see :class:`rehearsal.generation.session.Session`."""
-
-    def __init__(self, engine: LocalEngine, key: int, adapters: tuple[str, ...] | None = None) -> None:
-        self._engine = engine
-        self.key = key
-        self.adapters = adapters
-        self.token_ids = np.empty(engine.max_context, dtype=np.int32)
-        self._length = 0
-        self.slot = -1
-        self.computed = 0
-        self.prefix: _SharedPrefix | None = None
-        """What it takes over from the session that it was forked from."""
-        self.shared: _SharedPrefix | None = None
-        """What its own forks take over from it."""
-        self.params: SamplingParams | None = None
-        self.future: asyncio.Future[Sampled] | None = None
-        self.closed = False
-        self.last_used = 0
-
-    @property
-    def length(self) -> int:
-        return self._length
-
-    @property
-    def room(self) -> int:
-        return self._engine.max_context - self._length
-
-    def extend(self, token_ids: Sequence[int] | np.ndarray) -> None:
-        if self.future is not None:
-            raise GenerationError("A session cannot be extended while it samples; wait for sample() first.")
-        n = len(token_ids)
-        if n > self.room:
-            raise GenerationError(
-                f"{n} more tokens do not fit: {self._length} of {self._engine.max_context} tokens of context are used. "
-                "Raise max_context or shorten the episode."
-            )
-        self.token_ids[self._length : self._length + n] = token_ids
-        self._length += n
-
-    async def sample(self, params: SamplingParams) -> Sampled:
-        if self.closed:
-            raise GenerationError("This session is closed; open a new one.")
-        if self._length == 0:
-            raise GenerationError("A session needs at least one token before it can sample; call extend() first.")
-        if self.future is not None:
-            raise GenerationError("This session is sampling already; wait for the first call to return.")
-        if self.room == 0:
-            return Sampled(np.empty(0, np.int32), np.empty(0, np.float32), SampleStop.CONTEXT)
-        begin = self._length
-        self.params = params
-        self.future = asyncio.get_running_loop().create_future()
-        self._engine._submit(self)
-        try:
-            return await self.future
-        except asyncio.CancelledError:
-            # The caller never saw an answer that came in the same moment, so it is not part of the context.
-            self._length = begin
-            self._engine._withdraw(self)
-            raise
-        finally:
-            self.future = None
-            self.params = None
-
-    def fork(self, key: int) -> LocalSession:
-        if self.future is not None:
-            raise GenerationError("A session cannot be forked while it samples; wait for sample() first.")
-        child = LocalSession(self._engine, key, self.adapters)
-        child.token_ids[: self._length] = self.token_ids[: self._length]
-        child._length = self._length
-        self._engine._share(self, child)
-        return child
-
-    def close(self) -> None:
-        if not self.closed:
-            self.closed = True
-            self._engine._release(self)
 
 
 def free_memory(device: torch.device) -> int:
@@ -174,11 +81,7 @@ class LocalEngine:
         self.cache_bytes = self.capacity * per_session
         self._pool = KeyValuePool(shapes, self.capacity, self.max_context, self._device)
         S, L = self.capacity, self.max_context
-        self._sessions: list[LocalSession | None] = [None] * S
-        # A heap: the lowest free place is taken first, so what is sampled does not depend on what was played before,
-        # not even by the rounding of another order of rows.
-        self._free = list(range(S))
-        self._prefixes: list[list[_SharedPrefix]] = [[] for _ in range(S)]
+        self._places: Places[LocalSession] = Places(self._pool, S)
         # State of the sampling places, as arrays, so that a step costs no Python per episode.
         self._active = np.zeros(S, dtype=bool)
         self._length = np.zeros(S, dtype=np.int64)
@@ -212,6 +115,10 @@ class LocalEngine:
             adapter_parameters(self.model, name)  # raises
         return LocalSession(self, key, None if adapters is None else tuple(adapters))
 
+    @property
+    def free_places(self) -> int:
+        return self.capacity - len(self._places)
+
     def reset_stats(self) -> None:
         self.stats = EngineStats()
 
@@ -230,9 +137,10 @@ class LocalEngine:
             packed_hidden(self.model, zero, zero, probe)
         return probe.shapes
 
-    # Places
+    # What sessions ask for
 
-    def _submit(self, session: LocalSession) -> None:
+    def submit(self, session: LocalSession) -> None:
+        """Sample for a session, which waits for it."""
         self._clock += 1
         session.last_used = self._clock
         if session.slot >= 0:
@@ -243,6 +151,32 @@ class LocalEngine:
         # A loop that was closed in the middle of a step left a runner behind that will never go on.
         if self._runner is None or self._runner.done() or self._runner.get_loop() is not loop:
             self._runner = loop.create_task(self._run())
+
+    def withdraw(self, session: LocalSession) -> None:
+        """Stop sampling for a session; it keeps its place and what is computed of its context."""
+        with contextlib.suppress(ValueError):
+            self._waiting.remove(session)
+        if session.slot < 0:
+            return
+        self._active[session.slot] = False
+        # At least the last token is computed again: its output is what the next draw needs.
+        session.computed = min(int(self._computed[session.slot]), session.length - 1)
+        self._places.interrupted(session)
+
+    def share(self, parent: LocalSession, child: LocalSession) -> None:
+        """Let a fork take over its parent's keys and values."""
+        self._places.share(parent, child)
+
+    def release(self, session: LocalSession) -> None:
+        """Free what a session holds; it is closed."""
+        if session.slot >= 0:
+            self._active[session.slot] = False
+        self._places.release(session)
+        with contextlib.suppress(ValueError):
+            self._waiting.remove(session)
+        session.fail(GenerationError("The session was closed while it was sampling."))
+
+    # Places
 
     def _activate(self, session: LocalSession) -> None:
         assert session.params is not None
@@ -263,113 +197,29 @@ class LocalEngine:
         self._last_ids[slot] = session.token_ids[session.length - 1]
         self._active[slot] = True
 
-    def _place(self, session: LocalSession) -> bool:
-        """Give a waiting session a place; False if it should wait for a sibling that computes their prompt now."""
-        prefix = session.prefix
-        if prefix is not None and not prefix.holders and prefix.saved is None:
-            if prefix.filler is not None and prefix.filler.slot >= 0 and not prefix.filler.closed:
-                return False
-            prefix.filler = session
-        slot = heapq.heappop(self._free)
-        session.slot = slot
-        session.computed = 0
-        self._sessions[slot] = session
-        if prefix is not None:
-            if prefix.holders:
-                self._pool.copy(min(prefix.holders), slot, prefix.length)
-            elif prefix.saved is not None:
-                self._pool.load(slot, prefix.saved)
-            if prefix.filler is not session:
-                session.computed = prefix.length
-                self.stats.tokens_shared += prefix.length
-                self._hold(prefix, slot)
-            prefix.waiting -= 1
-            session.prefix = prefix if prefix.filler is session else None
-        self._activate(session)
-        self.stats.peak_sessions = max(self.stats.peak_sessions, self.capacity - len(self._free))
-        return True
-
-    def _hold(self, prefix: _SharedPrefix, slot: int) -> None:
-        prefix.holders.add(slot)
-        self._prefixes[slot].append(prefix)
-
-    def _share(self, parent: LocalSession, child: LocalSession) -> None:
-        # The last token is computed by each fork itself, because its output is what the first draw needs. In the middle
-        # of an episode so is what the parent has not read yet.
-        length = parent.length - 1
-        if parent.slot >= 0 and 0 < parent.computed < length:
-            length = parent.computed
-        if length < 1:
-            return
-        prefix = parent.shared
-        if prefix is None or prefix.length != length:
-            prefix = _SharedPrefix(length)
-            if parent.slot >= 0 and parent.computed >= length:
-                self._hold(prefix, parent.slot)
-            parent.shared = prefix
-        prefix.waiting += 1
-        child.prefix = prefix
-
-    def _leave(self, slot: int) -> None:
-        """Empty a place; what others still wait for is kept aside."""
-        for prefix in self._prefixes[slot]:
-            if prefix.waiting > 0 and prefix.holders == {slot}:
-                prefix.saved = self._pool.save(slot, prefix.length)
-            prefix.holders.discard(slot)
-        self._prefixes[slot] = []
-        self._sessions[slot] = None
-        self._active[slot] = False
-        heapq.heappush(self._free, slot)
-
-    def _release(self, session: LocalSession) -> None:
-        prefix, session.prefix = session.prefix, None
-        if prefix is not None:
-            if prefix.filler is session:
-                prefix.filler = None
-            if session.slot < 0:
-                prefix.waiting -= 1
-        if session.slot >= 0:
-            self._leave(session.slot)
-            session.slot = -1
-        with contextlib.suppress(ValueError):
-            self._waiting.remove(session)
-        if session.future is not None and not session.future.done():
-            session.future.set_exception(GenerationError("The session was closed while it was sampling."))
-
-    def _withdraw(self, session: LocalSession) -> None:
-        """Stop sampling for a session; it keeps its place and what is computed of its context."""
-        with contextlib.suppress(ValueError):
-            self._waiting.remove(session)
-        if session.slot < 0:
-            return
-        self._active[session.slot] = False
-        # At least the last token is computed again: its output is what the next draw needs.
-        session.computed = min(int(self._computed[session.slot]), session.length - 1)
-        prefix, session.prefix = session.prefix, None
-        if prefix is not None:
-            # Siblings that wait for the common prompt must not wait for a session that stands still.
-            prefix.filler = None
-
     def _admit(self) -> None:
         postponed: list[LocalSession] = []
         while self._waiting:
-            if not self._free and not self._evict():
+            if self._places.full and not self._evict():
                 break
             session = self._waiting.popleft()
-            if not self._place(session):
+            taken_over = self._places.take(session)
+            if taken_over is None:
                 postponed.append(session)
+                continue
+            self.stats.tokens_shared += taken_over
+            self.stats.peak_sessions = max(self.stats.peak_sessions, len(self._places))
+            self._activate(session)
         self._waiting.extendleft(reversed(postponed))
 
     def _evict(self) -> bool:
         """Take the place of an episode that waits for its environment, but only if nothing could run otherwise."""
         if self._active.any():
             return False
-        idle = [session for session in self._sessions if session is not None]
-        if not idle:
+        idle = min(self._places, key=lambda session: session.last_used, default=None)
+        if idle is None:
             return False
-        session = min(idle, key=lambda session: session.last_used)
-        self._leave(session.slot)
-        session.slot, session.computed = -1, 0
+        self._places.leave(idle)
         self.stats.evictions += 1
         return True
 
@@ -402,11 +252,9 @@ class LocalEngine:
     def _fail(self, error: Exception) -> bool:
         """Hand an error to everyone who is sampling; whether there was anyone. The engine can be used again."""
         told = False
-        for session in (*self._waiting, *(session for session in self._sessions if session is not None)):
-            if session.future is not None and not session.future.done():
-                session.future.set_exception(error)
-                told = True
-            self._withdraw(session)
+        for session in (*self._waiting, *self._places):
+            told |= session.fail(error)
+            self.withdraw(session)
         return told
 
     def _step(self, runner: BlockRunner) -> None:
@@ -422,12 +270,10 @@ class LocalEngine:
         runs: list[Run] = []
         budget = self._prefill_tokens
         for slot in slots[new > 1].tolist():
-            session = self._sessions[slot]
-            assert session is not None
             first, length = int(self._computed[slot]), int(self._length[slot])
             last = min(length, first + budget)
             if last > first:
-                runs.append(Run(slot, first, session.token_ids[first:last], last == length))
+                runs.append(Run(slot, first, self._places[slot].token_ids[first:last], last == length))
                 budget -= last - first
         read = (single, self._computed[single], self._last_ids[single])
         blocks = cut_blocks(*read, runs) if runner.narrow else [Block(*read, runs)]
@@ -437,19 +283,11 @@ class LocalEngine:
         self.stats.tokens_prefilled += sum(len(run.token_ids) for run in runs)
         self._computed[single] += 1
         for run in runs:
-            self._computed[run.slot] = run.first + len(run.token_ids)
-            self._filled(run.slot)
+            session = self._places[run.slot]
+            session.computed = self._computed[run.slot] = run.first + len(run.token_ids)
+            self._places.filled(session)
         for drawn in results:
             self._append(drawn)
-
-    def _filled(self, slot: int) -> None:
-        """Let the siblings of a session that computed their common prompt take it over."""
-        session = self._sessions[slot]
-        assert session is not None
-        prefix = session.prefix
-        if prefix is not None and self._computed[slot] >= prefix.length:
-            self._hold(prefix, slot)
-            session.prefix = prefix.filler = None
 
     def _append(self, drawn: Drawn) -> None:
         slots_R, ids_R = drawn.slots_R, drawn.token_ids_R
@@ -466,16 +304,9 @@ class LocalEngine:
             self._finish(int(slots_R[row]), bool(ended_R[row]))
 
     def _finish(self, slot: int, ended: bool) -> None:
-        session = self._sessions[slot]
-        assert session is not None
-        assert session.future is not None
+        session = self._places[slot]
         begin, end = session.length, int(self._length[slot])
         stop = SampleStop.END if ended else SampleStop.CONTEXT if end == self.max_context else SampleStop.LENGTH
-        session.token_ids[begin:end] = self._new_ids[slot, begin:end]
-        session._length = end
         session.computed = int(self._computed[slot])
         self._active[slot] = False
-        if not session.future.done():
-            session.future.set_result(
-                Sampled(self._new_ids[slot, begin:end].copy(), self._new_logprobs[slot, begin:end].copy(), stop)
-            )
+        session.append(self._new_ids[slot, begin:end], self._new_logprobs[slot, begin:end], stop)

@@ -533,7 +533,7 @@ def test_the_session_itself_notices_nothing(model: Any, renderer: Any, children:
             told.append((sampled.token_ids.tolist(), sampled.logprobs))
             session.extend(renderer.encode("<|im_end|>\n" + START))
         session.close()
-        assert len(engine._free) == engine.capacity
+        assert engine.free_places == engine.capacity
         return told
 
     for (ids, logprobs), (bare_ids, bare_logprobs) in zip(run(play(True)), run(play(False)), strict=True):
@@ -602,7 +602,7 @@ def test_an_engine_whose_caller_gives_up(model: Any, renderer: Any, children: li
             with pytest.raises(asyncio.CancelledError):
                 await task
             assert all(child.closed for child in children)
-            assert len(engine._free) == engine.capacity
+            assert engine.free_places == engine.capacity
         sampled = await session.sample(SamplingParams(max_tokens=8))
         bare = await started(engine_of(model), renderer).sample(SamplingParams(max_tokens=8))
         assert sampled.token_ids.tolist() == bare.token_ids.tolist()

@@ -688,7 +688,7 @@ class TestTrouble:
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(slow.sample(SamplingParams(max_tokens=90)), 0.003)
             slow.close()
-            assert len(engine._free) == 1
+            assert engine.free_places == 1
             assert same(
                 await started(engine, [7, 8], 1).sample(WARM), await started(engine_of(qwen3), [7, 8], 1).sample(WARM)
             )
@@ -735,7 +735,7 @@ class TestTrouble:
                 session.close()
                 with pytest.raises(GenerationError, match="closed while"):
                     await task
-            assert len(engine._free) == 1
+            assert engine.free_places == 1
             assert not engine._waiting
 
         run(main())

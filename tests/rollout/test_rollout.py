@@ -542,7 +542,7 @@ def test_what_was_played_before_changes_nothing(play: Callable[..., Rollout]) ->
         original = engine._step
 
         def step(runner: Any, engine: Any = engine, noted: list[Any] = noted, original: Any = original) -> None:
-            noted.append([(slot, engine._sessions[slot].key) for slot in np.nonzero(engine._active)[0]])
+            noted.append([(slot, engine._places[slot].key) for slot in np.nonzero(engine._active)[0]])
             original(runner)
 
         engine._step = step
