@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import pytest
 
 import rehearsal
-from rehearsal import cli
 from rehearsal.algorithms import OPTION_NAMES, PRESETS, Options, preset
+from rehearsal.cli.parser import dotted_options, make_parser, without_dotted
 from rehearsal.environments import registry
 from rehearsal.errors import RecipeError
 from rehearsal.training.base_config import BaseConfig
@@ -233,8 +233,8 @@ def test_commands_exist(block: Block) -> None:
 
 def check_command(block: Block, given: list[str]) -> None:
     try:
-        parser, flags = cli._parser()
-        plain, dotted = cli._without_dotted(given, flags)
+        parser, flags = make_parser()
+        plain, dotted = without_dotted(given, flags)
         options, rest = parser.parse_known_args(plain)
         rest = [*dotted, *rest]
     except SystemExit:
@@ -242,7 +242,7 @@ def check_command(block: Block, given: list[str]) -> None:
     assert given[0] in ("train", "eval", "probe", "play", "report", "diagnose", "envs", "recipes", "check", "base")
     if rest:
         assert options.takes_dotted, f"{block}: rehearsal {given[0]} does not take {rest[0]}"
-    dotted = cli._dotted(rest)
+    dotted = dotted_options(rest)
     if given[0] in ("train", "eval"):
         check_dotted(block, dotted)
         recipe = getattr(options, "recipe", None)
@@ -270,7 +270,7 @@ def test_toml_blocks_are_recipes(block: Block) -> None:
 
 def cli_options() -> dict[str, set[str]]:
     """The options of each command."""
-    parsers = next(a for a in cli._parser()[0]._actions if isinstance(a, argparse._SubParsersAction)).choices
+    parsers = next(a for a in make_parser()[0]._actions if isinstance(a, argparse._SubParsersAction)).choices
     return {name: {o for a in parser._actions for o in a.option_strings} for name, parser in parsers.items()}
 
 

@@ -32,6 +32,7 @@ FLOORS = {
     "display": 6,
     "recipes": 6,
     "cli": 7,
+    "__main__": 8,
 }
 """Rooms, ground floor first. What people type stands above what they see, because it uses it."""
 

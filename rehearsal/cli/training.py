@@ -1,0 +1,92 @@
+"""Commands that make a model: ``train`` and ``base``."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.console import Console
+from rich.table import Table
+
+from rehearsal.errors import RecipeError
+
+
+def train_command(options: argparse.Namespace) -> int:
+    from rehearsal.display import TerminalObserver, closing_line
+    from rehearsal.reports import write_report
+    from rehearsal.training.recipe import resolve_recipe
+    from rehearsal.training.run import train
+    from rehearsal.training.runs import RunFolder
+
+    console = Console()
+    if options.options:
+        _list_options(console)
+        return 0
+    resume = options.resume is not None
+    output = options.resume if resume else options.output
+    if resume and options.output is not None:
+        raise RecipeError("--resume already names the run folder; leave --output out.")
+    source: Any = options.recipe
+    if resume:
+        RunFolder.open(options.resume)
+        source = options.resume / "recipe.toml" if source is None else source
+    recipe = resolve_recipe(source, options.dotted)
+    if options.dry_run:
+        from rehearsal.training.plan import describe_plan
+
+        console.print(recipe.to_toml(), highlight=False, markup=False)
+        console.print(describe_plan(recipe), highlight=False, markup=False)
+        return 0
+    if options.overwrite and output is not None and not resume:
+        _remove_run(output)
+    observer = TerminalObserver(console)
+    try:
+        result = train(recipe, output=output, resume=resume, observer=observer, command=options.command_line)
+    finally:
+        observer.close()
+    report = write_report(result.path)
+    console.print(closing_line(result.summary, report), highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _remove_run(path: Path) -> None:
+    if not path.is_dir():
+        return  # what else may be there is told when the run begins
+    if not (path / "run.json").is_file() and any(path.iterdir()):
+        raise RecipeError(f"{path} is not a run folder, so --overwrite does not delete it; choose another --output.")
+    from rehearsal.training.runs import RunFolder
+
+    if (path / "run.json").is_file() and RunFolder.open(path).in_use:
+        raise RecipeError(f"Another process writes to {path}; stop it first, or choose another --output.")
+    shutil.rmtree(path)
+
+
+def _list_options(console: Console) -> None:
+    from rehearsal.training.recipe import option_names
+
+    table = Table("option", "type", "default", "what it does", box=None, padding=(0, 2, 0, 0))
+    for name, info in option_names().items():
+        default = info.get_default(call_default_factory=True)
+        table.add_row(
+            f"--{name}", _type_name(info.annotation), "" if default is None else str(default), info.description
+        )
+    console.print(table)
+
+
+def _type_name(annotation: Any) -> str:
+    arguments = [argument for argument in get_args(annotation) if argument is not type(None)]
+    if getattr(annotation, "__origin__", None) in (dict, list):
+        return str(annotation.__origin__.__name__)
+    if arguments and all(isinstance(argument, str) for argument in arguments):
+        return "|".join(arguments)
+    if arguments:
+        return "|".join(_type_name(argument) for argument in arguments)
+    return str(getattr(annotation, "__name__", annotation))
+
+
+def base_command(options: argparse.Namespace) -> int:
+    from rehearsal.training.base_model import make_base_command
+
+    return make_base_command(options.output, options.dotted)
