@@ -43,8 +43,8 @@ class Draw(NamedTuple):
 class Sampler(Protocol):
     """Deals tasks and learns from how they went."""
 
-    def draw(self, count: int, rng: np.random.Generator) -> list[Draw]:
-        """The next ``count`` tasks."""
+    def draw(self, count: int, rng: np.random.Generator, played: Sequence[Draw] = ()) -> list[Draw]:
+        """The next ``count`` tasks; those that the step has ``played`` already only where there are no others."""
 
     def observe(self, draws: Sequence[Draw], success_P: Sequence[float] | Floats) -> None:
         """Take in the success of groups that were played: shares from 0 to 1, NaN for unknown."""
@@ -69,7 +69,7 @@ class Fresh:
 
     environment: int = 0
 
-    def draw(self, count: int, rng: np.random.Generator) -> list[Draw]:
+    def draw(self, count: int, rng: np.random.Generator, played: Sequence[Draw] = ()) -> list[Draw]:
         return [Draw(self.environment)] * count
 
     def observe(self, draws: Sequence[Draw], success_P: Sequence[float] | Floats) -> None:
@@ -112,13 +112,24 @@ class _Pool:
                 average[task] = success if first else average[task] + weight * (success - average[task])
             self._visits[task] += 1
 
-    def _choose(self, count: int, weights: Floats, rng: np.random.Generator) -> list[Draw]:
-        """Tasks by weight, none twice as long as the pool reaches."""
+    def _fresh(self, played: Sequence[Draw]) -> NDArray[np.bool_]:
+        """bool of shape (tasks,): those that are not among the played ones."""
+        fresh = np.ones(self.tasks, dtype=bool)
+        fresh[[draw.number for draw in played if draw.environment == self.environment]] = False
+        return fresh
+
+    def _choose(
+        self, count: int, weights: Floats, rng: np.random.Generator, played: Sequence[Draw] = ()
+    ) -> list[Draw]:
+        """Tasks by weight, none twice, and none that was played, as long as the pool reaches."""
         drawn: list[int] = []
+        left = np.where(self._fresh(played), weights, 0.0)
         while len(drawn) < count:
-            some = min(count - len(drawn), int((weights > 0).sum()))
-            shares = weights / weights.sum()
-            drawn += rng.choice(self.tasks, size=some, replace=False, p=shares).tolist()
+            if not left.any():
+                left = weights
+            some = min(count - len(drawn), int((left > 0).sum()))
+            drawn += rng.choice(self.tasks, size=some, replace=False, p=left / left.sum()).tolist()
+            left = np.zeros(self.tasks)
         return [Draw(self.environment, task) for task in drawn]
 
     def figures(self) -> dict[str, float]:
@@ -148,8 +159,8 @@ class _Pool:
 class Uniform(_Pool):
     """Every task of the pool alike: the control for the other pools."""
 
-    def draw(self, count: int, rng: np.random.Generator) -> list[Draw]:
-        return self._choose(count, np.ones(self.tasks), rng)
+    def draw(self, count: int, rng: np.random.Generator, played: Sequence[Draw] = ()) -> list[Draw]:
+        return self._choose(count, np.ones(self.tasks), rng, played)
 
 
 @dataclass
@@ -178,16 +189,17 @@ class ByDifficulty(_Pool):
     def _inside(self) -> NDArray[np.bool_]:
         return (self._visits == 0) | ((self._success >= self.low) & (self._success <= self.high))
 
-    def draw(self, count: int, rng: np.random.Generator) -> list[Draw]:
+    def draw(self, count: int, rng: np.random.Generator, played: Sequence[Draw] = ()) -> list[Draw]:
         inside = self._inside
         wanted = int(rng.binomial(count, self.retry)) if (~inside).any() else 0
-        outside_count = max(wanted, count - int(inside.sum())) if (~inside).any() else 0
+        reach = int((inside & self._fresh(played)).sum())
+        outside_count = max(wanted, count - reach) if (~inside).any() else 0
         outside_count = min(outside_count, count)
         draws: list[Draw] = []
         if count > outside_count:
-            draws += self._choose(count - outside_count, inside.astype(np.float64), rng)
+            draws += self._choose(count - outside_count, inside.astype(np.float64), rng, played)
         if outside_count:
-            draws += self._choose(outside_count, (~inside).astype(np.float64), rng)
+            draws += self._choose(outside_count, (~inside).astype(np.float64), rng, played)
         return draws
 
     def figures(self) -> dict[str, float]:
@@ -215,7 +227,7 @@ class Prioritised(_Pool):
             raise RecipeError(f'A prioritised curriculum goes by "variance" or "progress", not {self.by!r}.')
         _check_share("explore", self.explore)
 
-    def draw(self, count: int, rng: np.random.Generator) -> list[Draw]:
+    def draw(self, count: int, rng: np.random.Generator, played: Sequence[Draw] = ()) -> list[Draw]:
         seen = self._visits > 0
         known = np.where(seen, self._success, 0.5)
         gain = known * (1 - known) if self.by == "variance" else np.abs(known - np.where(seen, self._slow, 0.5))
@@ -223,7 +235,7 @@ class Prioritised(_Pool):
         total = gain.sum()
         even = np.full(self.tasks, 1 / self.tasks)
         return self._choose(
-            count, self.explore * even + (1 - self.explore) * (gain / total if total > 0 else even), rng
+            count, self.explore * even + (1 - self.explore) * (gain / total if total > 0 else even), rng, played
         )
 
 
@@ -266,7 +278,7 @@ class Staged:
         _check_share("threshold", self.threshold)
         _check_share("review", self.review)
 
-    def draw(self, count: int, rng: np.random.Generator) -> list[Draw]:
+    def draw(self, count: int, rng: np.random.Generator, played: Sequence[Draw] = ()) -> list[Draw]:
         back = rng.random(count) < self.review
         earlier = rng.integers(0, max(1, self.stage), count)
         return [
@@ -334,7 +346,7 @@ class Mixture:
             raise RecipeError(f"The weights of a mixture must be above 0, not {list(self.weights)}.")
         self._of: dict[int, int] = {}
 
-    def draw(self, count: int, rng: np.random.Generator) -> list[Draw]:
+    def draw(self, count: int, rng: np.random.Generator, played: Sequence[Draw] = ()) -> list[Draw]:
         shares = np.asarray(self.weights, dtype=np.float64) * count / sum(self.weights)
         counts = np.floor(shares).astype(int)
         # What the whole parts leave over goes out by lot, each with the chance of its fraction.
@@ -344,7 +356,7 @@ class Mixture:
             counts[rng.choice(len(counts), size=rest, replace=False, p=fractions / fractions.sum())] += 1
         draws: list[Draw] = []
         for part, (sampler, some) in enumerate(zip(self.samplers, counts, strict=True)):
-            drawn = sampler.draw(int(some), rng) if some else []
+            drawn = sampler.draw(int(some), rng, played) if some else []
             self._of |= {draw.environment: part for draw in drawn}
             draws += drawn
         return draws

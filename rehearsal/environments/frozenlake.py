@@ -54,6 +54,11 @@ class Lake:
     def content(self) -> str:
         return "/".join(self.rows)
 
+    @property
+    def layout(self) -> str:
+        """What every screen of the level shows, wherever the player stands: holes and goal."""
+        return self.content.replace("S", "F")
+
 
 def _distances(size: int, tiles: str) -> tuple[int, ...]:
     """Breadth-first search from the goal; see :attr:`Lake.distance`."""
@@ -115,7 +120,8 @@ class FrozenLake(SpatialEnv):
       to either side of that direction with equal probability, never backwards;
     - the published symbol of the player on the goal is a check mark; here it is the letter V, so that all symbols are
       single ASCII characters;
-    - published splits differ in seed alone; here they differ in content.
+    - published splits differ in seed alone; here they differ in holes and goal, so that no screen of an episode, not
+      even from the middle of it, is one of another split.
 
     Args:
         size: rows and columns, 2 to 16.
@@ -168,7 +174,7 @@ class FrozenLake(SpatialEnv):
 
     def _draw(self, split: str) -> str:
         lake = draw_in_split(
-            lambda: draw_lake(self.np_random, self.size, self.frozen, self.max_steps), lambda lake: lake.content, split
+            lambda: draw_lake(self.np_random, self.size, self.frozen, self.max_steps), lambda lake: lake.layout, split
         )
         if self._lake is None or lake.tiles != self._lake.tiles:
             self._lake = lake

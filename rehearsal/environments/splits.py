@@ -5,7 +5,9 @@ same task, however they were drawn, and no list of tasks has to be stored. The h
 every machine and in every process (Python's own ``hash`` of a string is not).
 
 Published environments for language agents separate the splits by seed alone or draw both from one file, and two seeds
-may well give the same small level: what is measured then is partly memory.
+may well give the same small level: what is measured then is partly memory. Nor is it enough that whole tasks differ:
+the start of one level is what another looks like after two moves. So levels are dealt out by what all of their
+positions share, such as walls and targets.
 """
 
 from __future__ import annotations

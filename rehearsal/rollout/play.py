@@ -44,6 +44,7 @@ class Task:
         options: what the environment is reset with beside split and chance, such as ``{"company": 51}`` at the help
             desk.
         locked: tools that its episodes do not have, see :meth:`rehearsal.agents.toolbox.Toolkit.open`.
+        again: how often its step has played the same task before. Each time brings other noise and other luck.
     """
 
     seed: int
@@ -51,6 +52,7 @@ class Task:
     environment: int = 0
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     locked: tuple[str, ...] = ()
+    again: int = 0
 
 
 def tasks_of_step(seed: int, step: int, count: int, split: str = "train", first: int = 0) -> list[Task]:
@@ -237,7 +239,8 @@ class Rollout:
         return sessions
 
     def _key(self, task: Task, sample: int, step: int) -> int:
-        return stream_key(self.seed, "episode", task.split, task.seed, sample, step)
+        again = (task.again,) if task.again else ()
+        return stream_key(self.seed, "episode", task.split, task.seed, sample, step, *again)
 
     def _new_agent(self, limits: Limits) -> Agent:
         assert self.renderer is not None
@@ -280,7 +283,8 @@ class Rollout:
         def reset() -> tuple[dict[str, Any], Rendered | None]:
             # The members of a group share their task and not their luck: with the same slips and payouts for all, a
             # group would learn that the lucky action of this one seed is the better one.
-            returned = env.reset(seed=task.seed, options={**task.options, "split": task.split, "chance": sample})
+            chance = stream_key("chance", task.again, sample) % 2**31 if task.again else sample
+            returned = env.reset(seed=task.seed, options={**task.options, "split": task.split, "chance": chance})
             observation, info = check_reset(env, returned)
             # Rules and legal actions are the environment's own code too, which may be slow or hang.
             toolbox = self.toolkit.open(env, task.locked)

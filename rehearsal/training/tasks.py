@@ -148,16 +148,19 @@ class TaskSource:
         """
         if first == 0:
             self._drawn = []
-        draws = self.sampler.draw(count, np.random.default_rng([self._seed, step, first, 11]))
-        self._drawn += draws
+        draws = self.sampler.draw(count, np.random.default_rng([self._seed, step, first, 11]), self._drawn)
         fresh = tasks_of_step(self._seed, step, count, first=first)
-        return [self._task(draw, new) for draw, new in zip(draws, fresh, strict=True)]
+        tasks = []
+        for draw, new in zip(draws, fresh, strict=True):
+            tasks.append(self._task(draw, new, self._drawn.count(draw)))
+            self._drawn.append(draw)
+        return tasks
 
-    def _task(self, draw: Draw, fresh: Task) -> Task:
-        seed = fresh.seed
-        if draw.number is not None:
-            seed = stream_key(self._seed, "pool", draw.environment, draw.number) % 2**31
-        return Task(seed, fresh.split, draw.environment, locked=self.locked)
+    def _task(self, draw: Draw, fresh: Task, before: int) -> Task:
+        if draw.number is None:
+            return Task(fresh.seed, fresh.split, draw.environment, locked=self.locked)
+        seed = stream_key(self._seed, "pool", draw.environment, draw.number) % 2**31
+        return Task(seed, fresh.split, draw.environment, locked=self.locked, again=before)
 
     def observe(self, groups: Sequence[Group]) -> None:
         """Tell the sampler how the tasks of the step went, in the order in which they were drawn.

@@ -68,7 +68,7 @@ class Sokoban(SpatialEnv):
                 raise RecipeError(f"With levels from a file, {given[0]} has no meaning; leave it out.")
             self._stock = {"train": [], "validation": [], "test": []}
             for level in read_levels(levels):
-                self._stock[content_split(level.content)].append(level)
+                self._stock[content_split(level.layout)].append(level)
             self._levels_path = str(levels)
         sides = [6, 6] if size is None else [size, size] if isinstance(size, int) else list(size)
         if len(sides) != 2:
@@ -113,7 +113,7 @@ class Sokoban(SpatialEnv):
             made: Iterator[Level | None] = draw_levels(
                 self.np_random, self.width, self.height, self.boxes, self.min_solution, longest
             )
-            self._level = draw_in_split(lambda: next(made), lambda level: level.content, split, max_tries=1_000)
+            self._level = draw_in_split(lambda: next(made), lambda level: level.layout, split, max_tries=1_000)
         return self._level.content
 
     @property

@@ -63,6 +63,11 @@ class Level:
         """Canonical text: XSokoban symbols, rows joined by slashes."""
         return "/".join(self.rows("#", " ", ".", "$", "*", "@", "+"))
 
+    @property
+    def layout(self) -> str:
+        """What every position of the level shares: walls and targets, in the symbols of ``content``."""
+        return self.moved(-1, 0).content
+
     def rows(self, wall: str, floor: str, target: str, box: str, stored: str, player: str, ready: str) -> list[str]:
         """The board as text, one string a row.
 
