@@ -65,8 +65,9 @@ def tensor_errors() -> Iterator[None]:
 
 
 def save_checkpoint(
-    folder: Path, step: int, weights: dict[str, torch.Tensor], state: dict[str, Any], keep: int
-) -> Path:
+    folder: Path, step: int, weights: dict[str, torch.Tensor], state: dict[str, Any], keep: int,
+    spare: Path | None = None,
+) -> Path:  # fmt: skip
     """Write a checkpoint and remove all but the newest ``keep``.
 
     Args:
@@ -75,6 +76,7 @@ def save_checkpoint(
         weights: the trained tensors by name.
         state: everything else; must be loadable by ``torch.load(weights_only=True)``.
         keep: checkpoints that stay, this one included.
+        spare: one that stays beside them.
 
     Raises:
         CheckpointError: if it cannot be written; earlier checkpoints are untouched.
@@ -102,7 +104,8 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
             raise
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old != spare:
+            shutil.rmtree(old, ignore_errors=True)
     return target
 
 
@@ -126,6 +129,13 @@ def remove_partial(folder: Path) -> None:
     """Delete what a crash left half-written."""
     if folder.is_dir():
         for path in folder.glob(".partial-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of later steps: a run that goes on from an earlier one makes them anew."""
+    for path in checkpoints(folder):
+        if step_of(path) > step:
             shutil.rmtree(path, ignore_errors=True)
 
 

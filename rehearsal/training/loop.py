@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from rehearsal.rollout import Player, check_failures, rollout_metrics
 from rehearsal.training.checkpoint import (
     checkpoints,
     load_checkpoint,
+    remove_after,
     remove_partial,
     restore_weights,
     save_checkpoint,
@@ -236,7 +238,8 @@ class Trainer:
         self.ended_by = self.monitor.end_of(called)
         if self.ended_by is None:
             return False
-        self.save()
+        # What the run goes back to must not make room for the checkpoint of the end.
+        self.save(spare=self.checkpoint_before(self.ended_by.began))
         self.end_on(self.ended_by)
         return True
 
@@ -250,17 +253,22 @@ class Trainer:
     def go_back(self, step: int) -> None:
         """Take up the weights of the last checkpoint before a step, if there is one."""
         assert self.policy is not None
-        found = checkpoints(self.folder.path / "checkpoints") if self.folder is not None else []
-        earlier = [path for path in found if step_of(path) < step]
-        if earlier:
-            weights, _ = load_checkpoint(earlier[-1])
-            restore_weights(self.policy.model, weights, earlier[-1])
-        if self.folder is not None:
+        if self.folder is None:
+            return
+        earlier = self.checkpoint_before(step)
+        if earlier is None:
             self.folder.add_warning(
-                f"The policy is that of step {step_of(earlier[-1])}, the last checkpoint before the verdict began."
-                if earlier
-                else f"There is no checkpoint from before step {step} to go back to; the policy is that of the end."
+                f"There is no checkpoint from before step {step} to go back to; the policy is that of the end."
             )
+            return
+        weights, _ = load_checkpoint(earlier)
+        restore_weights(self.policy.model, weights, earlier)
+        self.folder.note_return(step_of(earlier))
+
+    def checkpoint_before(self, step: int) -> Path | None:
+        """The last checkpoint from before a step that is still there."""
+        found = checkpoints(self.folder.path / "checkpoints") if self.folder is not None else []
+        return next((path for path in reversed(found) if step_of(path) < step), None)
 
     def record(self, batch: Batch, figures: dict[str, float], started: float, played: float) -> None:
         """Write down what a step did and how long it took."""
@@ -303,8 +311,8 @@ class Trainer:
         self._track(figures)
         self.observer.step(self.steps_done, figures)
 
-    def save(self) -> None:
-        """Write a checkpoint."""
+    def save(self, spare: Path | None = None) -> None:
+        """Write a checkpoint; older ones make room, but not the one to spare."""
         if self.folder is not None:
             assert self.policy is not None
             state = {
@@ -314,15 +322,19 @@ class Trainer:
             }  # fmt: skip
             save_checkpoint(
                 self.folder.path / "checkpoints", self.steps_done, trainable_weights(self.policy.model), state,
-                self.recipe.checkpoint.keep,
+                self.recipe.checkpoint.keep, spare,
             )  # fmt: skip
 
     def restore(self) -> None:
-        """Go on from the newest checkpoint of the folder, or from the beginning if there is none."""
+        """Go on from the newest checkpoint of the folder, or from the beginning if there is none; a run that went back
+        on a verdict goes on from where it went back to."""
         assert self.folder is not None and self.policy is not None
         where = self.folder.path / "checkpoints"
         remove_partial(where)
         found = checkpoints(where)
+        back = self.folder.info.went_back_to
+        if back is not None:
+            found = [path for path in found if step_of(path) <= back] or found
         if found:
             weights, state = load_checkpoint(found[-1])
             restore_weights(self.policy.model, weights, found[-1])
@@ -333,6 +345,8 @@ class Trainer:
             self.steps_done = int(state["step"])
         # Without a checkpoint even the evaluation of step 0 is played again.
         self.folder.truncate_after(self.steps_done if found else -1)
+        remove_after(where, self.steps_done)
+        self.folder.forget_return()
         self.monitor.replay(self.folder.metrics().rows)
         self.ended_by = self.monitor.end_of(self.monitor.watch.verdicts)
         for row in self.folder.evaluations().rows:

@@ -42,6 +42,7 @@ Status = Literal["running", "finished", "stopped", "failed"]
 """How a run stands: at work, done as planned, interrupted by its user, or ended by an error."""
 
 _TRAJECTORY_FILE = re.compile(r"(train|eval)_(\d+)\.parquet")
+_RETURNED = "The policy is that of step {step}, the last checkpoint before the verdict began."
 _WORK = ("metrics.jsonl", "evaluations.jsonl", "trajectories", "checkpoints", "policy")
 
 
@@ -63,6 +64,8 @@ class RunInfo:
         summary: final numbers and facts by name, as the training loop gives them.
         error: one sentence, if the status is "failed".
         warnings: sentences about what went wrong on the way without ending the run.
+        went_back_to: the step of the checkpoint whose weights the policy has since a verdict, or None. A run that is
+            resumed goes on from there.
         resumed: when the run was taken up again, oldest first.
     """
 
@@ -78,6 +81,7 @@ class RunInfo:
     summary: dict[str, Any] = field(default_factory=dict)
     error: str = ""
     warnings: list[str] = field(default_factory=list)
+    went_back_to: int | None = None
     resumed: list[str] = field(default_factory=list)
 
 
@@ -250,6 +254,19 @@ class RunFolder:
         """Record something that went wrong without ending the run; the report shows it."""
         self.info.warnings.append(sentence)
         self._save()
+
+    def note_return(self, step: int) -> None:
+        """Record that the policy has the weights of an earlier step again, for people too."""
+        self.info.went_back_to = step
+        self.add_warning(_RETURNED.format(step=step))
+
+    def forget_return(self) -> None:
+        """Take back what :meth:`note_return` recorded, as the run goes on from that step."""
+        if self.info.went_back_to is not None:
+            sentence = _RETURNED.format(step=self.info.went_back_to)
+            self.info.warnings = [warning for warning in self.info.warnings if warning != sentence]
+            self.info.went_back_to = None
+            self._save()
 
     # Lines that only grow.
 

@@ -4,6 +4,7 @@ import time
 import warnings
 
 import gymnasium as gym
+import numpy as np
 import pytest
 
 from rehearsal.environments import SPLITS, check_env, make
@@ -80,6 +81,27 @@ def test_thousands_of_tasks_never_cross_splits(key):
     assert not distinct["train"] & distinct["test"]
     assert not distinct["train"] & distinct["validation"]
     assert not distinct["validation"] & distinct["test"]
+
+
+@pytest.mark.parametrize(("key", "params"), [("frozenlake", {"size": 3}), ("sokoban", {"size": 5})])
+def test_no_screen_of_one_split_is_a_screen_of_another(key, params):
+    # Not even from the middle of an episode: the start of one level could be what another looks like after two moves.
+    env = make(key, **params)
+    rng = np.random.default_rng(0)
+    screens = {split: set() for split in SPLITS}
+    for split, episodes in (("train", 1500), ("validation", 300), ("test", 300)):
+        for seed in range(episodes):
+            observation, _ = env.reset(seed=seed, options={"split": split})
+            over = False
+            while not over:
+                screens[split].add(observation)
+                observation, _, terminated, truncated, _ = env.step(str(rng.choice(env.legal_actions())))
+                over = terminated or truncated or rng.random() < 0.1
+            screens[split].add(observation)
+    assert all(len(seen) > 20 for seen in screens.values())
+    assert not screens["train"] & screens["test"]
+    assert not screens["train"] & screens["validation"]
+    assert not screens["validation"] & screens["test"]
 
 
 def test_the_split_of_a_content_never_changes():

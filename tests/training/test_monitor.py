@@ -185,7 +185,8 @@ def test_a_run_may_go_back_on_a_verdict(
     small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     Cry(monkeypatch, 3)
-    recipe = small(diagnostics__go_back_on=["too_hard"], checkpoint__every=1, checkpoint__keep=9)
+    # With room for one checkpoint alone: that of the end must not push out the one to go back to.
+    recipe = small(diagnostics__go_back_on=["too_hard"], checkpoint__every=1, checkpoint__keep=1)
     back = train(recipe, output=tmp_path / "back")
     assert back.summary["steps"] == 3
     monkeypatch.undo()
@@ -197,6 +198,19 @@ def test_a_run_may_go_back_on_a_verdict(
     assert RunFolder.open(tmp_path / "back").info.warnings == [
         "The policy is that of step 2, the last checkpoint before the verdict began."
     ]
+    # Resumed it goes on from there, and not from where it had come to.
+    further = train(
+        output=tmp_path / "back", resume=True, overrides={"diagnostics.go_back_on": [], "checkpoint.keep": 9}
+    )
+    straight = train(small(training__steps=4), output=tmp_path / "straight")
+    for (name, one), (_, other) in zip(
+        further.policy.model.named_parameters(), straight.policy.model.named_parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
+    assert further.summary["steps"] == 4
+    assert [row["step"] for row in rows_of(tmp_path / "back")] == [1, 2, 3, 4]
+    info = RunFolder.open(tmp_path / "back").info
+    assert (info.warnings, info.went_back_to) == ([], None)
 
 
 def test_going_back_without_a_checkpoint_says_so(

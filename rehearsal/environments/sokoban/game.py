@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rehearsal.environments.episode import SpatialEnv, spell_positions, whole_number
-from rehearsal.environments.sokoban.generator import draw_levels
+from rehearsal.environments.sokoban.generator import draw_level, draw_room
 from rehearsal.environments.sokoban.levels import read_levels
 from rehearsal.environments.sokoban.rules import ACTIONS, Level, cells_of, step
 from rehearsal.environments.sokoban.solver import SOLVED, UNKNOWN, Solution, solve
@@ -17,6 +17,8 @@ from rehearsal.errors import EnvironmentFault, RecipeError
 STEP_REWARD = -0.1
 BOX_REWARD = 1.0
 DONE_REWARD = 10.0
+
+_MAX_ROOMS = 1_000
 
 
 class Sokoban(SpatialEnv):
@@ -109,12 +111,23 @@ class Sokoban(SpatialEnv):
                 )
             self._level = stock[int(self.np_random.integers(len(stock)))]
         else:
-            longest = min(self.max_solution, self.max_steps)
-            made: Iterator[Level | None] = draw_levels(
-                self.np_random, self.width, self.height, self.boxes, self.min_solution, longest
-            )
-            self._level = draw_in_split(lambda: next(made), lambda level: level.layout, split, max_tries=1_000)
+            self._level = self._made(split)
         return self._level.content
+
+    def _made(self, split: str) -> Level:
+        longest = min(self.max_solution, self.max_steps)
+        for _ in range(_MAX_ROOMS):
+            # The split is that of the room, so it is asked for before the room is searched.
+            room = draw_in_split(
+                lambda: draw_room(self.np_random, self.width, self.height, self.boxes), lambda room: room.layout, split
+            )
+            level = draw_level(self.np_random, room, self.min_solution, longest)
+            if level is not None:
+                return level
+        raise EnvironmentFault(
+            f"None of {_MAX_ROOMS} rooms has a level whose shortest solution takes {self.min_solution} to {longest} moves; "
+            "relax the environment's parameters."
+        )
 
     @property
     def level(self) -> Level:

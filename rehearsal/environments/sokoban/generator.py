@@ -16,9 +16,6 @@ from rehearsal.environments.sokoban.rules import Level, cells_of
 MAX_POSITIONS = 20_000
 """Positions after which the backward search of one room ends; lengths found until then are exact all the same."""
 
-PICKS_PER_ROOM = 8
-"""Positions offered from one room before the next is made."""
-
 
 def positions_by_length(level: Level, max_length: int, max_positions: int = MAX_POSITIONS) -> list[list[int]]:
     """All positions of a board by the length of their shortest solution in moves.
@@ -92,22 +89,24 @@ def draw_room(rng: np.random.Generator, width: int, height: int, n_boxes: int) -
     return Level(width, height, walls, targets, targets, open_cells[picked[n_boxes]])
 
 
+def draw_level(rng: np.random.Generator, room: Level, min_solution: int, max_solution: int) -> Level | None:
+    """A level in a room whose shortest solution has ``min_solution`` to ``max_solution`` moves; None if it has none.
+
+    First a length is drawn, and then a position of that length.
+    """
+    layers = positions_by_length(room, max_solution)
+    lengths = [length for length in range(min_solution, len(layers)) if layers[length]]
+    if not lengths:
+        return None
+    layer = layers[lengths[int(rng.integers(len(lengths)))]]
+    position = layer[int(rng.integers(len(layer)))]
+    return room.moved(position & 1023, position >> 10)
+
+
 def draw_levels(
     rng: np.random.Generator, width: int, height: int, n_boxes: int, min_solution: int, max_solution: int
 ) -> Iterator[Level | None]:
-    """An endless stream of levels whose shortest solution has ``min_solution`` to ``max_solution`` moves.
-
-    Each room offers a few levels, first a length at random and then a position of that length at random; None stands
-    for a room that had none.
-    """
+    """An endless stream of levels, each in a room of its own; None stands for a room that had none."""
     while True:
         room = draw_room(rng, width, height, n_boxes)
-        layers = [] if room is None else positions_by_length(room, max_solution)
-        lengths = [length for length in range(min_solution, len(layers)) if layers[length]]
-        if room is None or not lengths:
-            yield None
-            continue
-        for _ in range(PICKS_PER_ROOM):
-            layer = layers[lengths[int(rng.integers(len(lengths)))]]
-            position = layer[int(rng.integers(len(layer)))]
-            yield room.moved(position & 1023, position >> 10)
+        yield None if room is None else draw_level(rng, room, min_solution, max_solution)
