@@ -24,6 +24,15 @@ Floats = NDArray[np.float64]
 
 NEWEST_WEIGHT = 0.5
 """Weight of a visit in the average success of its task."""
+_SLOW_WEIGHT = NEWEST_WEIGHT / 4
+_SCATTER = (
+    NEWEST_WEIGHT / (2 - NEWEST_WEIGHT)
+    + _SLOW_WEIGHT / (2 - _SLOW_WEIGHT)
+    - 2 * NEWEST_WEIGHT * _SLOW_WEIGHT / (1 - (1 - NEWEST_WEIGHT) * (1 - _SLOW_WEIGHT))
+)
+"""Variance of the difference of the two averages over that of a visit, when nothing is learned."""
+_KNOWN_VISITS = 3
+"""Visits before which nothing is known of a task's progress."""
 RISE = 0.02
 """How much the success of a stage has to grow for it not to stall: less is what chance does to a window."""
 
@@ -108,19 +117,19 @@ class _Pool:
                 continue
             task = draw.number
             first = self._visits[task] == 0
-            for average, weight in ((self._success, NEWEST_WEIGHT), (self._slow, NEWEST_WEIGHT / 4)):
+            for average, weight in ((self._success, NEWEST_WEIGHT), (self._slow, _SLOW_WEIGHT)):
                 average[task] = success if first else average[task] + weight * (success - average[task])
             self._visits[task] += 1
 
     def _fresh(self, played: Sequence[Draw]) -> NDArray[np.bool_]:
         """bool of shape (tasks,): those that are not among the played ones."""
         fresh = np.ones(self.tasks, dtype=bool)
-        fresh[[draw.number for draw in played if draw.environment == self.environment]] = False
+        for draw in played:
+            if draw.environment == self.environment and draw.number is not None:
+                fresh[draw.number] = False
         return fresh
 
-    def _choose(
-        self, count: int, weights: Floats, rng: np.random.Generator, played: Sequence[Draw] = ()
-    ) -> list[Draw]:
+    def _choose(self, count: int, weights: Floats, rng: np.random.Generator, played: Sequence[Draw] = ()) -> list[Draw]:
         """Tasks by weight, none twice, and none that was played, as long as the pool reaches."""
         drawn: list[int] = []
         left = np.where(self._fresh(played), weights, 0.0)
@@ -208,18 +217,25 @@ class ByDifficulty(_Pool):
         return super().figures() | ({"curriculum/in_band": inside} if seen.any() else {})
 
 
+_UNKNOWN_GAIN = 0.25
+"""Of a task of which nothing is known: the most that the variance of a success can be, and a fair hope of progress."""
+
+
 @dataclass
 class Prioritised(_Pool):
     """Tasks by what can be learned from them.
 
     Attributes:
         by: "variance", the expected variance of a success p, p (1 - p); or "progress", how far the average over recent
-            visits is from the one over earlier visits, up or down. A task that was never met counts as the best.
+            visits is from the one over earlier visits, up or down, less what chance does. A task that was never met
+            (for progress: met fewer than three times) counts as the best.
         explore: share of the probability that is spread evenly over all tasks.
+        episodes: of a visit; what chance does to a share of few episodes is more.
     """
 
     by: Literal["variance", "progress"] = "variance"
     explore: float = 0.1
+    episodes: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -228,10 +244,15 @@ class Prioritised(_Pool):
         _check_share("explore", self.explore)
 
     def draw(self, count: int, rng: np.random.Generator, played: Sequence[Draw] = ()) -> list[Draw]:
-        seen = self._visits > 0
-        known = np.where(seen, self._success, 0.5)
-        gain = known * (1 - known) if self.by == "variance" else np.abs(known - np.where(seen, self._slow, 0.5))
-        gain = np.where(seen, gain, gain.max(initial=0.0))
+        known = self._visits >= (1 if self.by == "variance" else _KNOWN_VISITS)
+        success = np.where(known, self._success, 0.5)
+        gain = success * (1 - success)
+        if self.by == "progress":
+            # One success and one failure more, so that a task which was always solved does not count as without chance.
+            smooth = (success * self.episodes + 1) / (self.episodes + 2)
+            scatter = np.sqrt(_SCATTER * smooth * (1 - smooth) / self.episodes)
+            gain = np.maximum(np.abs(success - np.where(known, self._slow, 0.5)) - scatter, 0.0)
+        gain = np.where(known, gain, max(float(gain[known].max(initial=0.0)), _UNKNOWN_GAIN))
         total = gain.sum()
         even = np.full(self.tasks, 1 / self.tasks)
         return self._choose(

@@ -29,6 +29,8 @@ stable. Here ties are broken by the order of the groups, and sums are compared u
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -118,7 +120,7 @@ class TopK:
     include_constant: bool = False
 
     def __post_init__(self) -> None:
-        if not (0 < self.k < 1 or (self.k >= 1 and self.k == int(self.k))):
+        if not (0 < self.k < 1 or (1 <= self.k < math.inf and self.k == int(self.k))):
             raise RecipeError(f"k of a top_k filter must be a share below 1 or a whole number of groups, not {self.k}.")
 
     def __call__(self, rewards_PG: ArrayLike, rng: np.random.Generator | None = None) -> Kept:
@@ -131,7 +133,8 @@ class TopK:
         order = _largest_first(variance_P, possible_P)
         keep_P = np.zeros(len(rewards_PG), dtype=bool)
         keep_P[order[:k]] = True
-        return _kept(rewards_PG, keep_P, _ranked_words(variance_P, order, possible_P, keep_P, f"of the top {k}"))
+        words = _ranked_words(rewards_PG, order, keep_P, "variance", f"of the top {k}")
+        return _kept(rewards_PG, keep_P, words)
 
 
 @dataclass(frozen=True)
@@ -158,14 +161,16 @@ class TopP:
     def __call__(self, rewards_PG: ArrayLike, rng: np.random.Generator | None = None) -> Kept:
         rewards_PG = checked_rewards(rewards_PG)
         mass_P, possible_P = _masses(rewards_PG, self.mass, self.include_constant)
-        order = _largest_first(mass_P, possible_P & (mass_P > 0))
+        order = _largest_first(mass_P, possible_P)
         keep_P = np.zeros(len(rewards_PG), dtype=bool)
-        if len(order):
+        if self.p == 1:
+            keep_P[order] = True  # also those whose mass is too small for a sum to show it
+        elif len(order):
             so_far = np.cumsum(mass_P[order])
             needed = int(np.searchsorted(so_far, self.p * so_far[-1] * (1 - _ROUNDING), side="left")) + 1
             keep_P[order[:needed]] = True
         what = f"of those that hold {self.p:.0%} of the {self.mass}"
-        return _kept(rewards_PG, keep_P, _ranked_words(mass_P, order, possible_P, keep_P, what))
+        return _kept(rewards_PG, keep_P, _ranked_words(rewards_PG, order, keep_P, self.mass, what))
 
 
 @dataclass(frozen=True)
@@ -188,17 +193,18 @@ class MinP:
     def __call__(self, rewards_PG: ArrayLike, rng: np.random.Generator | None = None) -> Kept:
         rewards_PG = checked_rewards(rewards_PG)
         mass_P, possible_P = _masses(rewards_PG, self.mass, self.include_constant)
-        candidates_P = possible_P & (mass_P > 0)
-        largest = float(np.where(candidates_P, mass_P, 0.0).max(initial=0.0))
-        keep_P = candidates_P & (mass_P >= self.p * largest * (1 - _ROUNDING))
-        order = _largest_first(mass_P, candidates_P)
+        largest = float(np.where(possible_P, mass_P, 0.0).max(initial=0.0))
+        keep_P = possible_P & (mass_P >= self.p * largest * (1 - _ROUNDING))
+        order = _largest_first(mass_P, possible_P)
         what = f"with at least {self.p:g} of the largest {self.mass}"
-        return _kept(rewards_PG, keep_P, _ranked_words(mass_P, order, possible_P, keep_P, what))
+        return _kept(rewards_PG, keep_P, _ranked_words(rewards_PG, order, keep_P, self.mass, what))
 
 
 @dataclass(frozen=True)
 class RandomLike:
     """Keeps as many groups as another filter would, drawn at random among those that have a reward.
+
+    Where the other keeps some episodes of a group, as many are drawn here.
 
     What this does as well as the other, the other's choice is not the reason for.
 
@@ -211,12 +217,21 @@ class RandomLike:
     def __call__(self, rewards_PG: ArrayLike, rng: np.random.Generator | None = None) -> Kept:
         rewards_PG = checked_rewards(rewards_PG)
         rng = np.random.default_rng(0) if rng is None else rng
-        count = int(self.other(rewards_PG, rng).keep_P.sum())
-        rated = np.flatnonzero((~np.isnan(rewards_PG)).any(axis=1))
+        other = self.other(rewards_PG, rng)
+        count = int(other.keep_P.sum())
+        present_PG = ~np.isnan(rewards_PG)
+        rated = np.flatnonzero(present_PG.any(axis=1))
         keep_P = np.zeros(len(rewards_PG), dtype=bool)
         keep_P[rng.choice(rated, size=count, replace=False)] = True
         words = [f"{'kept' if keep else 'dropped'}: drawn at random, {count} of {len(rated)}" for keep in keep_P]
-        return _kept(rewards_PG, keep_P, words)
+        dropped = present_PG[other.keep_P].sum(axis=1) - other.keep_PG[other.keep_P].sum(axis=1)
+        keep_PG = np.repeat(keep_P[:, None], rewards_PG.shape[1], axis=1)
+        if dropped.any():
+            for group, without in zip(rng.permutation(np.flatnonzero(keep_P)), dropped, strict=True):
+                present = np.flatnonzero(present_PG[group])
+                without = min(int(without), len(present) - 1)
+                keep_PG[group, rng.choice(present, size=without, replace=False)] = False
+        return _kept(rewards_PG, keep_P, words, keep_PG)
 
 
 @dataclass(frozen=True)
@@ -283,6 +298,8 @@ def make_filter(name: str, **options: Any) -> Filter:
         raise RecipeError(f"There is no filter {name!r}; there are {', '.join(FILTERS)}.")
     if name == "random":
         like = options.pop("like", "top_p")
+        if not isinstance(like, str):
+            raise RecipeError(f"Option like of the filter random must be the name of another filter, not {like!r}.")
         if like == "random":
             raise RecipeError("A random filter keeps as many groups as some other filter; name that one as `like`.")
         return RandomLike(make_filter(like, **options))
@@ -294,6 +311,35 @@ def make_filter(name: str, **options: Any) -> Filter:
         _check_option(name, option, value, known[option])
     made: Filter = FILTERS[name](**options)
     return made
+
+
+def within_families(
+    choose: Filter, rewards_PG: ArrayLike, families: Sequence[int] | None, rng: np.random.Generator
+) -> Kept:
+    """What a filter keeps where several environments are mixed: it looks at each by itself.
+
+    Rewards of different environments have different scales. Compared with each other, the groups of one that pays tens
+    would all come before those of one that pays ones.
+
+    Args:
+        choose: the filter.
+        rewards_PG: as a filter takes them.
+        families: for each group its environment; one for all if None.
+        rng: for filters that draw.
+    """
+    rewards_PG = checked_rewards(rewards_PG)
+    if families is None:
+        return choose(rewards_PG, rng)
+    families_P = np.asarray(families)
+    keep_PG = np.zeros(rewards_PG.shape, dtype=bool)
+    reasons = [""] * len(rewards_PG)
+    for family in np.unique(families_P):
+        members = np.flatnonzero(families_P == family)
+        kept = choose(rewards_PG[members], rng)
+        keep_PG[members] = kept.keep_PG
+        for group, reason in zip(members, kept.reasons, strict=True):
+            reasons[group] = reason
+    return Kept(keep_PG, tuple(reasons))
 
 
 def at_most(kept: Kept, count: int) -> Kept:
@@ -357,17 +403,21 @@ def _largest_first(mass_P: NDArray[np.float64], possible_P: Bools) -> NDArray[np
 
 
 def _ranked_words(
-    mass_P: NDArray[np.float64], order: NDArray[np.int64], possible_P: Bools, keep_P: Bools, what: str
+    rewards_PG: NDArray[np.float64], order: NDArray[np.int64], keep_P: Bools, mass: str, what: str
 ) -> list[str]:
+    """The reasons of a filter that ranks; ``order`` holds the groups that took part, and whoever is not in it has no
+    variance."""
     rank = {int(group): number + 1 for number, group in enumerate(order)}
+    alike_P = ~has_variance(rewards_PG)
     words = []
-    for group in range(len(mass_P)):
-        if not possible_P[group] or group not in rank:
+    for group in range(len(rewards_PG)):
+        if group not in rank:
             words.append(_CONSTANT)
         elif keep_P[group]:
-            words.append(f"kept: number {rank[group]} by variance, {what}")
+            alike = " (its rewards are all equal)" if alike_P[group] else ""
+            words.append(f"kept: number {rank[group]} by {mass}, {what}{alike}")
         else:
-            words.append(f"dropped: number {rank[group]} by variance, not {what}")
+            words.append(f"dropped: number {rank[group]} by {mass}, not {what}")
     return words
 
 

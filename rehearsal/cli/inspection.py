@@ -34,7 +34,8 @@ def diagnose_command(options: argparse.Namespace) -> int:
         return 0
     console = Console()
     if found.damaged:
-        console.print(f"[yellow]note[/] {found.damaged} lines of metrics.jsonl could not be read and were left out.")
+        lines = "1 line" if found.damaged == 1 else f"{found.damaged} lines"
+        console.print(f"[yellow]note[/] {lines} of metrics.jsonl could not be read and left out.", highlight=False)
     for one in found.verdicts:
         when = f"since step {one.began}" if one.ended is None else f"steps {one.began} to {one.ended}"
         console.print(f"[bold yellow]{escape(one.rule.title)}[/] ({when}, called at step {one.called})")
@@ -44,6 +45,8 @@ def diagnose_command(options: argparse.Namespace) -> int:
         console.print(f"Nothing was found wrong in {found.steps} steps.", highlight=False)
     if found.unjudged:
         console.print(f"[dim]Not judged, for want of figures: {', '.join(found.unjudged)}.[/]", highlight=False)
+    if found.too_early:
+        console.print(f"[dim]Too early to judge: {', '.join(found.too_early)}.[/]", highlight=False)
     table = Table("", "start", "end", box=None, padding=(0, 2, 0, 0))
     for name, (start, end) in found.figures.items():
         table.add_row(figure_words(name), f"{start:.3g}", f"{end:.3g}")

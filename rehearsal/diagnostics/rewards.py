@@ -20,9 +20,12 @@ def signal_metrics(groups: Sequence[Group]) -> dict[str, float]:
     ``signal/variance_mean`` and ``signal/variance_q10``, ``_q25``, ``_q50``, ``_q75``, ``_q90``: of in-group variances.
     ``signal/variance_spread``: standard deviation of the in-group variances over their mean, which in the published
     runs told whether a filter on variance would help.
+    All of these are missing where groups have one episode each: there is nothing to compare, and nothing is wrong.
     ``signal/success_correlation``: correlation of reward and success inside groups, over all of them together: what
     advantages have to do with success. Missing where one of the two does not vary inside any group.
     """
+    if groups and all(len(group) == 1 for group in groups):
+        return {}
     rated = [group for group in groups if not np.isnan(group.rewards).all()]
     if not rated:
         return {"signal/dead_groups": 1.0}

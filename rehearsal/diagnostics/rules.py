@@ -20,6 +20,8 @@ class Thresholds:
             its tasks comes near it without anything being wrong.
         information_low: I(X;Z) over its ceiling, below which thoughts hardly depend on prompts.
         information_fall: the same over what it was at the start.
+        ignored: I(X;Z) over its ceiling, two standard errors included, below which thoughts have nothing to do with
+            prompts.
         varied: H(Z|X) over what it was at the start, above which thoughts count as varied.
         entropy_fall: entropy over what it was at the start.
         entropy_rise: entropy over what it was at the start, above which the policy is on its way to chance.
@@ -44,6 +46,7 @@ class Thresholds:
     solved: float = 0.85
     information_low: float = 0.25
     information_fall: float = 0.5
+    ignored: float = 0.1
     varied: float = 0.5
     entropy_fall: float = 0.15
     entropy_rise: float = 2.5
@@ -80,6 +83,7 @@ class Rule:
         condition: returns the evidence if it holds for the last step of a series, else None.
         begins_after: judged steps in a row with the condition before the verdict begins.
         ends_after: judged steps in a row without it before the verdict ends.
+        looks: values of the metric that there must be before the condition can hold.
     """
 
     name: str
@@ -90,9 +94,18 @@ class Rule:
     condition: Condition
     begins_after: int = 3
     ends_after: int = 5
+    looks: int = 1
+
+    @property
+    def first_call(self) -> int:
+        """Values of the metric that there must be before the rule can speak."""
+        return self.looks + self.begins_after - 1
 
 
 _SPREAD = "signal/reward_std_in_group"
+_IGNORED_LOOKS = 4
+_NOISE_LOOKS = 4
+_UNPAID_LOOKS = 5
 
 
 def _percent(value: float) -> str:
@@ -123,9 +136,20 @@ def _too_hard(series: Series, limits: Thresholds) -> str | None:
 
 def _no_signal(series: Series, limits: Thresholds) -> str | None:
     shares = _dead(series, limits)
-    if shares is None or shares[1] > shares[0] / 2 or shares[2] > shares[0] / 2:
+    equal = series.recent("signal/dead_groups_equal")
+    if shares is None or not equal > shares[0] / 2:
         return None
-    return f"In {_percent(shares[0])} of the groups all episodes have the same reward."
+    return f"In {_percent(equal)} of the groups all episodes have the same reward, whether they succeed or not."
+
+
+def _all_or_nothing(series: Series, limits: Thresholds) -> str | None:
+    shares = _dead(series, limits)
+    if shares is None or series.recent("train/success") >= limits.success_done:
+        return None
+    dead, solved, failed = shares
+    if max(failed, series.recent("signal/dead_groups_equal")) > dead / 2 or not min(solved, failed) >= dead / 5:
+        return None
+    return f"In {_percent(solved)} of the groups every episode succeeds, and in {_percent(failed)} none does."
 
 
 def _template_collapse(series: Series, limits: Thresholds) -> str | None:
@@ -142,6 +166,21 @@ def _template_collapse(series: Series, limits: Thresholds) -> str | None:
         f"Thoughts carry {_percent(share)} of what they could say about their prompt ({_percent(start)} at the start), "
         f"and are as varied as before ({varied:.1f} nats, {varied_start:.1f} at the start); the prompt that a thought "
         f"belongs to is found in {_percent(retrieval)} of the cases."
+    )
+
+
+def _prompt_ignored(series: Series, limits: Thresholds) -> str | None:
+    prefix = "information/first/sequence"
+    # Ceilings differ a little from look to look; the share says how large each was.
+    start, now = series.start(f"{prefix}/share"), series.recent(f"{prefix}/share", 3)
+    found, error = series.recent(f"{prefix}/mutual_information", 3), series.recent(f"{prefix}/standard_error", 3)
+    slack = 2 * error * now / found if now * found > 0 else 0.0
+    if len(series.measured(f"{prefix}/share")) < _IGNORED_LOOKS or not max(start, now) + slack < limits.ignored:
+        return None
+    retrieval = series.recent(f"{prefix}/retrieval", 3)
+    return (
+        f"Thoughts carry {_percent(max(now, 0.0))} of what they could say about their prompt, and did from the start; "
+        f"the prompt that a thought belongs to is found in {_percent(retrieval)} of the cases."
     )
 
 
@@ -182,7 +221,7 @@ def _no_progress(series: Series, limits: Thresholds) -> str | None:
 def _success_unpaid(series: Series, limits: Thresholds) -> str | None:
     name = "signal/success_correlation"
     paid = series.recent(name)
-    if len(series.measured(name)) < 5 or not paid < limits.unpaid:
+    if len(series.measured(name)) < _UNPAID_LOOKS or not paid < limits.unpaid:
         return None
     return f"Inside groups the correlation of reward and success is {paid:.2f}."
 
@@ -207,7 +246,7 @@ def _echo_trap(series: Series, limits: Thresholds) -> str | None:
 
 
 def _noise(series: Series, limits: Thresholds) -> str | None:
-    ratio = series.recent("gradient/policy/snr", 6)
+    ratio = series.recent("gradient/policy/snr", _NOISE_LOOKS)
     task = series.recent("gradient/policy/norm", 3)
     others = {
         "KL term": series.recent("gradient/kl/norm", 3),
@@ -216,11 +255,13 @@ def _noise(series: Series, limits: Thresholds) -> str | None:
     louder = {name: norm for name, norm in others.items() if norm > task}
     if louder:
         name = max(louder, key=lambda key: louder[key])
-        return f"The gradient of the {name} is {louder[name] / max(task, 1e-12):.1f} times that of the rewards."
+        if louder[name] > 100 * task:
+            return f"Beside the gradient of the {name} the rewards give next to none."
+        return f"The gradient of the {name} is {louder[name] / task:.1f} times that of the rewards."
     # A look at a few groups cannot tell a small ratio from none, and a small one is enough where many groups are
     # averaged. So several looks have to find nothing, and the run has to have got nowhere.
     got_nowhere = series.recent("train/reward") <= series.start("train/reward") + series.start(_SPREAD) / 4
-    if len(series.measured("gradient/policy/snr")) >= 6 and ratio < limits.noise and got_nowhere:
+    if len(series.measured("gradient/policy/snr")) >= _NOISE_LOOKS and ratio < limits.noise and got_nowhere:
         return (
             f"What groups' gradients agree on is {_percent(ratio)} of what they differ by, and the reward is where it "
             "was."
@@ -313,23 +354,36 @@ RULES: tuple[Rule, ...] = (
         "signal/dead_groups", _no_signal,
     ),
     Rule(
+        "all_or_nothing", "All or nothing",
+        "Tasks are either solved whatever the agent does or beyond it, so there is nothing to compare.",
+        "Draw tasks by difficulty (curriculum.name = difficulty), play more episodes of each, or give partial credit.",
+        "signal/dead_groups", _all_or_nothing,
+    ),
+    Rule(
         "template_collapse", "Template collapse",
         "The reasoning varies, but no longer with the input: it has become a template, which entropy does not show.",
         "Drop groups of little reward variance (filter.name = top_p), weaken KL and entropy terms, lower the learning "
         "rate, and go back to a checkpoint from before.",
-        "information/first/sequence/share", _template_collapse, begins_after=2, ends_after=3,
+        "information/first/sequence/share", _template_collapse, begins_after=2, ends_after=3, looks=3,
+    ),
+    Rule(
+        "prompt_ignored", "Prompt ignored",
+        "The reasoning has had nothing to do with the input since the beginning: whatever decides, it is not that.",
+        "Read some thoughts in the report. Start from a model that has seen such thoughts, or do without them "
+        "(agent.thinking = false).",
+        "information/first/sequence/share", _prompt_ignored, begins_after=1, ends_after=3, looks=_IGNORED_LOOKS,
     ),
     Rule(
         "entropy_collapse", "Entropy collapse",
         "The policy has stopped trying other things before it was good, and what it does not try it cannot learn.",
         "Raise clip_high, add a small entropy_coefficient or lower the learning rate, and go back to a checkpoint.",
-        "policy/entropy", _entropy_collapse,
+        "policy/entropy", _entropy_collapse, looks=3,
     ),
     Rule(
         "entropy_rise", "Entropy runs away",
         "The policy is on its way to answering at random.",
         "Weaken or drop entropy_coefficient, lower the learning rate, and go back to a checkpoint from before.",
-        "policy/entropy", _entropy_rise,
+        "policy/entropy", _entropy_rise, looks=3,
     ),
     Rule(
         "large_steps", "Steps too large",
@@ -341,36 +395,36 @@ RULES: tuple[Rule, ...] = (
         "success_unpaid", "Success does not pay",
         "Of the episodes of a task those that succeed get no more than the others: the policy learns something else.",
         "Look at how the reward is made, or at what success means: one of them is not what you want.",
-        "signal/success_correlation", _success_unpaid,
+        "signal/success_correlation", _success_unpaid, looks=_UNPAID_LOOKS,
     ),
     Rule(
         "no_progress", "No progress", "The weights move and the reward does not: what told episodes apart may be luck.",
         "Look at how the reward is made: does it depend on what the agent does? Play more episodes of each task, lower "
         "the chance in the environment, or drop groups of little reward variance.",
-        "train/reward", _no_progress, begins_after=5,
+        "train/reward", _no_progress, begins_after=5, looks=20,
     ),
     Rule(
         "echo_trap", "Echo trap",
         "Episodes of a task have become alike without becoming better; a jump of the gradient usually makes it final.",
         "Go back to a checkpoint from before, lower the learning rate, and drop groups of little reward variance.",
-        "signal/reward_std_in_group", _echo_trap,
+        "signal/reward_std_in_group", _echo_trap, looks=5,
     ),
     Rule(
         "noise", "Noise outweighs signal",
         "Most of what moves the weights is not the reward.",
         "Play more episodes a step, drop groups of little reward variance, or weaken KL and entropy terms.",
-        "gradient/policy/snr", _noise, begins_after=2, ends_after=3,
+        "gradient/policy/snr", _noise, begins_after=2, ends_after=3, looks=_NOISE_LOOKS,
     ),
     Rule(
         "length_drift", "Length drift", "The length of thoughts drifts away from where it began.",
         "See in the report whether thoughts still say something; a mean over sequences or a constant "
         "(algorithm.options.aggregation) and a penalty on overlong answers bear on it.",
-        "behaviour/thought_tokens", _length_drift,
+        "behaviour/thought_tokens", _length_drift, looks=3,
     ),
     Rule(
         "format_lost", "Format lost", "The agent forgets how to answer.",
         "Raise agent.format_penalty, lower the learning rate, or see whether answers are cut off at their token limit.",
-        "behaviour/invalid_turns", _format_lost,
+        "behaviour/invalid_turns", _format_lost, looks=3,
     ),
     Rule(
         "disagreement", "Generation and learning disagree",
@@ -381,13 +435,13 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "success_fell", "Success fell", "The agent was better before.",
         "Go back to the checkpoint before the fall, and lower the learning rate or end earlier.",
-        "train/success", _success_fell, begins_after=5,
+        "train/success", _success_fell, begins_after=5, looks=5,
     ),
     Rule(
         "sure_and_worse", "Surer and worse",
         "The policy becomes surer of itself while it gets worse: the reward from within feeds on itself.",
         "Lower algorithm.options.self_certainty or end earlier, and go back to a checkpoint from before.",
-        "signal/self_certainty", _sure_and_worse,
+        "signal/self_certainty", _sure_and_worse, looks=5,
     ),
     Rule(
         "foreign_world", "Foreign world",

@@ -25,10 +25,16 @@ class Series:
     def __init__(self, rows: Sequence[Mapping[str, object]]) -> None:
         self._rows = list(rows)
         self._end = len(self._rows)
-        self._columns: dict[str, Floats] = {}
+        # Of each figure that was asked for: values, with room to grow, and how many of them are filled in.
+        self._columns: dict[str, tuple[Floats, int]] = {}
 
     def __len__(self) -> int:
         return self._end
+
+    def append(self, row: Mapping[str, object]) -> None:
+        """Add a step. Not for what :meth:`until` gave."""
+        self._rows.append(row)
+        self._end = len(self._rows)
 
     @property
     def step(self) -> int:
@@ -43,14 +49,17 @@ class Series:
 
     def values(self, name: str) -> Floats:
         """float64 of shape (rows,), NaN where the figure is missing."""
-        if name not in self._columns:
-            column = np.full(len(self._rows), math.nan)
-            for index, row in enumerate(self._rows):
-                value = row.get(name)
+        column, filled = self._columns.get(name, (np.empty(0), 0))
+        count = len(self._rows)
+        if filled < count:
+            if len(column) < count:
+                column = np.concatenate([column[:filled], np.full(2 * count - filled, math.nan)])
+            for index in range(filled, count):
+                value = self._rows[index].get(name)
                 if _is_number(value):
                     column[index] = float(value)
-            self._columns[name] = column
-        return self._columns[name][: self._end]
+            self._columns[name] = (column, count)
+        return column[: self._end]
 
     def measured(self, name: str) -> Floats:
         """The values that there are, oldest first."""

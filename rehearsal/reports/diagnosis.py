@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rehearsal.diagnostics import RULES, Verdict, judge
+from rehearsal.diagnostics import RULES, Series, Verdict, judge
 from rehearsal.diagnostics.tool_use import TOOL_FIGURES, tool_names
 from rehearsal.errors import CheckpointError
 from rehearsal.reports.verdict import number
@@ -22,6 +22,7 @@ class Diagnosis:
         steps: how many steps they rest on.
         verdicts: in the order in which they were called.
         unjudged: names of the rules whose figures were never measured.
+        too_early: names of those whose figures were measured too few times for them to speak.
         figures: the figures that say most, as they were at the start and at the end, by name.
         damaged: lines of the metrics that could not be read.
     """
@@ -29,6 +30,7 @@ class Diagnosis:
     steps: int
     verdicts: Sequence[Verdict]
     unjudged: Sequence[str]
+    too_early: Sequence[str]
     figures: Mapping[str, tuple[float, float]]
     damaged: int
 
@@ -44,6 +46,7 @@ class Diagnosis:
                 for one in self.verdicts
             ],
             "unjudged": list(self.unjudged),
+            "too_early": list(self.too_early),
             "figures": {name: {"start": start, "end": end} for name, (start, end) in self.figures.items()},
             "damaged_lines": self.damaged,
         }  # fmt: skip
@@ -77,7 +80,7 @@ def diagnose(run_path: str | Path) -> Diagnosis:
     """Judge a run from its metrics, finished or not.
 
     Raises:
-        CheckpointError: if the folder holds no metrics.
+        CheckpointError: if the folder holds no metrics, or none of any step.
     """
     file = Path(run_path) / "metrics.jsonl"
     if not file.is_file():
@@ -85,7 +88,11 @@ def diagnose(run_path: str | Path) -> Diagnosis:
     lines = read_json_lines(file)
     rows = {row["step"]: row for row in lines.rows if isinstance(row.get("step"), int)}
     ordered = [rows[step] for step in sorted(rows)]
+    if not ordered:
+        raise CheckpointError(f"{file} tells of no step, so there is nothing to judge.")
     measured = {name for row in ordered for name in row}
+    series = Series(ordered)
+    counts = {rule.name: len(series.measured(rule.needs)) for rule in RULES}
     figures = {}
     tools = [f"{TOOL_FIGURES}{name}/used" for name in sorted(tool_names(measured))]
     for name in (*FIGURES, *tools):
@@ -94,6 +101,7 @@ def diagnose(run_path: str | Path) -> Diagnosis:
             first, last = values[:_ENDS], values[-_ENDS:]
             figures[name] = (sum(first) / len(first), sum(last) / len(last))
     return Diagnosis(
-        len(ordered), judge(ordered), [rule.name for rule in RULES if rule.needs not in measured], figures,
+        len(ordered), judge(ordered), [rule.name for rule in RULES if not counts[rule.name]],
+        [rule.name for rule in RULES if 0 < counts[rule.name] < rule.first_call], figures,
         lines.damaged + len(lines.rows) - sum(isinstance(row.get("step"), int) for row in lines.rows),
     )  # fmt: skip

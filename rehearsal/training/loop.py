@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rehearsal.algorithms.filters import DropConstant, KeepAll, Kept, at_most, loss_scale, make_filter
-from rehearsal.algorithms.presets import Algorithm, preset
+from rehearsal.algorithms.filters import at_most, loss_scale, within_families
 from rehearsal.algorithms.reward_parts import RewardShaping
 from rehearsal.diagnostics import Verdict
 from rehearsal.errors import CheckpointError
@@ -24,6 +23,7 @@ from rehearsal.evaluation.probe import Prober
 from rehearsal.models.adapters import active_adapters, adapter_names, save_adapters
 from rehearsal.models.load import Policy, save_policy
 from rehearsal.rollout import Player, check_failures, rollout_metrics
+from rehearsal.training.batch import Batch, by_environment, kept_figures
 from rehearsal.training.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -35,6 +35,7 @@ from rehearsal.training.checkpoint import (
     tensor_errors,
     trainable_weights,
 )
+from rehearsal.training.choices import chosen
 from rehearsal.training.learner import Learner
 from rehearsal.training.monitor import Monitor
 from rehearsal.training.observer import Observer, SilentObserver
@@ -49,21 +50,6 @@ from rehearsal.training.trajectory_store import write_trajectories
 from rehearsal.training.world import world_model
 from rehearsal.trajectory import Group, all_trajectories, rewards_matrix
 from rehearsal.usage import Account, added
-
-
-@dataclass
-class Batch:
-    """The episodes of one step.
-
-    Attributes:
-        groups: all that were played.
-        kept: what the policy learns from, and why.
-        rounds: how often groups were played; more than 1 where some were replaced.
-    """
-
-    groups: list[Group]
-    kept: Kept
-    rounds: int = 1
 
 
 @dataclass
@@ -88,11 +74,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         recipe = self.recipe
-        self.algorithm: Algorithm = preset(recipe.algorithm.name, **recipe.algorithm.options)
+        self.algorithm, self.filter = chosen(recipe)
         self.shaping = RewardShaping(**recipe.rewards.model_dump())
-        self.filter = make_filter(recipe.filter.name, **recipe.filter.options)
-        if self.algorithm.dynamic_sampling and isinstance(self.filter, KeepAll):
-            self.filter = DropConstant()
         if self.policy is None:
             self.policy = policy_of(recipe)
         elif not adapter_names(self.policy.model):
@@ -147,7 +130,7 @@ class Trainer:
             batch = self.play()
             played = time.perf_counter()
             self.observer.learning()
-            figures = self.monitor.measure(batch.groups, self.steps_done)
+            figures = self.monitor.measure(batch.groups, self.steps_done, self.tasks.families)
             figures |= self.learner.step(
                 batch.groups, self.steps_done, batch.kept.keep_PG,
                 loss_scale(batch.kept, self.recipe.filter.loss_scaling), self.monitor.probe_groups(self.steps_done),
@@ -183,7 +166,9 @@ class Trainer:
             self.shaping.apply(fresh)
             groups += fresh
             # Filters compare groups with each other, so all are looked at again once there are more of them.
-            kept = self.filter(rewards_matrix(groups), np.random.default_rng([recipe.seed, step]))
+            kept = within_families(
+                self.filter, rewards_matrix(groups), self.tasks.families, np.random.default_rng([recipe.seed, step])
+            )
             missing = wanted - int(kept.keep_P.sum())
             if missing <= 0 or not self.algorithm.dynamic_sampling or rounds > self.algorithm.max_refill_tries:
                 self.tasks.observe(groups)
@@ -279,15 +264,12 @@ class Trainer:
         looking = figures.get("time/diagnostics", 0.0) + figures.pop("time/probe", 0.0)
         figures = {
             **rollout_metrics(batch.groups),
+            **by_environment(batch, self.tasks.families, self.tasks.names),
             **self.tasks.sampler.figures(),
             **figures,
             **self._probed,
             **self.used(),
-            "signal/kept_groups": float(batch.kept.keep_P.sum()),
-            "signal/kept_share": batch.kept.share,
-            "signal/kept_episodes": float(batch.kept.keep_PG.sum()),
-            "signal/played_groups": float(len(batch.groups)),
-            "signal/rounds": float(batch.rounds),
+            **kept_figures(batch, self.algorithm),
             "speed/tokens_per_second": sampled / max(played - started, 1e-9),
             "speed/episodes_per_second": len(episodes) / total,
             "time/generation": played - started,

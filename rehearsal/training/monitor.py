@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from rehearsal.diagnostics import (
-    RULE_NAMES,
     CrossTable,
     Series,
     SmoothedDeviation,
@@ -23,8 +22,8 @@ from rehearsal.diagnostics import (
     measure,
     signal_metrics,
 )
-from rehearsal.errors import RecipeError
 from rehearsal.models.chat import ChatRenderer
+from rehearsal.training.choices import check_verdicts
 from rehearsal.training.learner import Learner
 from rehearsal.training.options import DiagnosticsOptions
 from rehearsal.trajectory import Group, all_trajectories
@@ -46,31 +45,31 @@ class Monitor:
     def __init__(
         self, options: DiagnosticsOptions, learner: Learner, renderer: ChatRenderer, seed: int, thinking: bool = True
     ) -> None:
-        for name in (*options.stop_on, *options.go_back_on):
-            if name not in RULE_NAMES:
-                raise RecipeError(f"There is no verdict {name!r}; there are {', '.join(RULE_NAMES)}.")
+        check_verdicts(options)
         self.options = options
         self.watch = Watch()
         self._learner = learner
         self._seed = seed
         self._thinking = thinking
         self._tags = Tags(tuple(renderer.encode("<think>").tolist()), tuple(renderer.encode("</think>").tolist()))
-        self._rows: list[Mapping[str, Any]] = []
+        self._series = Series(())
         self._deviations: dict[str, SmoothedDeviation] = {}
 
     # Figures
 
-    def measure(self, groups: Sequence[Group], step: int) -> dict[str, float]:
+    def measure(self, groups: Sequence[Group], step: int, families: Sequence[int] | None = None) -> dict[str, float]:
         """Everything about a batch that needs no gradient.
 
         Args:
             groups: all that were played.
             step: number of the step, from 0.
+            families: for each group the environment that it was played in; one for all if None. Whether thoughts
+                depend on their prompts is asked within each of them: that they tell environments apart is no answer.
         """
         began = time.perf_counter()
         figures = {**signal_metrics(groups), **behaviour_metrics(groups)}
         if self._due(self.options.every, step) and self._thinking:
-            figures |= self._information(groups, step)
+            figures |= self._information(groups, step, families)
         figures["time/diagnostics"] = time.perf_counter() - began
         return figures
 
@@ -82,15 +81,44 @@ class Monitor:
     def _due(every: int, step: int) -> bool:
         return every > 0 and step % every == 0
 
-    def _information(self, groups: Sequence[Group], step: int) -> dict[str, float]:
-        # A budget in tokens and not in seconds: a run on a busy machine measures the same.
-        learned = sum(trajectory.n_tokens for trajectory in all_trajectories(groups) if not trajectory.failed)
-        budget = int(self.options.max_share * _LEARNING_PASSES * learned / 2)
+    def _information(
+        self, groups: Sequence[Group], step: int, families: Sequence[int] | None
+    ) -> dict[str, float]:  # fmt: skip
+        """The figures of each environment by itself, and their means over the environments."""
+        kinds = [0] * len(groups) if families is None else list(families)
+        budget = self._budget(groups)
+        found = [
+            self._information_in(
+                [group for group, kind in zip(groups, kinds, strict=True) if kind == family], step, family,
+                budget // len(set(kinds)),
+            )
+            for family in sorted(set(kinds))
+        ]  # fmt: skip
+        names = dict.fromkeys(name for figures in found for name in figures)
+        told = {name: [figures[name] for figures in found if name in figures] for name in names}
+        return {
+            name: sum(values) if name.endswith("/tokens") else sum(values) / len(values)
+            for name, values in told.items()
+        }
+
+    def _budget(self, groups: Sequence[Group]) -> int:
+        """Tokens of each of the two tables: a share of what the step reads.
+
+        In tokens and not in seconds, so a run on a busy machine measures the same. What is played is read once, and
+        what is learned from (as in the step before: dead groups and common prompts are left out) three times over.
+        """
+        played = sum(trajectory.n_tokens for trajectory in all_trajectories(groups) if not trajectory.failed)
+        learned = self._series.last("speed/learner_tokens")
+        if math.isnan(learned):
+            learned = played / 2
+        return int(self.options.max_share * (played + _LEARNING_PASSES * learned) / 2)
+
+    def _information_in(self, groups: Sequence[Group], step: int, family: int, budget: int) -> dict[str, float]:
         figures: dict[str, float] = {}
         most = self.options.prompts
         tables: dict[str, CrossTable | None] = {
-            "first": first_turn_table(groups, self._tags, self._rng(step, 0), budget, most),
-            "all": any_turn_table(groups, self._tags, self._rng(step, 1), budget, most),
+            "first": first_turn_table(groups, self._tags, self._rng(step, 0, family), budget, most),
+            "all": any_turn_table(groups, self._tags, self._rng(step, 1, family), budget, most),
         }
         for name, table in tables.items():
             if table is None:
@@ -103,19 +131,20 @@ class Monitor:
             figures[f"information/{name}/tokens"] = float(found.cost)
             for definition, estimate in (("sequence", found.sequence), ("per_token", found.per_token)):
                 key = f"{name}/{definition}"
-                smoothed = self._deviations.setdefault(key, SmoothedDeviation()).update(estimate.marginal_deviation)
+                own = f"{family}/{key}" if family else key
+                smoothed = self._deviations.setdefault(own, SmoothedDeviation()).update(estimate.marginal_deviation)
                 figures[f"information/{key}/z_score_smoothed"] = estimate.smoothed_z_score(smoothed)
         return {name: value for name, value in figures.items() if math.isfinite(value)}
 
-    def _rng(self, step: int, which: int) -> np.random.Generator:
-        return np.random.default_rng([self._seed, step, 7, which])
+    def _rng(self, step: int, which: int, family: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, step, 7, which, *([family] if family else [])])
 
     # Verdicts
 
     def judge(self, step: int, metrics: Mapping[str, float]) -> list[Verdict]:
         """Take in the metrics of a step; returns the verdicts that are called now."""
-        self._rows.append({"step": step, **metrics})
-        return self.watch.look(Series(self._rows))
+        self._series.append({"step": step, **metrics})
+        return self.watch.look(self._series)
 
     def end_of(self, called: Sequence[Verdict]) -> Verdict | None:
         """The first of these verdicts that the recipe ends the run on."""
@@ -133,8 +162,7 @@ class Monitor:
 
     def replay(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Judge the steps of a run that is resumed."""
-        self._rows = []
-        self.watch = Watch()
+        self._series, self.watch = Series(()), Watch()
         for row in rows:
-            self._rows.append(row)
-            self.watch.look(Series(self._rows))
+            self._series.append(row)
+            self.watch.look(self._series)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from rehearsal.algorithms.presets import preset
 from rehearsal.models.packed import causal_lm
 from rehearsal.models.parallel import pack_workers
+from rehearsal.training.choices import check_verdicts, chosen
 from rehearsal.training.playing import make_rollout, make_toolkit, policy_of
 from rehearsal.training.recipe import Recipe
-from rehearsal.training.tasks import unlocked_tools, variants_of
+from rehearsal.training.tasks import make_sampler, unlocked_tools, variants_of
 from rehearsal.training.world import MODE_TEXTS
 
 _MIB = 2**20
@@ -28,8 +30,10 @@ def memory_plan(recipe: Recipe) -> dict[str, float]:
 
 def _planned(recipe: Recipe) -> tuple[dict[str, float], dict[str, str]]:
     """The memory, and what environments, tools and verifiers work with, of a rollout that is made for that."""
+    algorithm, _ = chosen(recipe)
+    check_verdicts(recipe.diagnostics)
+    make_sampler(recipe)
     policy = policy_of(recipe)
-    algorithm = preset(recipe.algorithm.name, **recipe.algorithm.options)
     rollout = make_rollout(recipe, policy)
     model = causal_lm(policy.model)
     config = model.config.get_text_config()
@@ -58,8 +62,17 @@ def describe_plan(recipe: Recipe) -> str:
     """A few plain lines for people."""
     plan, facts = _planned(recipe)
     training = recipe.training
-    algorithm = preset(recipe.algorithm.name, **recipe.algorithm.options)
+    algorithm, _ = chosen(recipe)
     lines = [algorithm.describe()]
+    if recipe.filter.name != "none" or algorithm.dynamic_sampling:
+        name = "constant" if recipe.filter.name == "none" else recipe.filter.name
+        refill = f", refilled up to {algorithm.max_refill_tries} times" if algorithm.dynamic_sampling else ""
+        lines.append(f"filter: {name} {_options(recipe.filter.options)}".rstrip() + refill)
+    if recipe.curriculum.name != "fresh":
+        lines.append(f"curriculum: {recipe.curriculum.name}")
+    for names, what in ((recipe.diagnostics.stop_on, "ends the run"), (recipe.diagnostics.go_back_on, "goes back")):
+        if names:
+            lines.append(f"a verdict that {what}: {', '.join(names)}")
     if recipe.world.mode != "policy_only":
         lines.append(f"world model, {recipe.world.mode}: {MODE_TEXTS[recipe.world.mode]}")
     lines += _tool_lines(recipe)
@@ -73,6 +86,10 @@ def describe_plan(recipe: Recipe) -> str:
     lines += [f"  {name:<24}{size / _MIB:10.1f} MiB" for name, size in plan.items()]
     lines.append(f"  {'together':<24}{sum(plan.values()) / _MIB:10.1f} MiB")
     return "\n".join(lines)
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in options.items())
 
 
 def _tool_lines(recipe: Recipe) -> list[str]:

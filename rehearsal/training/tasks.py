@@ -106,19 +106,19 @@ def make_sampler(recipe: Recipe) -> Sampler:
             patience=options.patience,
         )  # fmt: skip
     if recipe.mixture:
-        parts = [_single(options, number) for number in range(len(recipe.mixture))]
+        parts = [_single(options, number, recipe.training.group_size) for number in range(len(recipe.mixture))]
         return Mixture(parts, [part.weight for part in recipe.mixture])
-    return _single(options, 0)
+    return _single(options, 0, recipe.training.group_size)
 
 
-def _single(options: CurriculumOptions, environment: int) -> Sampler:
+def _single(options: CurriculumOptions, environment: int, group_size: int) -> Sampler:
     if options.name == "uniform":
         return Uniform(options.tasks, environment)
     if options.name == "difficulty":
         return ByDifficulty(options.tasks, environment, low=options.low, high=options.high, retry=options.retry)
     if options.name in ("variance", "progress"):
         by: Any = options.name
-        return Prioritised(options.tasks, environment, by=by, explore=options.explore)
+        return Prioritised(options.tasks, environment, by=by, explore=options.explore, episodes=group_size)
     return Fresh(environment)
 
 
@@ -181,6 +181,12 @@ class TaskSource:
     def families(self) -> list[int] | None:
         """The environment of each task of the step where several are mixed, else None."""
         return [draw.environment for draw in self._drawn] if self._mixed else None
+
+    @property
+    def names(self) -> list[str]:
+        """What the environments are called in figures; numbered where several have the same name."""
+        own = [variant.name for variant in self.variants]
+        return [name if own.count(name) == 1 else f"{name} {number}" for number, name in enumerate(own, start=1)]
 
     @property
     def locked(self) -> tuple[str, ...]:

@@ -124,6 +124,31 @@ def test_variance_prefers_even_odds() -> None:
     assert explored[0] / 400 == pytest.approx(0.1, abs=0.05)
 
 
+def test_progress_is_not_chased_where_there_is_only_chance() -> None:
+    # A policy that does not change: nothing progresses, so no task may become a favourite, and none be left alone.
+    rng = np.random.default_rng(0)
+    ability = rng.random(64)
+    sampler = Prioritised(64, by="progress", explore=0.1, episodes=8)
+    visits = np.zeros(64)
+    for _ in range(60):
+        draws = sampler.draw(8, rng)
+        sampler.observe(draws, [rng.binomial(8, ability[draw.number]) / 8 for draw in draws])
+        for draw in draws:
+            visits[draw.number] += 1
+    assert visits.min() >= 3
+    assert visits.max() <= 4 * visits.mean()
+
+
+def test_what_a_step_has_played_is_not_drawn_again_while_there_is_other() -> None:
+    for make_one in (Uniform, ByDifficulty, Prioritised):
+        sampler = make_one(10)
+        played = sampler.draw(6, np.random.default_rng(0))
+        more = sampler.draw(4, np.random.default_rng(1), played)
+        assert len({*played, *more}) == 10
+        again = sampler.draw(4, np.random.default_rng(2), [*played, *more])
+        assert len(set(again)) == 4, "what is left is played twice rather than not at all"
+
+
 def test_progress_prefers_what_changes() -> None:
     sampler = taught(Prioritised(3, by="progress", explore=0.0), {0: 0.5, 1: 0.2, 2: 0.8})
     for _ in range(2):

@@ -25,6 +25,7 @@ from rehearsal.algorithms.filters import (
     at_most,
     loss_scale,
     make_filter,
+    within_families,
 )
 from rehearsal.algorithms.variance import group_variance, has_variance, variance_mass
 from rehearsal.errors import RecipeError
@@ -218,6 +219,47 @@ def test_random_keeps_as_many_groups_as_the_other_and_no_failed_one() -> None:
     # Groups without variance are drawn as often as others.
     expected = 400 * wanted / 20
     assert np.abs(drawn[:20] - expected).max() < 5 * math.sqrt(expected)
+
+
+def test_random_keeps_as_many_episodes_as_the_other() -> None:
+    rewards_PG = np.random.default_rng(3).random((9, 8))
+    rewards_PG[2] = 0.5
+    rewards_PG[4, 1:] = np.nan
+    for other in (Extremes(1, 1), Extremes(3, 0)):
+        kept = RandomLike(other)(rewards_PG, np.random.default_rng(0))
+        wanted = other(rewards_PG)
+        assert kept.keep_P.sum() == wanted.keep_P.sum()
+        assert abs(int(kept.keep_PG.sum()) - int(wanted.keep_PG.sum())) <= 2, "but for a drawn group that has fewer"
+        assert not (kept.keep_PG & np.isnan(rewards_PG)).any()
+
+
+def test_environments_of_a_mixture_are_filtered_apart() -> None:
+    # One pays ones, the other tens: by their variance all groups of the second come first.
+    rng = np.random.default_rng(1)
+    small, large = rng.integers(0, 2, (8, 6)).astype(float), 11.0 * rng.integers(0, 2, (8, 6))
+    rewards_PG = np.stack([row for pair in zip(small, large, strict=True) for row in pair])
+    families = [0, 1] * 8
+    for filter_ in (TopP(0.9), TopK(0.5), MinP(0.5), RandomLike(TopK(0.5))):
+        kept = within_families(filter_, rewards_PG, families, np.random.default_rng(0))
+        rng_of_each = np.random.default_rng(0)
+        alone = [filter_(rewards, rng_of_each) for rewards in (small, large)]
+        assert kept.keep_P[0::2].tolist() == alone[0].keep_P.tolist()
+        assert kept.keep_P[1::2].tolist() == alone[1].keep_P.tolist()
+        assert kept.reasons[0::2] == alone[0].reasons
+        assert kept.keep_P[0::2].sum() > 0
+    together = within_families(TopP(0.9), rewards_PG, None, np.random.default_rng(0))
+    assert together.keep_P.tolist() == TopP(0.9)(rewards_PG).keep_P.tolist()
+
+
+def test_reasons_are_true_where_a_softmax_underflows() -> None:
+    rewards_PG = np.array([[0.0, 1000.0], [0.0, 1.0], [5.0, 5.0]])
+    everything = TopP(1.0, "softmax", include_constant=True)(rewards_PG)
+    assert everything.keep_P.all()
+    assert everything.reasons[2].endswith("(its rewards are all equal)")
+    kept = TopP(0.9, "softmax")(rewards_PG)
+    assert kept.keep_P.tolist() == [True, False, False]
+    assert kept.reasons[1] == "dropped: number 2 by softmax, not of those that hold 90% of the softmax"
+    assert kept.reasons[2] == "dropped: all its rewards are equal"
 
 
 def test_extremes_keep_the_best_and_the_worst() -> None:

@@ -17,6 +17,7 @@ from rehearsal.errors import RecipeError
 from rehearsal.training import monitor as monitor_module
 from rehearsal.training.loop import Trainer
 from rehearsal.training.observer import SilentObserver
+from rehearsal.training.plan import describe_plan
 from rehearsal.training.recipe import Recipe
 from rehearsal.training.run import train
 from rehearsal.training.runs import RunFolder
@@ -111,13 +112,31 @@ def test_a_single_prompt_and_groups_of_one(size: tuple[int, int], small: Callabl
         small(
             evaluation__episodes=0, training__groups=groups, training__group_size=each, training__steps=2,
             diagnostics__every=1, diagnostics__gradients_every=1, diagnostics__max_share=1.0,
+            algorithm__name="grpo" if each > 1 else "reinforce_pp",
         )
     )  # fmt: skip
     trainer.run()
     for row in trainer.history:
         assert all(math.isfinite(value) for value in row.values())
-        if each == 1:
-            assert row["signal/dead_groups"] == 1.0
+        assert ("signal/dead_groups" in row) == (each > 1), (
+            "one episode alone is nothing to compare, and nothing is wrong"
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "compares the episodes of a group, so training.group_size must be 2 or more"),
+        ({"algorithm__name": "reinforce_pp", "filter__name": "constant"}, "set filter.name to none"),
+    ],
+)
+def test_groups_of_one_where_groups_are_compared(
+    options: dict[str, Any], message: str, small: Callable[..., Recipe]
+) -> None:
+    recipe = small(training__group_size=1, **options)
+    for asked in (Trainer, describe_plan):
+        with pytest.raises(RecipeError, match=message):
+            asked(recipe)
 
 
 class Cry:
@@ -252,8 +271,24 @@ def test_verdicts_can_be_had_from_the_files(small: Callable[..., Recipe], tmp_pa
 
 @pytest.mark.parametrize("option", ["stop_on", "go_back_on"])
 def test_a_verdict_that_does_not_exist(option: str, small: Callable[..., Recipe]) -> None:
-    with pytest.raises(RecipeError, match="There is no verdict 'collapse'; there are too_easy, too_hard"):
-        Trainer(small(**{f"diagnostics__{option}": ["collapse"]}))
+    recipe = small(**{f"diagnostics__{option}": ["collapse"]})
+    for asked in (Trainer, describe_plan):
+        with pytest.raises(RecipeError, match="There is no verdict 'collapse'; there are too_easy, too_hard"):
+            asked(recipe)
+
+
+def test_a_plan_names_filter_curriculum_and_verdicts(small: Callable[..., Recipe]) -> None:
+    plan = describe_plan(
+        small(
+            filter__name="top_p", filter__options__p=0.5, curriculum__name="difficulty",
+            algorithm__options__dynamic_sampling=True, diagnostics__stop_on=["format_lost"],
+        )
+    )  # fmt: skip
+    assert "filter: top_p p=0.5, refilled up to 10 times" in plan
+    assert "curriculum: difficulty" in plan
+    assert "a verdict that ends the run: format_lost" in plan
+    with pytest.raises(RecipeError, match="There is no filter 'foo'"):
+        describe_plan(small(filter__name="foo"))
 
 
 def test_filters_in_a_run(small: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -41,6 +41,25 @@ def test_a_pool_is_met_again(small: Callable[..., Recipe]) -> None:
     assert not seeds & {task.seed for step in range(20) for task in other.of_step(step, 4)}
 
 
+def test_a_task_that_a_step_plays_twice_gives_other_episodes(small: Callable[..., Recipe]) -> None:
+    trainer = Trainer(
+        small(curriculum__name="uniform", curriculum__tasks=3, training__groups=8, evaluation__episodes=0)
+    )
+    groups = trainer.play().groups
+    assert len({group.trajectories[0].seed for group in groups}) == 3
+    played = {b"".join(episode.segments[-1].token_ids.tobytes() for episode in group) for group in groups}
+    assert len(played) == 8, "the same task again is played with other noise"
+
+
+def test_refilled_groups_are_other_tasks(small: Callable[..., Recipe]) -> None:
+    source = TaskSource(small(curriculum__name="difficulty", curriculum__tasks=12))
+    first = source.of_step(0, 8)
+    more = source.of_step(0, 4, first=8)
+    assert len({task.seed for task in (*first, *more)}) == 12
+    assert {task.again for task in (*first, *more)} == {0}
+    assert {task.again for task in source.of_step(0, 4, first=12)} == {1}
+
+
 @pytest.mark.parametrize("name", ["difficulty", "variance", "progress"])
 def test_a_run_with_a_curriculum_resumes_as_if_it_had_not_stopped(
     name: str, small: Callable[..., Recipe], tmp_path: Path

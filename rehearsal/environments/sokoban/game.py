@@ -125,8 +125,8 @@ class Sokoban(SpatialEnv):
             if level is not None:
                 return level
         raise EnvironmentFault(
-            f"None of {_MAX_ROOMS} rooms has a level whose shortest solution takes {self.min_solution} to {longest} moves; "
-            "relax the environment's parameters."
+            f"None of {_MAX_ROOMS} rooms has a level whose shortest solution takes {self.min_solution} to {longest} "
+            "moves; relax the environment's parameters."
         )
 
     @property

@@ -1,0 +1,73 @@
+"""The episodes of one step, and what is told of them beside their rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rehearsal.algorithms.filters import Kept
+from rehearsal.algorithms.presets import Algorithm
+from rehearsal.algorithms.shaping import was_cut_off
+from rehearsal.diagnostics import signal_metrics
+from rehearsal.rollout import rollout_metrics
+from rehearsal.trajectory import Group
+
+
+@dataclass
+class Batch:
+    """The episodes of one step.
+
+    Attributes:
+        groups: all that were played.
+        kept: what the policy learns from, and why.
+        rounds: how often groups were played; more than 1 where some were replaced.
+    """
+
+    groups: list[Group]
+    kept: Kept
+    rounds: int = 1
+
+
+def kept_figures(batch: Batch, algorithm: Algorithm) -> dict[str, float]:
+    """How much of a batch the policy learns from, so that fewer samples are never taken for a better signal.
+
+    ``signal/kept_groups``, ``signal/kept_share`` of the groups that were played (``signal/played_groups``, in
+    ``signal/rounds`` rounds), and ``signal/kept_episodes``: what the filter keeps, less what the algorithm leaves out
+    because it was cut off.
+    """
+    episodes = sum(
+        bool(kept) and not (algorithm.mask_truncated and was_cut_off(episode))
+        for group, keep_G in zip(batch.groups, batch.kept.keep_PG, strict=True)
+        for episode, kept in zip(group, keep_G, strict=False)
+    )
+    return {
+        "signal/kept_groups": float(batch.kept.keep_P.sum()),
+        "signal/kept_share": batch.kept.share,
+        "signal/kept_episodes": float(episodes),
+        "signal/played_groups": float(len(batch.groups)),
+        "signal/rounds": float(batch.rounds),
+    }
+
+
+def by_environment(batch: Batch, families: Sequence[int] | None, names: Sequence[str]) -> dict[str, float]:
+    """What the environments of a mixture do apart, as ``environment/NAME/...``: success, reward, dead groups, and the
+    share of groups that is kept. Nothing where there is one environment.
+
+    Args:
+        batch: of the step.
+        families: for each group the number of its environment; None for one environment.
+        names: of the environments.
+    """
+    figures: dict[str, float] = {}
+    families_P = np.asarray([] if families is None else families)
+    for family in np.unique(families_P):
+        members = np.flatnonzero(families_P == family)
+        groups = [batch.groups[group] for group in members]
+        found = {**rollout_metrics(groups), **signal_metrics(groups)}
+        for figure in ("train/success", "train/reward", "signal/dead_groups"):
+            if figure in found:
+                figures[f"environment/{names[int(family)]}/{figure.split('/')[1]}"] = found[figure]
+        figures[f"environment/{names[int(family)]}/kept_share"] = float(batch.kept.keep_P[members].mean())
+    return figures
