@@ -35,7 +35,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,105 +44,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import report
 from experiments.cells import RESULTS, run_cells
 from experiments.policies import origin
-from rehearsal.agents.toolbox import ToolSource
-from rehearsal.agents.toolkit.calculator import calculator
-from rehearsal.agents.tools import Tool, ToolFailure, tool_from
+from experiments.tool_use_arms import ARMS, BROKEN_STEPS, COMMON, CURES, PAIRS, TESTS
 from rehearsal.evaluation.statistics import mean_interval
 
-COMMON: dict[str, Any] = {
-    # Half of the groups of the shipped recipes: 75 runs have to end some day.
-    "training.groups": 16, "evaluation.every": 0, "evaluation.episodes": 0, "diagnostics.every": 0,
-    "diagnostics.gradients_every": 0, "engine.processes": 1,
-}  # fmt: skip
 HELD_OUT = 256
 """Tasks of each evaluation."""
-
-COMPARED: dict[str, Any] = {"training.learning_rate": 2e-4}
-"""Slower than the recipe, by which half of the success is there after two or three updates: too few to compare."""
-GRPO: dict[str, Any] = {"algorithm.name": "grpo", "algorithm.options.aggregation": "sequence_mean"}
-"""As published; the recipe averages over tokens, as DAPO does."""
-DAPO: dict[str, Any] = {"algorithm.name": "dapo", "algorithm.options.max_refill_tries": 3}
-
-BROKEN_STEPS, MENDED_STEPS = 12, 24
-FAILS, COST = 0.8, 0.3
-"""Share of calls that fail as long as the calculator is out of order, and what any call takes off the reward."""
-CREDIT = 1.0
-"""Of a call that brought a result: a broken call that is used well is then worth 0.2 (1 + 1) - 0.3 = 0.1."""
-ENTROPY = 0.02
-LORA = {"adapters.policy_rank": 32, "adapters.world_rank": 32, "training.learning_rate": 3e-3}
-
-_TOOL = "experiments.tool_use:Unreliable"
-_LOCKED = {"curriculum.name": "staged", "curriculum.stages": [{}, {"tools": [_TOOL]}], "curriculum.threshold": 1.0}
-
-
-def _phases(first: Mapping[str, Any] | None = None, both: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    always = {
-        "tools.names": [_TOOL], "tools.cost": COST, "training.schedule": "constant",
-        "environment.params.terms": 2, "environment.params.digits": 2, **(both or {}),
-    }  # fmt: skip
-    return [
-        {**always, "training.steps": BROKEN_STEPS, "tools.options": {_TOOL: {"fails": FAILS}}, **(first or {})},
-        {**always, "training.steps": MENDED_STEPS, "tools.options": {_TOOL: {"fails": 0.0}}},
-    ]
-
-
-_WORKS = {"tools.options": {_TOOL: {"fails": 0.0}}}
-ARMS: dict[str, tuple[str, list[dict[str, Any]]]] = {
-    "calculate_grpo": ("calculate", [{**GRPO, **COMPARED}]),
-    "calculate_dapo": ("calculate", [{**DAPO, **COMPARED}]),
-    "calculate_without": ("calculate", [{**GRPO, **COMPARED, "tools.names": []}]),
-    "lookup": ("lookup", [{}]),
-    "abandoned_working": ("calculate", _phases(_WORKS)),
-    "abandoned_broken": ("calculate", _phases()),
-    "abandoned_exploration": ("calculate", _phases(both={"algorithm.options.entropy_coefficient": ENTROPY})),
-    "abandoned_curriculum": ("calculate", _phases(_LOCKED)),
-    "abandoned_credit": ("calculate", _phases(both={"rewards.call": CREDIT})),
-    "abandoned_working_lora": ("calculate", _phases(_WORKS, LORA)),
-    "abandoned_broken_lora": ("calculate", _phases(both=LORA)),
-    "abandoned_world": ("calculate", _phases(both={**LORA, "world.mode": "dual"})),
-    "abandoned_placebo": ("calculate", _phases(both={**LORA, "world.mode": "placebo"})),
-}
-"""Recipe and options of each part of a run, by arm."""
-TESTS: dict[str, dict[str, dict[str, Any]]] = {
-    "calculate": {"": {}},
-    "lookup": {"": {"environment.params.hops": 2}, "one_hop_": {"environment.params.hops": 1}},
-}
-"""What is played before and after, by recipe: options by the beginning of the figures' names."""
-CURES = ("abandoned_exploration", "abandoned_curriculum", "abandoned_credit", "abandoned_world")
-PAIRS = (
-    ("abandoned_broken", "abandoned_working"), ("abandoned_exploration", "abandoned_broken"),
-    ("abandoned_curriculum", "abandoned_broken"), ("abandoned_credit", "abandoned_broken"),
-    ("abandoned_broken_lora", "abandoned_working_lora"), ("abandoned_world", "abandoned_broken_lora"),
-    ("abandoned_placebo", "abandoned_broken_lora"), ("abandoned_world", "abandoned_placebo"),
-)  # fmt: skip
-"""An arm and its control."""
-
-
-class Unreliable(ToolSource):
-    """The calculator, out of order now and then. Every episode has luck of its own.
-
-    Args:
-        fails: the share of calls that fail.
-        seed: of the luck.
-    """
-
-    fast = True
-
-    def __init__(self, fails: float = 0.0, seed: int = 0) -> None:
-        self._fails, self._seed = fails, seed
-        self._episodes = itertools.count()
-
-    def open(self) -> Sequence[Tool]:
-        rng = np.random.default_rng([self._seed, next(self._episodes)])
-
-        def unreliable(expression: str) -> str:
-            if rng.random() < self._fails:
-                raise ToolFailure("out of order")
-            return calculator(expression)
-
-        # What the agent is told of it is what it is told of the one that works.
-        unreliable.__doc__ = calculator.__doc__
-        return [tool_from(unreliable, name="calculator", fast=True)]
 
 
 def play(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,10 +77,12 @@ def play(settings: Mapping[str, Any]) -> dict[str, Any]:
             figures.update({f"{name}{when}{end}": found.figures[f"success{end}"] for end in ("", "_low", "_high")})
             if when == "after":
                 episodes = [group.trajectories[0] for group in found.groups]
-                # A line of text for all tasks: as many numbers in lines of their own would be nobody's to read.
-                figures[f"{name}solved"] = "".join(str(int(bool(one.success))) for one in episodes)
-                figures[f"{name}called"] = "".join(str(int(called_a_tool(one))) for one in episodes)
-                figures[f"{name}kinds"] = ",".join(one.category for one in episodes)
+                # Texts, one for all tasks: as many numbers in lines of their own would be nobody's to read.
+                figures[f"{name}held_out"] = [
+                    "".join(str(int(bool(one.success))) for one in episodes),
+                    "".join(str(int(called_a_tool(one))) for one in episodes),
+                    ",".join(one.category for one in episodes),
+                ]
         return now
 
     policy = look("before")
@@ -243,20 +151,41 @@ def told(name: str, values: Sequence[float]) -> dict[str, float]:
     return figures | ({f"{name}_unknown": float(len(values) - len(known))} if len(known) < len(values) else {})
 
 
+class HeldOut(NamedTuple):
+    """How the held-out tasks went, in order.
+
+    Attributes:
+        solved: whether the answer was right.
+        called: whether a tool was called.
+        kinds: of what kind each task is.
+    """
+
+    solved: list[bool]
+    called: list[bool]
+    kinds: list[str]
+
+
+def held_out(run: Mapping[str, Any]) -> HeldOut:
+    """The held-out tasks of a run, after training."""
+    solved, called, kinds = run["held_out"]
+    return HeldOut([one == "1" for one in solved], [one == "1" for one in called], kinds.split(","))
+
+
 def used_among(run: Mapping[str, Any], other: Mapping[str, Any], solved: bool) -> float:
     """The share of held-out tasks in which a run called a tool, of those that another run solved or did not."""
-    mine = [
-        int(called) for called, done in zip(run["called"], other["solved"], strict=True) if bool(int(done)) == solved
-    ]
+    pairs = zip(held_out(run).called, held_out(other).solved, strict=True)
+    mine = [called for called, done in pairs if done == solved]
     return statistics.mean(mine) if mine else math.nan
 
 
 def by_kind(runs: Sequence[Mapping[str, Any]], field: str) -> dict[str, float]:
-    """The share of the held-out tasks of each kind that were solved, or in which a tool was called, over all runs."""
-    found: dict[str, list[int]] = {}
+    """The share of the held-out tasks of each kind that were ``solved``, or in which a tool was ``called``, over all
+    runs."""
+    found: dict[str, list[bool]] = {}
     for run in runs:
-        for kind, one in zip(run["kinds"].split(","), run[field], strict=True):
-            found.setdefault(kind.replace(" ", "_"), []).append(int(one))
+        tasks = held_out(run)
+        for kind, one in zip(tasks.kinds, getattr(tasks, field), strict=True):
+            found.setdefault(kind.replace(" ", "_"), []).append(one)
     return {kind: statistics.mean(found[kind]) for kind in sorted(found)}
 
 
