@@ -16,10 +16,11 @@ questions:
   calls for the first steps, when a call is not worth its price, and works ever after, when it is worth twice that. An
   agent that has stopped calling by then never finds out. Arms: one whose calculator always works (what could be had);
   the broken one; and four cures, which are there all the time if nothing else is said: an entropy bonus
-  (``exploration``); a tool that is locked as long as it is out of order (``curriculum``, whose agent spends that time
-  without it); credit for the first call of an episode that brought a result (``credit``); and a world model learnt from
-  results (``world``). The last has adapters, and so have its controls: ``working_lora``, ``broken_lora``, and
-  ``placebo``, whose world model learns results that were dealt out among episodes.
+  (``exploration``); a ladder (``curriculum``), on which the tool is locked as long as it is out of order, and lines of
+  one digit are played in that time, which can be learnt without it; credit for the first call of an episode that
+  brought a result (``credit``); and a world model learnt from results (``world``). The last has adapters, and so have
+  its controls: ``working_lora``, ``broken_lora``, and ``placebo``, whose world model learns results that were dealt out
+  among episodes.
 
 Held-out play before and after training is with the tools, and the state that they are in, of the end. Differences are
 paired by seed. The best cure is chosen for each seed by the other seeds, so that it is not judged on the luck that it
@@ -44,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import report
 from experiments.cells import RESULTS, run_cells
 from experiments.policies import origin
-from experiments.tool_use_arms import ARMS, BROKEN_STEPS, COMMON, CURES, PAIRS, TESTS
+from experiments.tool_use_arms import ARMS, COMMON, CURES, PAIRS, TESTS
 from rehearsal.evaluation.statistics import mean_interval
 
 HELD_OUT = 256
@@ -95,6 +96,7 @@ def play(settings: Mapping[str, Any]) -> dict[str, Any]:
     look("after")
     for name, key in (("success", "train/success"), ("episodes", "train/episodes")):
         figures[name] = [round(row[key], 4) for row in rows]
+    figures["steps"] = [part["training.steps"] for part in parts if "training.steps" in part]
     figures["used"] = [round(used_share(row), 4) for row in rows]
     figures["seconds"] = round(sum(row["time/step"] for row in rows), 1)
     return figures
@@ -200,7 +202,7 @@ def chosen_by_others(values: Mapping[str, Sequence[float]]) -> list[str]:
 
 def used_when_mended(run: Mapping[str, Any]) -> float:
     """The share of episodes that called it in the last three steps in which the calculator was out of order."""
-    return statistics.mean(run["used"][max(0, BROKEN_STEPS - 3) : BROKEN_STEPS])
+    return statistics.mean(run["used"][: run["steps"][0]][-3:])
 
 
 def used_at_the_end(run: Mapping[str, Any]) -> float:

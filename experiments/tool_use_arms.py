@@ -36,7 +36,11 @@ ENTROPY = 0.02
 LORA = {"adapters.policy_rank": 32, "adapters.world_rank": 32, "training.learning_rate": 3e-3}
 
 UNRELIABLE = "experiments.tool_use_arms:Unreliable"
-_LOCKED = {"curriculum.name": "staged", "curriculum.stages": [{}, {"tools": [UNRELIABLE]}], "curriculum.threshold": 1.0}
+_LOCKED = {
+    "curriculum.name": "staged", "curriculum.stages": [{"digits": 1}, {"tools": [UNRELIABLE]}],
+    # Never within the first part: it is locked until it is mended.
+    "curriculum.threshold": 1.0,
+}  # fmt: skip
 
 
 def _phases(first: Mapping[str, Any] | None = None, both: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:

@@ -288,6 +288,7 @@ def _tool_run(called: str, solved: str, after: float = 0.5, used: float = 0.5) -
     return {
         "held_out": [solved, called, "sum of 1 digit,sum of 1 digit,product of 2 digits"],
         "after": after, "used": [used] * steps, "success": [0.0] * 5 + [1.0] * (steps - 5), "episodes": [128.0] * steps,
+        "steps": [tool_use_arms.BROKEN_STEPS, tool_use_arms.MENDED_STEPS],
     }  # fmt: skip
 
 
@@ -321,3 +322,28 @@ def test_abandonment_is_told_against_controls() -> None:
 def test_the_best_cure_is_not_judged_on_the_luck_that_it_was_chosen_for() -> None:
     values = {"steady": [0.5, 0.5, 0.5], "lucky": [1.2, 0.2, 0.2]}
     assert tool_use.chosen_by_others(values) == ["steady", "lucky", "lucky"]
+
+
+def test_every_goal_of_the_tools_has_its_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: dict[str, Any] = {}
+
+    def played(name: str, cells: Mapping[str, Any], *others: Any) -> dict[str, Any]:
+        json.dumps(cells)
+        runs = {cell: _tool_run("111", "111", after=0.9, used=1.0) | {"before": 0.1} for cell in cells}
+        return {cell: {**run, "one_hop_before": 0.1, "one_hop_after": 0.9} for cell, run in runs.items()}
+
+    def told(name: str, figures: Mapping[str, float], goals: Mapping[str, str], *others: Any) -> dict[str, Any]:
+        reported.update(figures=figures, goals=goals)
+        return {"holds": True}
+
+    monkeypatch.setattr(tool_use, "run_cells", played)
+    monkeypatch.setattr(tool_use, "report", told)
+    monkeypatch.setattr(sys, "argv", ["tool_use.py", "--seeds", "3"])
+    tool_use.main()
+    assert reported["goals"] == tool_use.GOALS
+    assert all(isinstance(value, float | int) for value in reported["figures"].values())
+    # Each question alone too, with the goals that it has figures for.
+    for question in ("calculate", "lookup", "abandoned"):
+        monkeypatch.setattr(sys, "argv", ["tool_use.py", "--only", question, "--seeds", "1"])
+        tool_use.main()
+        assert reported["goals"] and all(name.startswith(question) for name in reported["goals"])
