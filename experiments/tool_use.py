@@ -3,28 +3,40 @@
     python experiments/tool_use.py [--only calculate] [--seeds 5] [--workers 2] [--threads 1] [--quick]
 
 The base that ships knows how a call is written and calls in a part of its episodes, whether it helps or not. Three
-questions, each with the same number of episodes in every arm:
+questions:
 
-- ``calculate``: lines of arithmetic with a calculator, against the same budget without one; GRPO and DAPO side by side,
-  by the steps that each takes to half of what it gains;
-- ``lookup``: questions that take two documents, with search and open;
-- ``abandoned``: short sums, where a guess pays now and then, with a calculator that is out of order in four of five
-  calls for the first steps and works ever after. An agent that has stopped calling by then never finds out. Arms: one
-  whose calculator always works (what could be had); the broken one; and four cures: an entropy bonus (``exploration``),
-  lines that cannot be guessed as long as the calculator is broken (``curriculum``), credit for the first call of an
-  episode that told something (``credit``), and a world model learnt from results (``world``; its own control is
-  ``broken_lora``, which has adapters too).
+- ``calculate``: lines of arithmetic with a calculator, against the same budget without one. Held-out lines are the same
+  for all, so it can be told whether the tool is used where it helps: on lines that the arm without it gets wrong. GRPO
+  and DAPO side by side, each with its own loss, by the updates and by the episodes that each takes to half of the
+  success that it ends with. DAPO plays other tasks in place of those that teach nothing, so its steps have more
+  episodes, up to four times as many here.
+- ``lookup``: questions that take two documents, with search and open, by the recipe that ships: questions of one
+  document first. Held-out questions of both kinds before and after.
+- ``abandoned``: sums that nobody guesses, with a calculator that costs 0.3 a call and is out of order in four of five
+  calls for the first steps, when a call is not worth its price, and works ever after, when it is worth twice that. An
+  agent that has stopped calling by then never finds out. Arms: one whose calculator always works (what could be had);
+  the broken one; and four cures, which are there all the time if nothing else is said: an entropy bonus
+  (``exploration``); a ladder (``curriculum``), on which the tool is locked as long as it is out of order, and lines of
+  one digit are played in that time, which can be learnt without it; credit for the first call of an episode that
+  brought a result (``credit``); and a world model learnt from results (``world``). The last has adapters, and so have
+  its controls: ``working_lora``, ``broken_lora``, and ``placebo``, whose world model learns results that were dealt out
+  among episodes.
+
+Held-out play before and after training is with the tools, and the state that they are in, of the end. Differences are
+paired by seed. The best cure is chosen for each seed by the other seeds, so that it is not judged on the luck that it
+was chosen for.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,100 +45,71 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import report
 from experiments.cells import RESULTS, run_cells
 from experiments.policies import origin
-from rehearsal.agents.toolbox import ToolSource
-from rehearsal.agents.toolkit.calculator import calculator
-from rehearsal.agents.tools import Tool, ToolFailure, tool_from
+from experiments.tool_use_arms import ARMS, COMMON, CURES, PAIRS, TESTS
 from rehearsal.evaluation.statistics import mean_interval
 
-COMMON: dict[str, Any] = {
-    "evaluation.every": 0, "diagnostics.every": 0, "diagnostics.gradients_every": 0, "engine.processes": 1,
-}  # fmt: skip
-SHORT = {"environment.params.terms": 2, "environment.params.digits": 2}
-LORA = {"adapters.policy_rank": 32, "adapters.world_rank": 32, "training.learning_rate": 3e-3}
-BROKEN_STEPS, MENDED_STEPS = 12, 24
-BROKEN = 0.8
-"""Share of calls that fail as long as the calculator is out of order."""
-
-
-_TOOL = "experiments.tool_use:Unreliable"
-
-
-def _phases(first: Mapping[str, Any], both: Mapping[str, Any]) -> list[dict[str, Any]]:
-    tool = {"tools.names": [_TOOL], "training.schedule": "constant", **SHORT}
-    return [
-        {**tool, "training.steps": BROKEN_STEPS, "tools.options": {_TOOL: {"fails": BROKEN}}, **both, **first},
-        {**tool, "training.steps": MENDED_STEPS, "tools.options": {_TOOL: {"fails": 0.0}}, **both},
-    ]
-
-
-ARMS: dict[str, tuple[str, list[dict[str, Any]]]] = {
-    "calculate_grpo": ("calculate", [{"algorithm.name": "grpo"}]),
-    "calculate_dapo": ("calculate", [{"algorithm.name": "dapo"}]),
-    "calculate_without": ("calculate", [{"algorithm.name": "grpo", "tools.names": []}]),
-    "lookup": ("lookup", [{}]),
-    "abandoned_working": ("calculate", _phases({"tools.options": {_TOOL: {"fails": 0.0}}}, {})),
-    "abandoned_broken": ("calculate", _phases({}, {})),
-    "abandoned_exploration": ("calculate", _phases({}, {"algorithm.options.entropy_coefficient": 0.01})),
-    "abandoned_curriculum": ("calculate", _phases({"environment.params.terms": 3, "environment.params.digits": 3}, {})),
-    "abandoned_credit": ("calculate", _phases({}, {"rewards.call": 0.1})),
-    "abandoned_broken_lora": ("calculate", _phases({}, LORA)),
-    "abandoned_world": ("calculate", _phases({}, {**LORA, "world.mode": "dual"})),
-}
-"""Recipe and options of each part of a run, by arm."""
-
-
-class Unreliable(ToolSource):
-    """The calculator, out of order now and then.
-
-    Args:
-        fails: the share of calls that fail.
-        seed: of the chance of it.
-    """
-
-    fast = True
-
-    def __init__(self, fails: float = 0.0, seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
-
-        def unreliable(expression: str) -> str:
-            if rng.random() < fails:
-                raise ToolFailure("out of order")
-            return calculator(expression)
-
-        # What the agent is told of it is what it is told of the one that works.
-        unreliable.__doc__ = calculator.__doc__
-        self._tool = tool_from(unreliable, name="calculator", fast=True)
-
-    def open(self) -> Sequence[Tool]:
-        return [self._tool]
+HELD_OUT = 256
+"""Tasks of each evaluation."""
 
 
 def play(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """One arm and one seed: held-out success before and after, and success and use of tools by step."""
+    """One arm and one seed: held-out play before and after, and success and use of tools by step."""
     import torch
 
     from rehearsal.training.loop import Trainer
     from rehearsal.training.recipe import resolve_recipe
 
     torch.set_num_threads(int(settings["threads"]))
+    seed = int(settings["seed"])
+    parts = [_with_luck(part, seed) for part in settings["parts"]]
     policy = None
     figures: dict[str, Any] = {}
     rows: list[Mapping[str, float]] = []
-    for number, part in enumerate(settings["parts"]):
-        recipe = resolve_recipe(settings["recipe"], {"seed": settings["seed"] + 1000 * number, **part})
-        trainer = Trainer(recipe, policy=policy)
+
+    def look(when: str) -> Any:
+        whole = {"seed": seed, **parts[-1], "curriculum.name": "fresh", "curriculum.stages": []}
+        now = policy
+        for name, changes in settings["tests"].items():
+            trainer = Trainer(resolve_recipe(settings["recipe"], {**whole, **changes}), policy=now)
+            found = trainer.evaluate("test", settings["held_out"])
+            now = trainer.policy
+            trainer.close()
+            assert found is not None
+            figures.update({f"{name}{when}{end}": found.figures[f"success{end}"] for end in ("", "_low", "_high")})
+            if when == "after":
+                episodes = [group.trajectories[0] for group in found.groups]
+                # Texts, one for all tasks: as many numbers in lines of their own would be nobody's to read.
+                figures[f"{name}held_out"] = [
+                    "".join(str(int(bool(one.success))) for one in episodes),
+                    "".join(str(int(called_a_tool(one))) for one in episodes),
+                    ",".join(one.category for one in episodes),
+                ]
+        return now
+
+    policy = look("before")
+    for number, part in enumerate(parts):
+        # Each part has tasks of its own.
+        trainer = Trainer(resolve_recipe(settings["recipe"], {"seed": seed + 1000 * number, **part}), policy=policy)
         trainer.run()
         policy = trainer.policy
         rows += trainer.history
-        held_out = [found for _, split, found in trainer.evaluations if split == "test"]
-        if not number:
-            figures["before"] = held_out[0]["success"]
-        figures |= {"after": held_out[-1]["success"], "after_low": held_out[-1]["success_low"],
-                    "after_high": held_out[-1]["success_high"]}  # fmt: skip
-    figures["success"] = [round(row["train/success"], 4) for row in rows]
+    look("after")
+    for name, key in (("success", "train/success"), ("episodes", "train/episodes")):
+        figures[name] = [round(row[key], 4) for row in rows]
+    figures["steps"] = [part["training.steps"] for part in parts if "training.steps" in part]
     figures["used"] = [round(used_share(row), 4) for row in rows]
-    figures["episodes"] = sum(row["train/episodes"] for row in rows)
+    figures["seconds"] = round(sum(row["time/step"] for row in rows), 1)
     return figures
+
+
+def _with_luck(part: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    tools = {name: {**options, "seed": seed} for name, options in part.get("tools.options", {}).items()}
+    return {**part, "tools.options": tools} if tools else dict(part)
+
+
+def called_a_tool(episode: Any) -> bool:
+    """Whether an episode called a tool that there is."""
+    return any(call.error not in ("unknown", "limit") for turn in episode.turns for call in turn.calls)
 
 
 def used_share(row: Mapping[str, float]) -> float:
@@ -134,31 +117,182 @@ def used_share(row: Mapping[str, float]) -> float:
     return max((row[name] for name in row if name.startswith("train/tools/") and name.endswith("/used")), default=0.0)
 
 
-def steps_to_half(curve: Sequence[float], window: int = 5) -> float:
-    """Steps until half of the gain of a curve, smoothed by a trailing mean; NaN where it gained nothing."""
-    smooth = [statistics.mean(curve[max(0, end - window) : end]) for end in range(1, len(curve) + 1)]
-    first, last = smooth[0], smooth[-1]
-    if last <= first:
+def steps_to_half(curve: Sequence[float]) -> float:
+    """Updates until half of the success of the end (a mean over the last five steps) is reached.
+
+    Means over three steps, the one before and the one after included, so that nothing lags; between two of them the
+    curve is a straight line. 0 where it begins there, NaN where there is no success at the end.
+
+    Args:
+        curve: success by step; that of step i, from 0, is success after i updates.
+    """
+    smooth = [statistics.mean(curve[max(0, step - 1) : step + 2]) for step in range(len(curve))]
+    half = statistics.mean(curve[-5:]) / 2
+    if half <= 0:
         return math.nan
-    return float(next(step for step, value in enumerate(smooth, 1) if value >= first + (last - first) / 2))
+    if smooth[0] >= half:
+        return 0.0
+    for step, (before, after) in enumerate(itertools.pairwise(smooth)):
+        if after >= half:
+            return step + (half - before) / (after - before)
+    return math.nan
+
+
+def episodes_to_half(run: Mapping[str, Any]) -> float:
+    """Episodes that were played until then."""
+    played = [0.0, *itertools.accumulate(run["episodes"])]
+    step = steps_to_half(run["success"])
+    return math.nan if math.isnan(step) else float(np.interp(step, range(len(played)), played))
+
+
+def told(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Mean with its interval, over the seeds that have a value, and how many have none if there are any."""
+    known = [value for value in values if not math.isnan(value)]
+    mean, low, high = mean_interval(known)
+    figures = {name: mean, f"{name}_low": low, f"{name}_high": high}
+    return figures | ({f"{name}_unknown": float(len(values) - len(known))} if len(known) < len(values) else {})
+
+
+class HeldOut(NamedTuple):
+    """How the held-out tasks went, in order.
+
+    Attributes:
+        solved: whether the answer was right.
+        called: whether a tool was called.
+        kinds: of what kind each task is.
+    """
+
+    solved: list[bool]
+    called: list[bool]
+    kinds: list[str]
+
+
+def held_out(run: Mapping[str, Any]) -> HeldOut:
+    """The held-out tasks of a run, after training."""
+    solved, called, kinds = run["held_out"]
+    return HeldOut([one == "1" for one in solved], [one == "1" for one in called], kinds.split(","))
+
+
+def used_among(run: Mapping[str, Any], other: Mapping[str, Any], solved: bool) -> float:
+    """The share of held-out tasks in which a run called a tool, of those that another run solved or did not."""
+    pairs = zip(held_out(run).called, held_out(other).solved, strict=True)
+    mine = [called for called, done in pairs if done == solved]
+    return statistics.mean(mine) if mine else math.nan
+
+
+def by_kind(runs: Sequence[Mapping[str, Any]], field: str) -> dict[str, float]:
+    """The share of the held-out tasks of each kind that were ``solved``, or in which a tool was ``called``, over all
+    runs."""
+    found: dict[str, list[bool]] = {}
+    for run in runs:
+        tasks = held_out(run)
+        for kind, one in zip(tasks.kinds, getattr(tasks, field), strict=True):
+            found.setdefault(kind.replace(" ", "_"), []).append(one)
+    return {kind: statistics.mean(found[kind]) for kind in sorted(found)}
+
+
+def chosen_by_others(values: Mapping[str, Sequence[float]]) -> list[str]:
+    """For each seed the name that is best on average over all other seeds."""
+    seeds = len(next(iter(values.values())))
+    return [
+        max(values, key=lambda name: sum(value for other, value in enumerate(values[name]) if other != seed))
+        for seed in range(seeds)
+    ]
+
+
+def used_when_mended(run: Mapping[str, Any]) -> float:
+    """The share of episodes that called it in the last three steps in which the calculator was out of order."""
+    return statistics.mean(run["used"][: run["steps"][0]][-3:])
+
+
+def used_at_the_end(run: Mapping[str, Any]) -> float:
+    """The share of episodes that called a tool in the last five steps."""
+    return statistics.mean(run["used"][-5:])
+
+
+MEASURES = {
+    "after": lambda run: run["after"], "used_when_mended": used_when_mended, "used_at_the_end": used_at_the_end,
+}  # fmt: skip
+"""What is compared between the arms of ``abandoned``."""
+
+
+def calculate_figures(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
+    """Where the tool is used, and how long GRPO and DAPO take, for the arms that were played."""
+    figures: dict[str, float] = {}
+    for arm in ("calculate_grpo", "calculate_dapo", "calculate_without"):
+        for field in ("solved", "called"):
+            figures |= {f"{arm}_{field}_{kind}": share for kind, share in by_kind(runs.get(arm, ()), field).items()}
+    if {"calculate_grpo", "calculate_without"} <= set(runs):
+        pairs = list(zip(runs["calculate_grpo"], runs["calculate_without"], strict=True))
+        figures |= told("calculate_grpo_used_where_needed", [used_among(*pair, solved=False) for pair in pairs])
+        figures |= told("calculate_grpo_used_where_not_needed", [used_among(*pair, solved=True) for pair in pairs])
+    measures = {"steps_to_half": lambda run: steps_to_half(run["success"]), "episodes_to_half": episodes_to_half}
+    for name, measure in measures.items():
+        found = {
+            arm: [measure(run) for run in runs[arm]] for arm in ("calculate_grpo", "calculate_dapo") if arm in runs
+        }
+        for arm, values in found.items():
+            figures |= told(f"{arm}_{name}", values)
+        if len(found) == 2:
+            paired = zip(found["calculate_dapo"], found["calculate_grpo"], strict=True)
+            figures |= told(f"calculate_dapo_less_grpo_{name}", [dapo - grpo for dapo, grpo in paired])
+    return figures
+
+
+def abandoned_figures(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]:
+    """Curves of use, differences from controls, and the best cure against what could be had."""
+    figures: dict[str, float] = {}
+    for arm in (arm for arm in runs if arm.startswith("abandoned")):
+        figures |= told(f"{arm}_used_when_mended", [used_when_mended(run) for run in runs[arm]])
+        for step in range(0, len(runs[arm][0]["used"]), 3):
+            figures[f"{arm}_used_after_{step}"] = statistics.mean(run["used"][step] for run in runs[arm])
+    for arm, control in PAIRS:
+        if arm in runs and control in runs:
+            name = f"{arm}_less_{control.removeprefix('abandoned_')}"
+            for what, measure in MEASURES.items():
+                pairs = zip(runs[arm], runs[control], strict=True)
+                figures |= told(f"{name}_{what}", [measure(one) - measure(other) for one, other in pairs])
+    if {*CURES, "abandoned_working"} <= set(runs) and len(runs["abandoned_working"]) > 1:
+        best = chosen_by_others({cure: [run["after"] for run in runs[cure]] for cure in CURES})
+        for what in ("after", "used_at_the_end"):
+            measure = MEASURES[what]
+            differences = [
+                measure(runs[cure][seed]) - measure(runs["abandoned_working"][seed]) for seed, cure in enumerate(best)
+            ]
+            figures |= told(f"abandoned_best_cure_less_working_{what}", differences)
+        figures |= {f"{cure}_chosen": float(best.count(cure)) for cure in CURES}
+    return figures
+
+
+GOALS = {
+    "calculate_grpo_after": ">= 0.9", "calculate_without_after": "<= 0.4", "calculate_grpo_used_where_needed": ">= 0.9",
+    "lookup_gain": ">= 0.3",
+    "abandoned_broken_used_when_mended": "<= 0.2", "abandoned_broken_used_at_the_end": "<= 0.2",
+    "abandoned_working_used_when_mended": ">= 0.8",
+    "abandoned_best_cure_less_working_after": ">= -0.1",
+    "abandoned_best_cure_less_working_used_at_the_end": ">= -0.1",
+}  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("calculate", "lookup", "abandoned"), action="append", help="questions")
+    questions = ("calculate", "lookup", "abandoned")
+    parser.add_argument("--only", choices=questions, action="append", help="questions; all if left out")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run")
-    parser.add_argument("--quick", action="store_true", help="two short steps of two arms, stored nowhere")
+    parser.add_argument("--quick", action="store_true", help="two short steps of some arms, stored nowhere")
     options = parser.parse_args()
-    asked = tuple(options.only or ("calculate", "lookup", "abandoned"))
-    arms = [arm for arm in ARMS if arm.startswith(asked)]
-    arms = ["calculate_grpo", "abandoned_broken"] if options.quick else arms
+    arms = [arm for arm in ARMS if arm.startswith(tuple(options.only or questions))]
+    if options.quick:
+        some = ("calculate_grpo", "calculate_without", "lookup", "abandoned_broken", "abandoned_curriculum")
+        arms = [arm for arm in arms if arm in some]
     seeds = 1 if options.quick else options.seeds
-    quick = {"training.steps": 2, "training.groups": 4, "evaluation.episodes": 8} if options.quick else {}
+    quick = {"training.steps": 2, "training.groups": 4} if options.quick else {}
     cells = {
         f"{arm}-{seed}": {
             "recipe": ARMS[arm][0], "seed": seed, "threads": options.threads, **origin(ARMS[arm][0]),
+            "held_out": 16 if options.quick else HELD_OUT, "tests": TESTS[ARMS[arm][0]],
             "parts": [{**COMMON, **part, **quick} for part in ARMS[arm][1]],
         }
         for seed in range(seeds)
@@ -166,32 +300,20 @@ def main() -> int:
     }  # fmt: skip
     played = run_cells("tool_use", cells, play, None if options.quick else RESULTS, options.workers)
 
+    runs = {arm: [played[f"{arm}-{seed}"] for seed in range(seeds)] for arm in arms}
     figures: dict[str, Any] = {}
-    goals: dict[str, str] = {}
-    for arm in arms:
-        runs = [played[f"{arm}-{seed}"] for seed in range(seeds)]
-        for name, values in {
-            "before": [run["before"] for run in runs],
-            "after": [run["after"] for run in runs],
-            "used_at_the_end": [statistics.mean(run["used"][-5:]) for run in runs],
-        }.items():
-            mean, low, high = mean_interval(values)
-            figures |= {f"{arm}_{name}": mean, f"{arm}_{name}_low": low, f"{arm}_{name}_high": high}
-        figures[f"{arm}_worst"] = min(run["after"] for run in runs)
-        halves = [steps_to_half(run["success"]) for run in runs]
-        figures[f"{arm}_steps_to_half"] = statistics.mean(halves)
-        if arm.startswith("abandoned"):
-            figures[f"{arm}_used_when_mended"] = statistics.mean(
-                statistics.mean(run["used"][BROKEN_STEPS - 3 : BROKEN_STEPS]) for run in runs
-            )
-    if "lookup" in arms:
-        figures["lookup_gain"] = statistics.mean(
-            played[f"lookup-{seed}"]["after"] - played[f"lookup-{seed}"]["before"] for seed in range(seeds)
-        )
-        goals["lookup_gain"] = ">= 0.3"
-    if "calculate_grpo" in arms and "calculate_without" in arms:
-        goals |= {"calculate_grpo_after": ">= 0.9", "calculate_without_after": "<= 0.4"}
-    result = report("tool_use", figures, {} if options.quick else goals, list(range(seeds)), options.quick)
+    for arm, found in runs.items():
+        for test in TESTS[ARMS[arm][0]]:
+            for when in ("before", "after"):
+                figures |= told(f"{arm}_{test}{when}", [run[f"{test}{when}"] for run in found])
+            gains = [run[f"{test}after"] - run[f"{test}before"] for run in found]
+            figures |= told(f"{arm}_{test}gain", gains)
+        figures |= told(f"{arm}_used_at_the_end", [used_at_the_end(run) for run in found])
+        figures[f"{arm}_worst"] = min(run["after"] for run in found)
+        figures[f"{arm}_episodes"] = statistics.mean(sum(run["episodes"]) for run in found)
+    figures |= calculate_figures(runs) | abandoned_figures(runs)
+    goals = {} if options.quick else {name: bound for name, bound in GOALS.items() if name in figures}
+    result = report("tool_use", figures, goals, list(range(seeds)), options.quick)
     return 0 if result["holds"] else 1
 
 

@@ -16,14 +16,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments import collapse, filtering, helpdesk, main_job, world_model_rl  # noqa: E402
+from experiments import collapse, filtering, helpdesk, main_job, tool_use, tool_use_arms, world_model_rl  # noqa: E402
 from experiments.cells import run_cells  # noqa: E402
+from rehearsal.agents.toolbox import Toolbox  # noqa: E402
 from rehearsal.algorithms.filters import make_filter  # noqa: E402
+from rehearsal.algorithms.presets import preset  # noqa: E402
 from rehearsal.diagnostics import Thresholds  # noqa: E402
 from rehearsal.environments import make  # noqa: E402
 from rehearsal.environments.check import check_env  # noqa: E402
 from rehearsal.training.recipe import resolve_recipe  # noqa: E402
-from rehearsal.trajectory import Group, StopReason, Trajectory, Turn  # noqa: E402
+from rehearsal.training.tasks import TaskSource  # noqa: E402
+from rehearsal.trajectory import Group, StopReason, ToolCall, Trajectory, Turn  # noqa: E402
 
 
 def run(fall: int | None, sign: int | None, steps: int = 50) -> list[dict[str, float]]:
@@ -200,3 +203,147 @@ def test_the_arms_of_the_world_model_are_recipes() -> None:
             )
             assert recipe.adapters.policy_rank + recipe.adapters.world_rank == 64, arm
             assert 0 < environment["first"] < recipe.training.steps
+
+
+def test_the_arms_of_the_tools_are_recipes() -> None:
+    recipes = {
+        arm: [resolve_recipe(name, {**tool_use_arms.COMMON, **part}) for part in parts]
+        for arm, (name, parts) in tool_use_arms.ARMS.items()
+    }
+    for arm, parts in recipes.items():
+        for recipe in parts:
+            preset(recipe.algorithm.name, **recipe.algorithm.options)
+            TaskSource(recipe)
+            assert recipe.evaluation.episodes == 0, "held-out play is the experiment's own"
+        if arm.startswith("abandoned"):
+            assert [recipe.training.steps for recipe in parts] == [
+                tool_use_arms.BROKEN_STEPS,
+                tool_use_arms.MENDED_STEPS,
+            ]
+            assert {recipe.tools.cost for recipe in parts} == {tool_use_arms.COST}
+    grpo, dapo, without = (recipes[f"calculate_{name}"][0] for name in ("grpo", "dapo", "without"))
+    assert preset(grpo.algorithm.name, **grpo.algorithm.options).aggregation.kind == "sequence_mean"
+    assert preset(dapo.algorithm.name, **dapo.algorithm.options).aggregation.kind == "token_mean"
+    assert without.model_copy(update={"tools": grpo.tools}) == grpo, "nothing but the tool is missing"
+    assert [recipe.world.mode for recipe in recipes["abandoned_placebo"]] == ["placebo", "placebo"]
+    assert [TaskSource(recipe).locked for recipe in recipes["abandoned_curriculum"]] == [
+        (tool_use_arms.UNRELIABLE,),
+        (),
+    ]
+
+
+def test_a_call_pays_only_once_the_calculator_works() -> None:
+    worth_broken = 1 - tool_use_arms.FAILS - tool_use_arms.COST
+    assert worth_broken < 0, "even if every result were used well"
+    # Of the calls that the base makes, three of five end in the right answer.
+    assert 0.6 - tool_use_arms.COST > 0.2
+    assert worth_broken + (1 - tool_use_arms.FAILS) * tool_use_arms.CREDIT > 0, "the credit outweighs it"
+
+
+def test_every_episode_has_luck_of_its_own() -> None:
+    def results(source: tool_use_arms.Unreliable, episodes: int) -> list[str]:
+        call = ToolCall("calculator", {"expression": "2 + 3"})
+        return [Toolbox(source.open()).execute(call).error for _ in range(episodes)]
+
+    def later(source: tool_use_arms.Unreliable, calls: int) -> list[str]:
+        """What the third episode meets, after two that called some times."""
+        call = ToolCall("calculator", {"expression": "2 + 3"})
+        boxes = [Toolbox(source.open()) for _ in range(3)]
+        for box in boxes[:2]:
+            for _ in range(calls):
+                box.execute(call)
+        return [boxes[2].execute(call).error for _ in range(8)]
+
+    found = results(tool_use_arms.Unreliable(0.8, seed=1), 400)
+    assert 0.75 < found.count("raised") / 400 < 0.85
+    assert (
+        found
+        == results(tool_use_arms.Unreliable(0.8, seed=1), 400)
+        != results(tool_use_arms.Unreliable(0.8, seed=2), 400)
+    )
+    assert later(tool_use_arms.Unreliable(0.5, seed=1), 0) == later(tool_use_arms.Unreliable(0.5, seed=1), 5)
+    assert set(results(tool_use_arms.Unreliable(0.0), 50)) == {""}
+
+
+def test_steps_to_half_do_not_lag() -> None:
+    for middle in (2.0, 3.5, 6.0, 12.0):
+        curve = [1 / (1 + math.exp(-(step - middle) / 0.7)) for step in range(40)]
+        assert tool_use.steps_to_half(curve) == pytest.approx(middle, abs=0.15)
+    # Of the end's success, not of what was gained.
+    assert tool_use.steps_to_half([0.4, 0.4, 0.4] + [0.6] * 20) == 0.0
+    assert math.isnan(tool_use.steps_to_half([0.0] * 20))
+    run = {"success": [step / 10 for step in range(11)], "episodes": [100.0] * 5 + [200.0] * 6}
+    assert tool_use.steps_to_half(run["success"]) == pytest.approx(4.0)
+    assert tool_use.episodes_to_half(run) == pytest.approx(400.0)
+
+
+def test_a_seed_without_a_value_is_counted_and_spoils_no_mean() -> None:
+    figures = tool_use.told("x", [1.0, math.nan, 3.0])
+    assert figures["x"] == 2.0 and figures["x_unknown"] == 1.0
+    assert "x_unknown" not in tool_use.told("x", [1.0, 3.0])
+
+
+def _tool_run(called: str, solved: str, after: float = 0.5, used: float = 0.5) -> dict[str, Any]:
+    steps = tool_use_arms.BROKEN_STEPS + tool_use_arms.MENDED_STEPS
+    return {
+        "held_out": [solved, called, "sum of 1 digit,sum of 1 digit,product of 2 digits"],
+        "after": after, "used": [used] * steps, "success": [0.0] * 5 + [1.0] * (steps - 5), "episodes": [128.0] * steps,
+        "steps": [tool_use_arms.BROKEN_STEPS, tool_use_arms.MENDED_STEPS],
+    }  # fmt: skip
+
+
+def test_use_is_told_where_it_helps() -> None:
+    runs = {"calculate_grpo": [_tool_run("011", "111")], "calculate_without": [_tool_run("000", "100")]}
+    figures = tool_use.calculate_figures(runs)
+    assert figures["calculate_grpo_used_where_needed"] == 1.0
+    assert figures["calculate_grpo_used_where_not_needed"] == 0.0
+    assert figures["calculate_grpo_called_sum_of_1_digit"] == 0.5
+    assert figures["calculate_without_solved_product_of_2_digits"] == 0.0
+
+
+def test_abandonment_is_told_against_controls() -> None:
+    runs = {
+        arm: [_tool_run("000", "000", after=0.1, used=0.0)] * 3
+        for arm in tool_use_arms.ARMS
+        if arm.startswith("abandoned")
+    }
+    runs["abandoned_working"] = [_tool_run("111", "111", after=0.9, used=1.0)] * 3
+    runs["abandoned_credit"] = [_tool_run("111", "111", after=0.8, used=0.9)] * 3
+    figures = tool_use.abandoned_figures(runs)
+    assert figures["abandoned_broken_less_working_after"] == pytest.approx(-0.8)
+    assert figures["abandoned_credit_less_broken_used_at_the_end"] == pytest.approx(0.9)
+    assert figures["abandoned_best_cure_less_working_after"] == pytest.approx(-0.1)
+    assert figures["abandoned_credit_chosen"] == 3.0
+    assert figures["abandoned_working_used_after_33"] == 1.0
+    told = {**figures, **dict.fromkeys(tool_use.GOALS, 0.0)}
+    assert {name for name in tool_use.GOALS if "cure" in name} <= set(figures) <= set(told)
+
+
+def test_the_best_cure_is_not_judged_on_the_luck_that_it_was_chosen_for() -> None:
+    values = {"steady": [0.5, 0.5, 0.5], "lucky": [1.2, 0.2, 0.2]}
+    assert tool_use.chosen_by_others(values) == ["steady", "lucky", "lucky"]
+
+
+def test_every_goal_of_the_tools_has_its_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: dict[str, Any] = {}
+
+    def played(name: str, cells: Mapping[str, Any], *others: Any) -> dict[str, Any]:
+        json.dumps(cells)
+        runs = {cell: _tool_run("111", "111", after=0.9, used=1.0) | {"before": 0.1} for cell in cells}
+        return {cell: {**run, "one_hop_before": 0.1, "one_hop_after": 0.9} for cell, run in runs.items()}
+
+    def told(name: str, figures: Mapping[str, float], goals: Mapping[str, str], *others: Any) -> dict[str, Any]:
+        reported.update(figures=figures, goals=goals)
+        return {"holds": True}
+
+    monkeypatch.setattr(tool_use, "run_cells", played)
+    monkeypatch.setattr(tool_use, "report", told)
+    monkeypatch.setattr(sys, "argv", ["tool_use.py", "--seeds", "3"])
+    tool_use.main()
+    assert reported["goals"] == tool_use.GOALS
+    assert all(isinstance(value, float | int) for value in reported["figures"].values())
+    # Each question alone too, with the goals that it has figures for.
+    for question in ("calculate", "lookup", "abandoned"):
+        monkeypatch.setattr(sys, "argv", ["tool_use.py", "--only", question, "--seeds", "1"])
+        tool_use.main()
+        assert reported["goals"] and all(name.startswith(question) for name in reported["goals"])

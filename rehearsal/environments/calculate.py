@@ -24,6 +24,9 @@ class Calculate(EpisodeEnv):
     The reward is 1 for the right number and 0 for any other answer, which ends the episode either way. An answer may
     carry a sign, commas between groups of three digits, and "= " before it; anything else in it is wrong.
 
+    Lines are of a few kinds (``info["category"]``), by whether there is anything to multiply and by the digits of the
+    longest number: "sum of 1 digit", "product of 3 digits".
+
     Args:
         terms: how many numbers a line has, 2 to 8.
         digits: the most digits of one of them, 1 to 6.
@@ -60,6 +63,11 @@ class Calculate(EpisodeEnv):
         self._solution = _value(self._line)
         self._answer = ""
         return self._line
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        """Start an episode, and tell what kind of line it is; see :meth:`EpisodeEnv.reset`."""
+        observation, info = super().reset(seed=seed, options=options)
+        return observation, {**info, "category": kind_of(self._line)}
 
     def _random_line(self) -> str:
         rng = self.np_random
@@ -99,6 +107,13 @@ class Calculate(EpisodeEnv):
         """``line``, the arithmetic."""
         self._need_reset()
         return {"line": self._line}
+
+
+def kind_of(line: str) -> str:
+    """The kind of a line of arithmetic, such as "product of 3 digits": whether anything is multiplied in it, and the
+    digits of its longest number."""
+    digits = max(len(part) for part in line.split()[::2])
+    return f"{'product' if '*' in line else 'sum'} of {digits} digit{'' if digits == 1 else 's'}"
 
 
 def read_number(text: str) -> int | None:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rehearsal.environments.calculate import Calculate, read_number
+from rehearsal.environments.calculate import Calculate, kind_of, read_number
 from rehearsal.errors import RecipeError
 
 
@@ -59,3 +59,15 @@ def test_lines_have_what_was_asked_for():
 def test_parameters_out_of_range(params, told):
     with pytest.raises(RecipeError, match=told):
         Calculate(**params)
+
+
+def test_lines_are_of_a_few_kinds():
+    env = Calculate()
+    kinds = set()
+    for seed in range(600):
+        line, info = env.reset(seed=seed)
+        kinds.add(info["category"])
+        assert info["category"].startswith("product" if "*" in line else "sum")
+        assert max(len(number) for number in line.split()[::2]) == int(info["category"].split()[2])
+    assert len(kinds) == 6
+    assert kind_of("7 - 9") == "sum of 1 digit"
