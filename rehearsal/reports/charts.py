@@ -45,6 +45,7 @@ _GAPS = re.compile(r"probe/(?P<kind>[^/]+)/accuracy")
 _COLOURS = 5
 _GRADIENTS = ("gradient/policy/snr",)
 """Whose verdicts are marked on the plots of gradients."""
+_BEFORE_GRADIENTS = "Do thoughts depend on their prompts?"
 
 
 def success_chart(data: ReportData) -> Chart:
@@ -110,13 +111,12 @@ def signal_groups(data: ReportData) -> list[ChartGroup]:
     """The plots of the page of signal that have values."""
     groups = []
     for title, plans in SIGNAL_PLANS.items():
-        folded = title in FOLDED
-        if folded and not any(group.folded for group in groups):
+        groups.append(ChartGroup(title, [_chart(data, plan) for plan in plans], title in FOLDED))
+        if title == _BEFORE_GRADIENTS:
             spans = finding_spans(data, _GRADIENTS)
             marked = [chart if chart.places else replace(chart, spans=spans) for chart in gradient_charts(data)]
             groups.append(ChartGroup("Do rewards move the weights, or something else?", marked))
-            groups.append(ChartGroup("What gradients have in common", more_gradient_charts(data), folded=True))
-        groups.append(ChartGroup(title, [_chart(data, plan) for plan in plans], folded))
+    groups.append(ChartGroup("What gradients have in common", more_gradient_charts(data), folded=True))
     return _filled(groups)
 
 

@@ -32,13 +32,13 @@ def gradient_charts(data: ReportData) -> list[Chart]:
     charts = [
         _by_objective(
             data, objectives, "norm", "Gradient",
-            "Norm of the gradient of a single group, by what pulls. Above that of the rewards, something else moves the "
-            "weights.",
+            "Norm of the gradient of a single group, by what pulls. Above that of the rewards, something else moves "
+            "the weights.",
         ),
         _profile(
             data, objectives, "norm", "Gradient by variance",
-            "The same by how much rewards vary inside groups{when}. That of the rewards should rise to the right; where "
-            "it lies below the others, their pull takes over.",
+            "The same{when}. That of the rewards should rise to the right; where it lies below the others, they take "
+            "over.",
         ),
         _by_objective(
             data, objectives, "snr", "Agreement of groups",
@@ -47,7 +47,7 @@ def gradient_charts(data: ReportData) -> list[Chart]:
         ),
         _profile(
             data, objectives, "snr", "Agreement by variance",
-            "Signal to noise of a single group by how much rewards vary{when}. Low throughout: noise moves the weights.",
+            "The same{when}. Low throughout: noise moves the weights.",
         ),
     ]  # fmt: skip
     for objective, word in _named(objectives):
@@ -122,10 +122,12 @@ def _by_objective(data: ReportData, objectives: Objectives, figure: str, title: 
 
 def _over_time(data: ReportData, names: dict[tuple[str, int], str], figure: str, title: str, note: str) -> Chart:
     quantiles = sorted(quantile for of, quantile in names if of == figure and quantile)
+    count = max((quantile for _, quantile in names), default=0)
     series, metrics = [], []
-    for place, quantile in enumerate(quantiles[:_MOST_LINES]):
+    for quantile in [one for one in quantiles if one <= _MOST_LINES]:
         name = names[figure, quantile]
-        series.append(Series(_ordinal(quantile, max(quantiles)), *_known(data, name), colour=place, smooth=True))
+        word = _ordinal(quantile, count)
+        series.append(Series(word, *_known(data, name), colour=quantile - 1, smooth=True))
         metrics.append(name)
     return Chart(title, note, series, metrics=metrics)
 
@@ -153,12 +155,15 @@ def _profile(data: ReportData, objectives: Objectives, figure: str, title: str, 
                     markers=True,
                 )
             )
-    places = []
+    places, below = [], []
     for quantile in range(1, count + 1):
         values = _late_values(data, variances.get(quantile), late)
-        text = f": {spell(_middle(values))}" if values else ""
-        places.append(_ordinal(quantile, count) + text)
-    return Chart(title, note.format(when=_when(late)), series, places=places)
+        places.append(_ordinal(quantile, count))
+        below.append(spell(_middle(values)))
+    return Chart(
+        title, note.format(when=_when(late)), series, places=places, below=below,
+        across="groups by the variance of their rewards",
+    )  # fmt: skip
 
 
 def _late_values(data: ReportData, name: str | None, steps: Sequence[int]) -> list[float]:
@@ -173,8 +178,8 @@ def _when(steps: Sequence[int]) -> str:
         return ""
     if len(steps) == 1:
         return f", at step {steps[0]:,}"
-    band = ", with the middle half as a band" if len(steps) > 2 else ""
-    return f", median of the last {len(steps)} measurements (from step {steps[0]:,}){band}"
+    band = ", bands their middle half" if len(steps) > 2 else ""
+    return f", medians of the last {len(steps)} measurements (from step {steps[0]:,}){band}"
 
 
 def _ordinal(quantile: int, count: int) -> str:

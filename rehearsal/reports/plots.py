@@ -25,6 +25,8 @@ MIN_SMOOTHED = 24
 _LARGE = 260
 """A plot of this height has room for twice as many rows of names."""
 _ROWS_OF_NAMES = 5
+_ROW = 15
+"""Height of a row of words under the plot."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Chart:
         stacked: whether the series are areas that add up to a whole.
         spans: what is marked behind the lines.
         places: names of the places 1, 2, ... of the scale, where it is not made of training steps.
+        below: a second row of names under them.
+        across: what the scale is, where it is not made of training steps.
         metrics: names of the recorded figures that it shows.
     """
 
@@ -85,6 +89,8 @@ class Chart:
     stacked: bool = False
     spans: Sequence[Span] = ()
     places: Sequence[str] = ()
+    below: Sequence[str] = ()
+    across: str = ""
     metrics: Sequence[str] = ()
 
     @property
@@ -127,8 +133,9 @@ def draw(chart: Chart, width: int = 400, height: int = 190) -> Markup:
         series = _stack(series)
     frame = _Frame(width, height, _x_range(chart, series), (0.0, 1.0) if chart.stacked else _y_range(chart, series))
     marks = lay_out(chart.spans, frame.x, frame.x_range, most=_ROWS_OF_NAMES if height < _LARGE else 2 * _ROWS_OF_NAMES)
-    above = height_of(marks)  # the plot keeps its size, the drawing grows
-    frame.top, frame.height, height = frame.top + above, frame.height + above, height + above
+    above, under = height_of(marks), _ROW * (bool(chart.below) + bool(chart.across))
+    height += above + under  # the plot keeps its size, the drawing grows
+    frame.top, frame.bottom, frame.height = frame.top + above, frame.bottom + under, height
     frame.parts.append(draw_ground(marks, frame.top, frame.height - frame.bottom))
     _axes(frame, chart)
     hover: list[dict[str, object]] = []
@@ -239,10 +246,16 @@ def _axes(frame: _Frame, chart: Chart) -> None:
         frame.parts.append(f'<text class="tick" x="{frame.left - 7}" y="{y + 4}" text-anchor="end">{text}</text>')
     count = max(2, (right - frame.left) // 60)
     steps = {value: f"{value:,.0f}" for value in ticks(*frame.x_range, count=count) if value == round(value)}
-    for value, text in dict(enumerate(chart.places, start=1)).items() if chart.places else steps.items():
-        frame.parts.append(
-            f'<text class="tick" x="{frame.x(value)}" y="{frame.height - 6}" text-anchor="middle">{escape(text)}</text>'
-        )
+    rows = [dict(enumerate(chart.places, start=1)) if chart.places else steps, dict(enumerate(chart.below, start=1))]
+    base = frame.height - frame.bottom + 18
+    for number, row in enumerate(rows):
+        frame.parts += [_tick(frame.x(value), base + _ROW * number, text) for value, text in row.items()]
+    if chart.across:
+        frame.parts.append(_tick((frame.left + right) / 2, frame.height - 4, chart.across))
+
+
+def _tick(x: float, y: float, text: str) -> str:
+    return f'<text class="tick" x="{x:g}" y="{y:g}" text-anchor="middle">{escape(text)}</text>'
 
 
 def _runs(series: Series, values: Sequence[float | None]) -> Iterator[list[tuple[int, float, float]]]:

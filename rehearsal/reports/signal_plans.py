@@ -44,8 +44,8 @@ SIGNAL_PLANS: dict[str, list[Plan]] = {
         ),
         Plan(
             "Self-certainty",
-            "How far the policy's predictions are from a uniform guess, nats a token. Rising while the reward falls: it "
-            "grows surer and worse.",
+            "How far the policy's predictions are from a uniform guess, nats a token. Rising while the reward falls: "
+            "it grows surer and worse.",
             {"signal/self_certainty": "policy"},
         ),
         Plan(

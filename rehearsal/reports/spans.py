@@ -9,7 +9,7 @@ from markupsafe import escape
 
 LANE = 17
 """Height of a row of names, in units of the drawing."""
-_BADGE = 7
+_BADGE = 7.5
 _GAP = 6
 _LETTER = 7.1
 """Width of a letter of a name in the widest of the fonts that a browser may take, so that names never touch."""
