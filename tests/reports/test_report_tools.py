@@ -288,6 +288,7 @@ def test_tools_that_were_given_up_are_seen(tmp_path: Path) -> None:
     assert use is not None
     assert [chart.title for chart in use.charts] == [
         "Episodes that call a tool", "Calls that fail", "Calls an episode", "Success with and without calculator",
+        "Calls of any tool",
     ]  # fmt: skip
     assert [span.begin for span in use.charts[0].spans] == [20]
     assert [len(line.x) for chart in use.charts for line in chart.series] == [40] * 5, "all over the same steps"
