@@ -111,7 +111,8 @@ def _known(data: ReportData, name: str) -> tuple[list[int], list[float]]:
 
 
 def _by_objective(data: ReportData, objectives: Objectives, figure: str, title: str, note: str) -> Chart:
-    series, metrics = [], []
+    series: list[Series] = []
+    metrics = []
     for objective, word in list(_named(objectives))[:_MOST_LINES]:
         name = objectives[objective].get((figure, 0))
         if name:
@@ -138,7 +139,7 @@ def _profile(data: ReportData, objectives: Objectives, figure: str, title: str, 
     count = max([*variances, *(quantile for names in objectives.values() for _, quantile in names)], default=0)
     measured = sorted({step for name in variances.values() for step in _known(data, name)[0]})
     late = measured[-max(1, math.ceil(len(measured) / 3)) :]
-    series = []
+    series: list[Series] = []
     for objective, word in list(_named(objectives))[:_MOST_LINES]:
         parts = [
             _late_values(data, objectives[objective].get((figure, quantile)), late) for quantile in range(1, count + 1)

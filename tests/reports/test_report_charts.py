@@ -66,7 +66,7 @@ def test_nothing_that_was_recorded_is_left_out(tmp_path: Path) -> None:
         "probe/reward/count", "time/diagnostics_share", "time/new", "train/tools/search/used", "train/tools/cost",
         "train/tools/surplus", "train/reward_std", "train/episodes", "mine/own",
     ]  # fmt: skip
-    data = run_of(tmp_path / "run", [{name: 1.0 + step for name in names} for step in range(3)])
+    data = run_of(tmp_path / "run", [dict.fromkeys(names, 1.0 + step) for step in range(3)])
     tools = tool_use(data)
     assert tools is not None
     shown = {name for chart in all_charts(data) for name in chart.metrics} | set(tools.tabled)

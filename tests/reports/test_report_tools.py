@@ -291,7 +291,7 @@ def test_tools_that_were_given_up_are_seen(tmp_path: Path) -> None:
         "Calls of any tool",
     ]  # fmt: skip
     assert [span.begin for span in use.charts[0].spans] == [20]
-    assert [len(line.x) for chart in use.charts for line in chart.series] == [40] * 5, "all over the same steps"
+    assert [len(line.x) for chart in use.charts for line in chart.series] == [40] * 6, "all over the same steps"
     found = diagnose(run.path)
     assert found.figures["train/tools/calculator/used"] == (pytest.approx(0.6), 0.0)
     assert figure_words("train/tools/calculator/used") == "episodes that call calculator"
