@@ -1,10 +1,10 @@
-"""The plots of a report: which metrics they show, and how to read them."""
+"""The plots of the learning curves: which metrics they show, and how to read them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from rehearsal.reports.plots import Unit
+from rehearsal.reports.scales import Unit
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,8 @@ class Plan:
         zero: see :class:`rehearsal.reports.plots.Chart`.
         evaluated: name of the quantity in evaluations, "" if they do not have it.
         smooth: whether single steps are noise around a running mean.
+        errors: names of the standard errors of these metrics, which become bands of 95%.
+        marks: metrics that are not drawn here, whose verdicts are marked here all the same.
     """
 
     title: str
@@ -28,6 +30,8 @@ class Plan:
     zero: bool = True
     evaluated: str = ""
     smooth: bool = True
+    errors: dict[str, str] = field(default_factory=dict)
+    marks: tuple[str, ...] = ()
 
 
 PLANS: dict[str, list[Plan]] = {
@@ -156,129 +160,12 @@ PLANS: dict[str, list[Plan]] = {
             {"speed/episodes_per_second": "episodes/s"},
         ),
         Plan("Time of a step", "Seconds from one update to the next.", {"time/step": "step"}, "seconds"),
-    ],
-}
-
-SIGNAL_PLANS: dict[str, list[Plan]] = {
-    "Is there something to learn from?": [
         Plan(
-            "Dead groups",
-            "Share of groups whose episodes all got the same reward: they teach the policy nothing. Near 100%, the "
-            "tasks are too easy or too hard.",
-            {
-                "signal/dead_groups": "all",
-                "signal/dead_groups_solved": "all solved",
-                "signal/dead_groups_failed": "none solved",
-            },
-            "share",
-        ),
-        Plan(
-            "Kept groups",
-            "Share of the played groups that the policy learned from, after the filter.",
-            {"signal/kept_share": "kept"},
-            "share",
-        ),
-        Plan(
-            "Spread of rewards",
-            "Standard deviation of the reward inside a group: what advantages are made of.",
-            {"signal/reward_std_in_group": "inside groups"},
-        ),
-        Plan(
-            "Updates",
-            "Optimiser updates of a step: fewer of them are not a better signal.",
-            {"policy/updates": "updates"},
-            smooth=False,
-        ),
-    ],
-    "Do thoughts depend on their prompts?": [
-        Plan(
-            "Information",
-            "I(X;Z) over its ceiling. At 100% every thought tells its prompt from all others of the sample.",
-            {
-                "information/first/sequence/share": "first turn",
-                "information/all/sequence/share": "all turns",
-            },
-            "share",
-        ),
-        Plan(
-            "Retrieval",
-            "How often a thought is likeliest under the prompt that it was an answer to, against guessing.",
-            {
-                "information/first/sequence/retrieval": "first turn",
-                "information/all/sequence/retrieval": "all turns",
-                "information/first/chance": "guessing",
-            },
-            "share",
-        ),
-        Plan(
-            "Information a token",
-            "The same by the published code's definition: of log-likelihoods divided by the thought's length.",
-            {
-                "information/first/per_token/mutual_information": "first turn",
-                "information/all/per_token/mutual_information": "all turns",
-            },
-        ),
-        Plan(
-            "Shared phrases",
-            "Runs of four tokens that stand in more than half of the first thoughts: the template.",
-            {"behaviour/shared_ngrams": "shared", "behaviour/distinct_ngrams": "distinct"},
-            "share",
-        ),
-    ],
-    "Signal and noise": [
-        Plan(
-            "Gradient",
-            "Mean norm of the gradient of a single group, by objective. Above the policy's, a term other than the "
-            "reward moves the weights.",
-            {
-                "gradient/policy/norm": "policy",
-                "gradient/kl/norm": "KL",
-                "gradient/entropy/norm": "entropy",
-            },
-        ),
-        Plan(
-            "Agreement of groups",
-            "What groups' gradients have in common over what they differ by. A step of P groups has the square root "
-            "of P times as much.",
-            {"gradient/policy/snr": "policy"},
-        ),
-        Plan(
-            "Effective samples",
-            "Share of the tokens that the step is worth after importance weights.",
-            {"policy/effective_sample_share": "share"},
-            "share",
-            zero=False,
-        ),
-        Plan(
-            "Engine against learner",
-            "Difference of log-probs before the first update, nats a token. More than rounding is a defect.",
-            {"policy/mismatch_first": "difference"},
-        ),
-    ],
-    "What it does": [
-        Plan(
-            "Entropy by kind",
-            "Nats a token, of thoughts and of answers.",
-            {"behaviour/entropy_thought": "thoughts", "behaviour/entropy_action": "answers"},
-        ),
-        Plan(
-            "Length by kind",
-            "Tokens a turn, tags included.",
-            {"behaviour/thought_tokens": "thoughts", "behaviour/answer_tokens": "answers"},
-            "tokens",
-        ),
-        Plan(
-            "Going in circles",
-            "Share of turns that begin where the episode has been before, and of valid ones that change nothing.",
-            {"behaviour/repeated_states": "been before", "behaviour/unchanged_states": "changed nothing"},
-            "share",
-        ),
-        Plan(
-            "Answers that are no use",
-            "Share of turns with a broken or illegal answer, and of those that were cut off.",
-            {"behaviour/invalid_turns": "broken or illegal", "behaviour/cut_off": "cut off"},
+            "Cost of the diagnostics",
+            "Share of the time of a step.",
+            {"time/diagnostics_share": "diagnostics"},
             "share",
         ),
     ],
 }
-"""The plots of the page of signal."""
+"""The plots of the learning curves by the question that they answer."""

@@ -2,35 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from rehearsal.diagnostics.tool_use import TOOL_FIGURES
-from rehearsal.reports.chart_plans import PLANS, SIGNAL_PLANS, Plan
+from rehearsal.reports.chart_plans import PLANS, Plan
 from rehearsal.reports.data import ReportData
-from rehearsal.reports.plots import Chart, Series, Span
+from rehearsal.reports.gradients import gradient_charts, more_gradient_charts
+from rehearsal.reports.plots import Chart, Series
+from rehearsal.reports.signal_plans import FOLDED, SIGNAL_PLANS
+from rehearsal.reports.spans import Span
 from rehearsal.reports.verdict import number
+
+Values = Sequence[float | None]
 
 
 @dataclass(frozen=True)
 class ChartGroup:
-    """Plots that answer one question."""
+    """Plots that answer one question.
+
+    Attributes:
+        title: the question.
+        charts: the plots.
+        folded: whether they wait behind a line that opens them.
+    """
 
     title: str
     charts: Sequence[Chart]
+    folded: bool = False
 
 
-_SIGNAL = ("probe/", "signal/", "information/", "gradient/", "behaviour/", "time/diagnostics")
 _TIME_PARTS = {
     "time/generation": "generation",
     "time/learning": "learning",
     "time/diagnostics": "diagnostics",
     "time/other": "other",
 }
-_SHOWN_ELSEWHERE = {"train/success", "train/episodes"}
 _STOPS = "train/stop/"
 _LOSSES = "policy/loss/"
+_GAPS = re.compile(r"probe/(?P<kind>[^/]+)/accuracy")
+_COLOURS = 5
+_GRADIENTS = ("gradient/policy/snr",)
+"""Whose verdicts are marked on the plots of gradients."""
+_BEFORE_GRADIENTS = "Do thoughts depend on their prompts?"
 
 
 def success_chart(data: ReportData) -> Chart:
@@ -54,58 +69,93 @@ def success_chart(data: ReportData) -> Chart:
     note = "Share of episodes solved."
     if any(value is not None for one in series for value in one.low):
         note += " The band is the 95% interval of the held-out evaluation."
-    return Chart("Success", note, series, "share", whole=True, spans=finding_spans(data))
+    return Chart(
+        "Success", note, series, "share", whole=True, spans=finding_spans(data), metrics=["train/success"]
+    )  # fmt: skip
 
 
 def finding_spans(data: ReportData, needs: Sequence[str] = ()) -> list[Span]:
-    """Where the diagnostics found something wrong; with ``needs``, only what was read off these metrics."""
+    """Where the diagnostics found something wrong; with ``needs``, only what was read off these metrics.
+
+    The number of a verdict is its place among all of them, so that it is the same on every plot.
+    """
     last = data.steps[-1] if data.steps else 0
     return [
-        Span(one.began, last if one.ended is None else one.ended, one.rule.title)
-        for one in data.findings
+        Span(one.began, last if one.ended is None else one.ended, one.rule.title, place, one.ended is not None)
+        for place, one in enumerate(data.findings, start=1)
         if not needs or one.rule.needs in needs
     ]
 
 
 def spread_chart(data: ReportData) -> Chart:
     """In-group variances over the steps: the middle one, and bands of the middle half and of the middle four fifths."""
-    quantiles = {name: data.series(f"signal/variance_q{name}") for name in (10, 25, 50, 75, 90)}
+    names = {name: f"signal/variance_q{name}" for name in (10, 25, 50, 75, 90)}
+    quantiles = {name: data.series(metric) for name, metric in names.items()}
+    middle = quantiles[50]
     series = [
-        Series("middle group, half of all", data.steps, quantiles[50], quantiles[25], quantiles[75], colour=0),
-        Series("four fifths of all", data.steps, quantiles[50], quantiles[10], quantiles[90], colour=0),
+        Series("middle group", data.steps, middle, colour=0),
+        Series("mean", data.steps, data.series("signal/variance_mean"), colour=1),
+        Series("half of all groups", data.steps, middle, quantiles[25], quantiles[75], colour=0, layers=2),
+        Series("four fifths of all", data.steps, middle, quantiles[10], quantiles[90], colour=0, layers=1),
     ]
     return Chart(
         "Variance inside groups",
         "Variance of the rewards of a group: the middle group, and the bands that hold half and four fifths of them. "
         "At zero there is nothing to learn from.",
         series, spans=finding_spans(data, ("signal/dead_groups", "signal/reward_std_in_group")),
+        metrics=[*names.values(), "signal/variance_mean"],
     )  # fmt: skip
 
 
 def signal_groups(data: ReportData) -> list[ChartGroup]:
     """The plots of the page of signal that have values."""
-    groups = [ChartGroup(title, [_chart(data, plan) for plan in plans]) for title, plans in SIGNAL_PLANS.items()]
-    filled = [ChartGroup(group.title, [chart for chart in group.charts if not chart.empty]) for group in groups]
-    return [group for group in filled if group.charts]
+    groups = []
+    for title, plans in SIGNAL_PLANS.items():
+        groups.append(ChartGroup(title, [_chart(data, plan) for plan in plans], title in FOLDED))
+        if title == _BEFORE_GRADIENTS:
+            spans = finding_spans(data, _GRADIENTS)
+            marked = [chart if chart.places else replace(chart, spans=spans) for chart in gradient_charts(data)]
+            groups.append(ChartGroup("Do rewards move the weights, or something else?", marked))
+    groups.append(ChartGroup("What gradients have in common", more_gradient_charts(data), folded=True))
+    return _filled(groups)
 
 
 def chart_groups(data: ReportData) -> list[ChartGroup]:
-    """The plots that have values, by question; metrics that nobody planned for come last."""
-    used = {*_SHOWN_ELSEWHERE, *_TIME_PARTS}
+    """The plots of the learning curves that have values, by question."""
     groups = []
     for title, plans in PLANS.items():
         charts = [_chart(data, plan) for plan in plans]
-        used |= {name for plan in plans for name in plan.metrics}
         if title == "The policy":
             charts += list(_losses(data))
         if title == "How fast it runs":
             charts.insert(1, _time_shares(data))
-        groups.append(ChartGroup(title, [chart for chart in charts if not chart.empty]))
-    used |= {name for plans in SIGNAL_PLANS.values() for plan in plans for name in plan.metrics}
-    elsewhere = (_STOPS, _LOSSES, TOOL_FIGURES, *_SIGNAL)
-    rest = [name for name in data.metric_names if name not in used and not name.startswith(elsewhere)]
-    other = [Chart(name, "", [_line(data, name, name, 0)], zero=False) for name in rest]
-    return [group for group in (*groups, ChartGroup("Other metrics", other)) if group.charts]
+        groups.append(ChartGroup(title, charts))
+        if title == "What it knows of the world":
+            groups.append(ChartGroup("Gaps by kind", list(_gaps(data)), folded=True))
+    return _filled(groups)
+
+
+def other_charts(data: ReportData, shown: Iterable[Chart], tabled: Iterable[str] = ()) -> ChartGroup:
+    """A plot for every figure that no other plot shows, so that nothing that was recorded is left out.
+
+    Args:
+        data: the run.
+        shown: all other plots of the page.
+        tabled: figures that a table tells in their place.
+    """
+    used = {name for chart in shown for name in chart.metrics} | set(tabled)
+    rest = [name for name in data.metric_names if name not in used and not name.startswith(_STOPS)]
+    charts = [
+        Chart(name, "", [_measured(data, name, name, True)], zero=False, spans=finding_spans(data, [name]),
+              metrics=[name])
+        for name in rest
+    ]  # fmt: skip
+    return ChartGroup("Other metrics", charts, folded=True)
+
+
+def _filled(groups: Iterable[ChartGroup]) -> list[ChartGroup]:
+    filled = [replace(group, charts=[chart for chart in group.charts if not chart.empty]) for group in groups]
+    return [group for group in filled if group.charts]
 
 
 def stop_shares(data: ReportData) -> dict[str, list[float | None]]:
@@ -123,18 +173,39 @@ def _line(data: ReportData, name: str, label: str, colour: int) -> Series:
     return Series(label, data.steps, data.series(name), colour=colour, smooth=True)
 
 
-def _measured(data: ReportData, name: str, label: str, smooth: bool) -> Series:
-    """A metric as a line. One that is measured now and then has no gaps, only fewer points."""
+def _measured(data: ReportData, name: str, label: str, smooth: bool, low: Values = (), high: Values = ()) -> Series:
+    """A metric as a line. One that is measured now and then has no gaps, only fewer points.
+
+    ``low`` and ``high`` are the ends of its interval in each of the run's steps, where there are any.
+    """
     values = data.series(name)
-    known = [(step, value) for step, value in zip(data.steps, values, strict=True) if value is not None]
+    known = [place for place, value in enumerate(values) if value is not None]
     if not known or len(known) > len(values) / 2:
-        return Series(label, data.steps, values, smooth=smooth)
-    return Series(label, [step for step, _ in known], [value for _, value in known])
+        known = list(range(len(values)))
+    else:
+        smooth = False
+    x, y = [data.steps[place] for place in known], [values[place] for place in known]
+    if not any(end is not None for end in low):
+        return Series(label, x, y, smooth=smooth)
+    return Series(label, x, y, [low[place] for place in known], [high[place] for place in known], smooth=smooth)
+
+
+def _planned(data: ReportData, plan: Plan, name: str) -> Series:
+    label = plan.metrics[name]
+    if name not in plan.errors:
+        return _measured(data, name, label, plan.smooth)
+    pairs = list(zip(data.series(name), data.series(plan.errors[name]), strict=True))
+    low, high = (
+        [None if value is None or error is None else value + factor * error for value, error in pairs]
+        for factor in (-1.96, 1.96)
+    )
+    return _measured(data, name, label, plan.smooth, low, high)
 
 
 def _chart(data: ReportData, plan: Plan) -> Chart:
     present = set(data.metric_names)
-    series = [_measured(data, name, label, plan.smooth) for name, label in plan.metrics.items() if name in present]
+    shown = [name for name in plan.metrics if name in present]
+    series = [_planned(data, plan, name) for name in shown]
     if plan.evaluated and data.verdict.split:
         rows = data.evaluations[data.verdict.split]
         low, high = f"{plan.evaluated}_low", f"{plan.evaluated}_high"
@@ -148,12 +219,10 @@ def _chart(data: ReportData, plan: Plan) -> Chart:
         )
         if not evaluated.empty:
             series.insert(0, evaluated)
-    coloured = [
-        Series(one.name, one.x, one.y, one.low, one.high, _colour(one, place), one.markers, one.smooth)
-        for place, one in enumerate(series)
-    ]
+    errors = [plan.errors[name] for name in shown if name in plan.errors]
     return Chart(
-        plan.title, plan.note, coloured, plan.unit, plan.zero, spans=finding_spans(data, list(plan.metrics))
+        plan.title, plan.note, [replace(one, colour=_colour(one, place)) for place, one in enumerate(series)],
+        plan.unit, plan.zero, spans=finding_spans(data, [*plan.metrics, *plan.marks]), metrics=[*shown, *errors],
     )  # fmt: skip
 
 
@@ -169,7 +238,9 @@ def _losses(data: ReportData) -> Iterator[Chart]:
         if name.startswith(_LOSSES):
             objective = name.removeprefix(_LOSSES)
             note = "What the policy objective minimises. Its height means little." if objective == "policy" else ""
-            yield Chart(f"Loss: {objective.replace('_', ' ')}", note, [_line(data, name, "loss", 0)], zero=False)
+            yield Chart(
+                f"Loss: {objective.replace('_', ' ')}", note, [_line(data, name, "loss", 0)], zero=False, metrics=[name]
+            )
 
 
 def _time_shares(data: ReportData) -> Chart:
@@ -179,4 +250,24 @@ def _time_shares(data: ReportData) -> Chart:
         for place, (name, label) in enumerate(_TIME_PARTS.items())
         if name in present
     ]
-    return Chart("Where the time goes", "Share of each step.", series, "share", stacked=True)
+    return Chart("Where the time goes", "Share of each step.", series, "share", stacked=True, metrics=list(_TIME_PARTS))
+
+
+def _gaps(data: ReportData) -> Iterator[Chart]:
+    """What was probed of the policy's knowledge of the world, one plot a kind of gap."""
+    kinds = [match["kind"] for match in map(_GAPS.fullmatch, data.metric_names) if match]
+    for kind in kinds:
+        names = {name: f"probe/{kind}/{name}" for name in ("accuracy", "exact", "chance", "low", "high")}
+        low, high = data.series(names["low"]), data.series(names["high"])
+        lines = [
+            _measured(data, names["accuracy"], "best guess", False, low, high),
+            _measured(data, names["exact"], "word for word", False),
+            _measured(data, names["chance"], "guessing", False),
+        ]
+        coloured = [replace(line, colour=place) for place, line in enumerate(lines)]
+        note = "Share of gaps filled right." + (" The band is the 95% interval." if any(low) else "")
+        yield Chart(f"Gaps: {kind}", note, coloured, "share", metrics=list(names.values()))
+    counts = [f"probe/{kind}/count" for kind in kinds[:_COLOURS]]
+    lines = [_measured(data, name, kind, False) for name, kind in zip(counts, kinds, strict=False)]
+    coloured = [replace(line, colour=place) for place, line in enumerate(lines)]
+    yield Chart("Gaps asked", "How many there were of each kind.", coloured, metrics=counts)

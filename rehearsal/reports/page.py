@@ -13,7 +13,8 @@ from markupsafe import Markup
 
 from rehearsal.reports.calls import UNREAD, broken_call, call_counts, call_views, told_above, use_of
 from rehearsal.reports.data import ReportData, gather, moment
-from rehearsal.reports.plots import draw, spell
+from rehearsal.reports.plots import draw
+from rehearsal.reports.scales import spell
 from rehearsal.reports.sections import SECTIONS
 from rehearsal.reports.tables import STOP_WORDS
 from rehearsal.reports.turn_rewards import made_of

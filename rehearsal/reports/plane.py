@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
 from rehearsal.diagnostics import Thresholds
 from rehearsal.reports.data import ReportData
-from rehearsal.reports.plots import spell, ticks
+from rehearsal.reports.labels import Box, Room, nearest_edge
+from rehearsal.reports.scales import spell, ticks
 
 _PREFIX = "information/first/sequence/"
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 8, 40
+_CORNER_LETTER = 6.8
+_BESIDE = 15
+"""Farther from its point than this a word needs a line to it."""
 _HIGHEST = 1.16
 """Upper end of the scale: room above 100% for the names of the regimes."""
 
@@ -108,14 +113,9 @@ def draw_plane(plane: Plane, width: int = 460, height: int = 330) -> Markup:
         parts.append(f'<text class="tick" x="{x(value)}" y="{bottom + 16}" text-anchor="middle">{spell(value)}</text>')
     parts.append(f'<line class="limit" x1="{across}" x2="{across}" y1="{top}" y2="{bottom}"/>')
     parts.append(f'<line class="limit" x1="{left}" x2="{right}" y1="{down}" y2="{down}"/>')
-    for text, px, py, anchor in (
-        ("varied, about the prompt", right - 6, top + 12, "end"),
-        ("compressed", left + 6, top + 12, "start"),
-        ("template", right - 6, bottom - 7, "end"),
-        ("collapsed", left + 6, bottom - 7, "start"),
-    ):
-        parts.append(f'<text class="corner" x="{px}" y="{py}" text-anchor="{anchor}">{text}</text>')
     points = list(zip(map(x, plane.varied), map(y, plane.bound), strict=True))
+    room = Room(Box(left, top, right, bottom), points)
+    parts += _name_regimes(room, (left, across, right), (top, down, bottom))
     if len(points) > 1:
         parts.append('<path class="line c0" d="M' + "L".join(f"{px:g},{py:g}" for px, py in points) + '"/>')
     for place, (px, py) in enumerate(points):
@@ -124,15 +124,11 @@ def draw_plane(plane: Plane, width: int = 460, height: int = 330) -> Markup:
             f"step {plane.steps[place]:,}: H(Z|X) {spell(plane.varied[place])} nats, "
             f"I(X;Z) {spell(plane.bound[place], 'share')} of its ceiling; {plane.regime(place)}"
         )
-        dot = f'class="dot c0" cx="{px}" cy="{py}" r="{5.5 if ends else 3}"'
+        style = "dot c0 begin" if place == 0 else "dot c0"
+        dot = f'class="{style}" cx="{px}" cy="{py}" r="{5.5 if ends else 3}"'
         parts.append(f"<circle {dot}><title>{escape(title)}</title></circle>")
-    for place, word in ((0, "start"), (len(points) - 1, "end")):
-        px, py = points[place]
-        side = "end" if px > right - 60 else "start"
-        shift = -10 if side == "end" else 10
-        above = 18 if place == 0 else 32 if abs(px - points[0][0]) < 60 else 18
-        if len(points) > 1 or place == 0:
-            parts.append(f'<text class="mark" x="{px + shift}" y="{py + above}" text-anchor="{side}">{word}</text>')
+    for point, word in ((points[0], "start"), (points[-1], "end"))[: len(points)]:
+        parts.append(_name_point(room, point, word))
     middle = (left + right) / 2
     parts.append(
         f'<text class="tick" x="{middle:g}" y="{height - 6}" text-anchor="middle">'
@@ -147,3 +143,32 @@ def draw_plane(plane: Plane, width: int = 460, height: int = 330) -> Markup:
         + "".join(parts)
         + "</svg>"
     )
+
+
+def _name_regimes(room: Room, xs: tuple[float, float, float], ys: tuple[float, float, float]) -> list[str]:
+    """The names of the four regimes, each in the corner of its own where the run's path leaves the most room."""
+    parts = []
+    for text, column, row in (
+        ("varied, about the prompt", 1, 0), ("compressed", 0, 0), ("template", 1, 1), ("collapsed", 0, 1),
+    ):  # fmt: skip
+        width, (left, right) = len(text) * _CORNER_LETTER, (xs[column] + 6, xs[column + 1] - 6)
+        high, low = ys[row] + 3, ys[row + 1] - 16
+        beside, above = (left, right - width), (high, low)
+        # The outer corner first, where one looks for a name.
+        outer = [(a, b) for b in (above[row], above[1 - row]) for a in (beside[column], beside[1 - column])]
+        box = room.choose(Box(a, b, a + width, b + 13) for a, b in outer)
+        end = box.right == right
+        side, px = ("end", box.right) if end else ("start", box.left)
+        parts.append(f'<text class="corner" x="{px:g}" y="{box.baseline}" text-anchor="{side}">{text}</text>')
+    return parts
+
+
+def _name_point(room: Room, point: tuple[float, float], word: str) -> str:
+    """A word beside a point; with a line to it where there is no room at its side."""
+    box = room.around(point, word)
+    ax, ay = nearest_edge(box, point)
+    line = ""
+    if math.dist((ax, ay), point) > _BESIDE:
+        line = f'<line class="leader" x1="{point[0]:g}" x2="{ax:.1f}" y1="{point[1]:g}" y2="{ay:.1f}"/>'
+    middle = (box.left + box.right) / 2
+    return f'{line}<text class="mark" x="{middle:.1f}" y="{box.baseline}" text-anchor="middle">{word}</text>'

@@ -11,16 +11,22 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any
 
 from markupsafe import Markup, escape
 
-Unit = Literal["share", "number", "tokens", "seconds"]
+from rehearsal.reports.scales import Unit, spell, spell_ticks, ticks
+from rehearsal.reports.spans import Mark, Span, draw_ground, draw_names, height_of, lay_out
 
 MAX_POINTS = 300
 """More points than this are put into buckets: they would lie closer than a pixel."""
 MIN_SMOOTHED = 24
 """Fewer points than this are not smoothed."""
+_LARGE = 260
+"""A plot of this height has room for twice as many rows of names."""
+_ROWS_OF_NAMES = 5
+_ROW = 15
+"""Height of a row of words under the plot."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class Series:
         colour: 0 to 4; each also has a dash pattern of its own, so that a print in grey can be read.
         markers: whether each point gets a dot (few points, each measured by itself).
         smooth: whether a running mean is drawn over the values, which are then faint.
+        layers: 0 for a line. More for a band without a line, from ``low`` to ``high``: how many bands, this one with
+            them, lie over each other there, so that the legend shows how dark it is.
     """
 
     name: str
@@ -46,24 +54,11 @@ class Series:
     colour: int = 0
     markers: bool = False
     smooth: bool = False
+    layers: int = 0
 
     @property
     def empty(self) -> bool:
         return all(value is None for value in self.y)
-
-
-@dataclass(frozen=True)
-class Span:
-    """A stretch of steps that is marked behind the lines.
-
-    Attributes:
-        begin, end: steps.
-        label: said in the plot's description and shown on the mark.
-    """
-
-    begin: float
-    end: float
-    label: str
 
 
 @dataclass(frozen=True)
@@ -79,6 +74,10 @@ class Chart:
         whole: whether the axis of a share ends at 100%.
         stacked: whether the series are areas that add up to a whole.
         spans: what is marked behind the lines.
+        places: names of the places 1, 2, ... of the scale, where it is not made of training steps.
+        below: a second row of names under them.
+        across: what the scale is, where it is not made of training steps.
+        metrics: names of the recorded figures that it shows.
     """
 
     title: str
@@ -89,6 +88,10 @@ class Chart:
     whole: bool = False
     stacked: bool = False
     spans: Sequence[Span] = ()
+    places: Sequence[str] = ()
+    below: Sequence[str] = ()
+    across: str = ""
+    metrics: Sequence[str] = ()
 
     @property
     def empty(self) -> bool:
@@ -128,21 +131,43 @@ def draw(chart: Chart, width: int = 400, height: int = 190) -> Markup:
     series = [bucketed(one) for one in chart.series if not one.empty]
     if chart.stacked:
         series = _stack(series)
-    frame = _Frame(width, height, _x_range(series), (0.0, 1.0) if chart.stacked else _y_range(chart, series))
-    _mark_spans(frame, chart.spans)
-    _axes(frame, chart.unit)
+    frame = _Frame(width, height, _x_range(chart, series), (0.0, 1.0) if chart.stacked else _y_range(chart, series))
+    marks = lay_out(chart.spans, frame.x, frame.x_range, most=_ROWS_OF_NAMES if height < _LARGE else 2 * _ROWS_OF_NAMES)
+    above, under = height_of(marks), _ROW * (bool(chart.below) + bool(chart.across))
+    height += above + under  # the plot keeps its size, the drawing grows
+    frame.top, frame.bottom, frame.height = frame.top + above, frame.bottom + under, height
+    frame.parts.append(draw_ground(marks, frame.top, frame.height - frame.bottom))
+    _axes(frame, chart)
     hover: list[dict[str, object]] = []
     # The first series is the one that matters: it is drawn last, on top of the others.
     for one in reversed(series):
         hover.insert(0, _draw_area(frame, one) if chart.stacked else _draw_line(frame, one, chart.unit))
-    label = f"{chart.title}: " + "; ".join(_in_words(one, chart.unit, chart.stacked) for one in series)
-    label += "".join(f"; {span.label} from step {span.begin:g}" for span in chart.spans)
+    label = f"{chart.title}: " + "; ".join(_in_words(chart, one) for one in series)
+    label += "".join(_span_in_words(mark) for mark in marks)
+    frame.parts.append(draw_names(marks))
     head = (
         f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" tabindex="0" aria-label="{escape(label)}" '
         f'data-hover="{escape(json.dumps(hover, ensure_ascii=False, separators=(",", ":")))}" '
-        f'data-frame="{frame.left},{frame.top},{width - frame.right},{height - frame.bottom}">'
+        f'data-frame="{frame.left},{frame.top},{width - frame.right},{height - frame.bottom}"'
+        f"{_told('places', list(chart.places))}{_told('spans', [_span_told(mark) for mark in marks])}>"
     )
     return Markup(head + "".join(frame.parts) + '<line class="cross" y1="0" y2="0" hidden=""/></svg>')
+
+
+def _told(name: str, values: list[Any]) -> str:
+    """A list as an attribute for the page's script; nothing where it is empty."""
+    text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+    return f' data-{name}="{escape(text)}"' if values else ""
+
+
+def _span_told(mark: Mark) -> list[float | str]:
+    return [mark.left, mark.right, f"{mark.span.number} {mark.span.label}"]
+
+
+def _span_in_words(mark: Mark) -> str:
+    span = mark.span
+    ended = f" to step {span.end:g}" if span.over else ""
+    return f"; {span.number} {span.label} from step {span.begin:g}{ended}"
 
 
 def bucketed(series: Series) -> Series:
@@ -166,6 +191,7 @@ def bucketed(series: Series) -> Series:
         series.colour,
         series.markers,
         series.smooth,
+        series.layers,
     )
 
 
@@ -187,54 +213,9 @@ def window_of(count: int) -> int:
     return max(3, count // 12)
 
 
-def spell(value: float | None, unit: Unit = "number") -> str:
-    """A value as people read it: "71%", "4,120", "0.012", "3e-5", "2 h 05 min"."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    if unit == "share":
-        percent = 100 * value
-        return f"{percent:.0f}%" if abs(percent) >= 10 or percent == round(percent) else f"{percent:.1f}%"
-    if unit == "seconds":
-        return spell_seconds(value)
-    size = abs(value)
-    if size == 0:
-        return "0"
-    if size >= 1_000_000:
-        return f"{value / 1_000_000:.3g}M"
-    if size >= 1_000:
-        return f"{value:,.0f}"
-    if size >= 0.001:
-        text = f"{value:.3g}" if size < 100 else f"{value:.4g}"
-        return text.rstrip("0").rstrip(".") if "." in text else text
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-
-
-def spell_seconds(seconds: float) -> str:
-    """A duration: "0.8 s", "34 s", "12 min", "2 h 05 min", "3 d 4 h"."""
-    if seconds < 10:
-        return f"{seconds:.2g} s"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
-
-
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About ``count`` round numbers from ``low`` to ``high``, both ends included where they are round."""
-    span = high - low
-    raw = span / max(1, count)
-    size = 10.0 ** math.floor(math.log10(raw))
-    step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    digits = 2 - math.floor(math.log10(step))
-    return [round(place * step, digits) for place in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _x_range(series: Sequence[Series]) -> tuple[float, float]:
+def _x_range(chart: Chart, series: Sequence[Series]) -> tuple[float, float]:
+    if chart.places:
+        return 0.5, len(chart.places) + 0.5
     values = [x for one in series for x in one.x]
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - 1, high + 1)
@@ -256,49 +237,25 @@ def _y_range(chart: Chart, series: Sequence[Series]) -> tuple[float, float]:
     return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
 
 
-def _axes(frame: _Frame, unit: Unit) -> None:
+def _axes(frame: _Frame, chart: Chart) -> None:
     right = frame.width - frame.right
-    marks = ticks(*frame.y_range, count=4 if frame.height < 260 else 5)
-    for value, text in zip(marks, _spell_ticks(marks, unit), strict=True):
+    marks = ticks(*frame.y_range, count=4 if frame.height - frame.top < 250 else 5)
+    for value, text in zip(marks, spell_ticks(marks, chart.unit), strict=True):
         y = frame.y(value)
         frame.parts.append(f'<line class="grid" x1="{frame.left}" x2="{right}" y1="{y}" y2="{y}"/>')
         frame.parts.append(f'<text class="tick" x="{frame.left - 7}" y="{y + 4}" text-anchor="end">{text}</text>')
     count = max(2, (right - frame.left) // 60)
-    for value in ticks(*frame.x_range, count=count):
-        if value == round(value):
-            x = frame.x(value)
-            frame.parts.append(
-                f'<text class="tick" x="{x}" y="{frame.height - 6}" text-anchor="middle">{value:,.0f}</text>'
-            )
+    steps = {value: f"{value:,.0f}" for value in ticks(*frame.x_range, count=count) if value == round(value)}
+    rows = [dict(enumerate(chart.places, start=1)) if chart.places else steps, dict(enumerate(chart.below, start=1))]
+    base = frame.height - frame.bottom + 18
+    for number, row in enumerate(rows):
+        frame.parts += [_tick(frame.x(value), base + _ROW * number, text) for value, text in row.items()]
+    if chart.across:
+        frame.parts.append(_tick((frame.left + right) / 2, frame.height - 4, chart.across))
 
 
-def _mark_spans(frame: _Frame, spans: Sequence[Span]) -> None:
-    low, high = frame.x_range
-    for span in spans:
-        if span.end < low or span.begin > high:
-            continue
-        left, right = frame.x(max(span.begin, low)), frame.x(min(span.end, high))
-        width = max(3.0, right - left)
-        left = min(left, frame.width - frame.right - width)
-        height = frame.height - frame.top - frame.bottom
-        frame.parts.append(
-            f'<rect class="span" x="{left:g}" y="{frame.top}" width="{width:g}" height="{height}">'
-            f"<title>{escape(span.label)}</title></rect>"
-            f'<line class="span-edge" x1="{left:g}" x2="{left:g}" y1="{frame.top}" y2="{frame.top + height}"/>'
-        )
-
-
-def _spell_ticks(marks: Sequence[float], unit: Unit) -> list[str]:
-    """Ticks with as many decimals as tell them apart, the same for all of them."""
-    if unit in ("number", "tokens") and len(marks) > 1:
-        step, largest = marks[1] - marks[0], max(abs(mark) for mark in marks)
-        if step >= 0.0005 and largest < 1_000:
-            decimals = next(count for count in range(6) if abs(step * 10**count - round(step * 10**count)) < 1e-6)
-            return [f"{mark:.{decimals}f}" for mark in marks]
-    if unit == "share" and len(marks) > 1 and 100 * (marks[1] - marks[0]) < 0.999:
-        decimals = min(4, math.ceil(-math.log10(100 * (marks[1] - marks[0])) - 1e-9))
-        return [f"{100 * mark:.{decimals}f}%" for mark in marks]
-    return [spell(mark, unit) for mark in marks]
+def _tick(x: float, y: float, text: str) -> str:
+    return f'<text class="tick" x="{x:g}" y="{y:g}" text-anchor="middle">{escape(text)}</text>'
 
 
 def _runs(series: Series, values: Sequence[float | None]) -> Iterator[list[tuple[int, float, float]]]:
@@ -319,20 +276,32 @@ def _path(frame: _Frame, points: Sequence[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{frame.x(x):g},{frame.y(y):g}" for x, y in points)
 
 
+def _draw_band(frame: _Frame, series: Series) -> None:
+    ends = zip(series.low, series.high, strict=True)
+    known = [None if low is None or high is None else 1.0 for low, high in ends]
+    for run in _runs(series, known):
+        upper = [(x, series.high[place] or 0.0) for place, x, _ in run]
+        lower = [(x, series.low[place] or 0.0) for place, x, _ in reversed(run)]
+        frame.parts.append(f'<path class="band c{series.colour}" d="{_path(frame, upper + lower)}Z"/>')
+        if len(run) == 1:
+            x = frame.x(run[0][1])
+            span = f'y1="{frame.y(lower[0][1])}" y2="{frame.y(upper[0][1])}"'
+            frame.parts.append(f'<line class="whisker c{series.colour}" x1="{x}" x2="{x}" {span}/>')
+
+
 def _draw_line(frame: _Frame, series: Series, unit: Unit) -> dict[str, object]:
+    if series.low and series.high:
+        _draw_band(frame, series)
+    if series.layers:
+        rows = zip(series.x, series.low, series.high, strict=True)
+        ends = [
+            [frame.x(x), None, x, f"{spell(low, unit)}–{spell(high, unit)}"]
+            for x, low, high in rows
+            if low is not None and high is not None
+        ]
+        return {"n": series.name, "c": series.colour, "p": ends}
     smooth = series.smooth and len(series.x) >= MIN_SMOOTHED
     mean = running_mean(series.y, window_of(len(series.x))) if smooth else []
-    if series.low and series.high:
-        ends = zip(series.low, series.high, strict=True)
-        known = [None if low is None or high is None else 1.0 for low, high in ends]
-        for run in _runs(series, known):
-            upper = [(x, series.high[place] or 0.0) for place, x, _ in run]
-            lower = [(x, series.low[place] or 0.0) for place, x, _ in reversed(run)]
-            frame.parts.append(f'<path class="band c{series.colour}" d="{_path(frame, upper + lower)}Z"/>')
-            if len(run) == 1:
-                x = frame.x(run[0][1])
-                span = f'y1="{frame.y(lower[0][1])}" y2="{frame.y(upper[0][1])}"'
-                frame.parts.append(f'<line class="whisker c{series.colour}" x1="{x}" x2="{x}" {span}/>')
     for run in _runs(series, series.y):
         points = [(x, y) for _, x, y in run]
         style, radius = "faint" if smooth else "line", 4 if series.markers else 2
@@ -381,10 +350,20 @@ def _draw_area(frame: _Frame, series: Series) -> dict[str, object]:
     return {"n": series.name, "c": series.colour, "p": told}
 
 
-def _in_words(series: Series, unit: Unit, stacked: bool) -> str:
-    known = [(x, y) for x, y in zip(series.x, series.y, strict=True) if y is not None]
-    shown: Unit = "share" if stacked else unit
-    (first_x, first), (last_x, last) = known[0], known[-1]
-    if len(known) == 1:
-        return f"{series.name} {spell(first, shown)} at step {first_x:g}"
-    return f"{series.name} from {spell(first, shown)} at step {first_x:g} to {spell(last, shown)} at step {last_x:g}"
+def _in_words(chart: Chart, series: Series) -> str:
+    unit: Unit = "share" if chart.stacked else chart.unit
+    known = [place for place, value in enumerate(series.y) if value is not None]
+
+    def value(place: int) -> str:
+        if series.layers:
+            return f"{spell(series.low[place], unit)}–{spell(series.high[place], unit)}"
+        return spell(series.y[place], unit)
+
+    def where(place: int) -> str:
+        x = series.x[place]
+        return chart.places[int(x) - 1] if chart.places else f"step {x:g}"
+
+    first, last = known[0], known[-1]
+    if first == last:
+        return f"{series.name} {value(first)} at {where(first)}"
+    return f"{series.name} from {value(first)} at {where(first)} to {value(last)} at {where(last)}"

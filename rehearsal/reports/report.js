@@ -19,6 +19,8 @@ function line(text, tag) {
 
 for (const plot of document.querySelectorAll("svg.plot")) {
   const series = JSON.parse(plot.dataset.hover);
+  const named = JSON.parse(plot.dataset.places || "null");
+  const spans = JSON.parse(plot.dataset.spans || "[]");
   const [, top, , bottom] = plot.dataset.frame.split(",").map(Number);
   const cross = plot.querySelector(".cross");
   const places = [...new Set(series.flatMap((one) => one.p.map((point) => point[0])))].sort((a, b) => a - b);
@@ -37,9 +39,11 @@ for (const plot of document.querySelectorAll("svg.plot")) {
     cross.removeAttribute("hidden");
     pins.splice(0).forEach((pin) => pin.remove());
     tip.replaceChildren();
-    line("step " + step.toLocaleString("en"), "b");
+    line(named ? named[step - 1] : "step " + step.toLocaleString("en"), "b");
     series.forEach((one, k) => {
       const [px, py, at, text] = found[k];
+      line((series.length > 1 ? one.n + ": " : "") + text + (at === step ? "" : " at " + (named ? named[at - 1] : "step " + at.toLocaleString("en"))));
+      if (py === null) return; // a band has two ends
       const pin = document.createElementNS(SVG, "circle");
       pin.setAttribute("class", "pin c" + one.c);
       pin.setAttribute("cx", px);
@@ -47,8 +51,8 @@ for (const plot of document.querySelectorAll("svg.plot")) {
       pin.setAttribute("r", 4.5);
       plot.append(pin);
       pins.push(pin);
-      line((series.length > 1 ? one.n + ": " : "") + text + (at === step ? "" : " at step " + at.toLocaleString("en")));
     });
+    for (const [from, to, name] of spans) if (x >= from && x <= to) line(name, "em");
     tip.hidden = false;
     const box = plot.getBoundingClientRect();
     const scale = box.width / plot.viewBox.baseVal.width;

@@ -16,12 +16,19 @@ import jinja2
 from markupsafe import Markup
 
 from rehearsal.diagnostics import RULES
-from rehearsal.reports.charts import chart_groups, signal_groups, spread_chart, stop_shares, success_chart
+from rehearsal.reports.charts import (
+    chart_groups,
+    other_charts,
+    signal_groups,
+    spread_chart,
+    stop_shares,
+    success_chart,
+)
 from rehearsal.reports.data import ReportData, moment
 from rehearsal.reports.episodes import CHANGES
 from rehearsal.reports.plane import draw_plane, plane_of
-from rehearsal.reports.plots import spell_seconds
 from rehearsal.reports.recipe import highlighted
+from rehearsal.reports.scales import spell_seconds
 from rehearsal.reports.tables import evaluation_rows, metric_rows, stop_rows
 from rehearsal.reports.tool_use import tool_use
 
@@ -90,8 +97,8 @@ def overview(data: ReportData, templates: jinja2.Environment) -> Markup:
 @section("signal", "Signal", order=10)
 def signal(data: ReportData, templates: jinja2.Environment) -> Markup | None:
     """Whether the learning signal is real: what was found wrong, the plane, the figures behind it, and the groups."""
-    groups = signal_groups(data)
-    if not (groups or data.findings or data.archive.blocks):
+    groups, spread = signal_groups(data), spread_chart(data)
+    if not (groups or not spread.empty or data.findings or data.archive.blocks):
         return None
     measured = set(data.metric_names)
     plane = plane_of(data)
@@ -103,7 +110,7 @@ def signal(data: ReportData, templates: jinja2.Environment) -> Markup | None:
         unjudged=[rule.title.lower() for rule in RULES if rule.needs not in measured],
         plane=None if plane is None else draw_plane(plane),
         warning="" if plane is None else plane.warning,
-        spread=spread_chart(data),
+        spread=spread,
         groups=groups,
         archive=data.archive,
     )
@@ -113,6 +120,11 @@ def signal(data: ReportData, templates: jinja2.Environment) -> Markup | None:
 def learning(data: ReportData, templates: jinja2.Environment) -> Markup | None:
     """All other curves, by the question that they answer."""
     groups, tools = chart_groups(data), tool_use(data)
+    elsewhere = [success_chart(data), spread_chart(data), *(tools.charts if tools else ())]
+    shown = [chart for group in (*groups, *signal_groups(data)) for chart in group.charts]
+    rest = other_charts(data, [*shown, *elsewhere], tools.tabled if tools else ())
+    if rest.charts:
+        groups.append(rest)
     return _fill(templates, "learning.html.jinja", groups=groups, tools=tools) if groups or tools else None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rehearsal.reports.data import ReportData
-from rehearsal.reports.plots import Unit, spell, spell_seconds
+from rehearsal.reports.scales import Unit, spell, spell_seconds
 from rehearsal.reports.verdict import number
 from rehearsal.trajectory import StopReason
 

@@ -10,7 +10,8 @@ from rehearsal.diagnostics import Thresholds
 from rehearsal.diagnostics.tool_use import TOOL_FIGURES, abandoned_tools, tool_names
 from rehearsal.reports.charts import finding_spans
 from rehearsal.reports.data import ReportData
-from rehearsal.reports.plots import Chart, Series, spell
+from rehearsal.reports.plots import Chart, Series
+from rehearsal.reports.scales import spell
 from rehearsal.reports.verdict import number
 
 MAX_LINES = 5
@@ -18,6 +19,7 @@ MAX_LINES = 5
 RECENT = 5
 """Steps that "now" means, as in the rules of the verdict."""
 
+_FIGURES = ("calls", "used", "failures", "success_with", "success_without")
 _BEYOND = {
     "unknown": "of tools that do not exist",
     "refused": "beyond the limit of an episode",
@@ -61,12 +63,14 @@ class ToolUse:
         rows: one a tool, those called most first.
         left_out: how many tools that were called have no line.
         beyond: calls that belong to no tool, in words; "" if there were none.
+        tabled: the metrics that the rows tell.
     """
 
     charts: Sequence[Chart]
     rows: Sequence[ToolRow]
     left_out: int
     beyond: str
+    tabled: Sequence[str] = ()
 
 
 def tool_use(data: ReportData) -> ToolUse | None:
@@ -80,8 +84,11 @@ def tool_use(data: ReportData) -> ToolUse | None:
     called = [name for name in names if totals[name]]
     # Where nobody called any, that is what there is to see.
     shown = (called or names)[:MAX_LINES]
-    charts = [chart for chart in (*_shares(data, shown), *_successes(data, shown)) if not chart.empty]
-    return ToolUse(charts, _rows(data, names), len(called or names) - len(shown), _beyond(data))
+    charts = [*_shares(data, shown), *_successes(data, shown), *_altogether(data)]
+    return ToolUse(
+        [chart for chart in charts if not chart.empty], _rows(data, names), len(called or names) - len(shown),
+        _beyond(data), [f"{TOOL_FIGURES}{name}/{figure}" for name in names for figure in _FIGURES],
+    )  # fmt: skip
 
 
 def _shares(data: ReportData, names: Sequence[str]) -> Iterator[Chart]:
@@ -112,6 +119,25 @@ def _successes(data: ReportData, names: Sequence[str]) -> Iterator[Chart]:
             yield Chart(f"Success with and without {name}", "", lines, "share", whole=True)
 
 
+def _altogether(data: ReportData) -> Iterator[Chart]:
+    """Calls whatever the tool, and those of none; without lines that never leave zero, unless there is no other."""
+    words = {"calls": "of all tools", **_BEYOND}
+    metrics = [f"{TOOL_FIGURES}{figure}" for figure in words]
+    lines = [
+        _line(data, figure, label, place)
+        for place, (figure, label) in enumerate(words.items())
+        if figure == "calls" or any(data.series(f"{TOOL_FIGURES}{figure}"))
+    ]
+    yield Chart(
+        "Calls of any tool", "An episode. Those beyond a limit, or of tools that do not exist, are not carried out.",
+        [line for line in lines if not line.empty], spans=finding_spans(data, metrics[:1]), metrics=metrics,
+    )  # fmt: skip
+    yield Chart(
+        "Cost of calls", "An episode, as the tools charge it.", [_line(data, "cost", "cost", 0)],
+        metrics=[f"{TOOL_FIGURES}cost"],
+    )  # fmt: skip
+
+
 def _lines(data: ReportData, names: Sequence[str], figure: str) -> list[Series]:
     lines = [_line(data, f"{name}/{figure}", name, place) for place, name in enumerate(names)]
     return [line for line in lines if not line.empty]
@@ -129,10 +155,7 @@ def _rows(data: ReportData, names: Sequence[str]) -> list[ToolRow]:
     rows = []
     for name in names:
         key = f"{TOOL_FIGURES}{name}"
-        end = {
-            figure: _recent(data, f"{key}/{figure}")
-            for figure in ("calls", "used", "failures", "success_with", "success_without")
-        }
+        end = {figure: _recent(data, f"{key}/{figure}") for figure in _FIGURES}
         best, rows_of_best = run.best(f"{key}/used"), run.best_rows(f"{key}/used")
         # Early in a run there are not enough steps to tell, and a tool that was never called has no best.
         most = f"{spell(best, 'share')} at step {data.steps[int(rows_of_best[-1])]:,}" if best > 0 else "–"

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rehearsal.reports.plots import MAX_POINTS, Chart, Series, bucketed, draw, running_mean, spell, spell_seconds, ticks
+from rehearsal.reports.plots import MAX_POINTS, Chart, Series, bucketed, draw, running_mean
+from rehearsal.reports.scales import spell, spell_seconds, ticks
 
 VALUE = st.none() | st.floats(-1e9, 1e9)
 

@@ -288,9 +288,10 @@ def test_tools_that_were_given_up_are_seen(tmp_path: Path) -> None:
     assert use is not None
     assert [chart.title for chart in use.charts] == [
         "Episodes that call a tool", "Calls that fail", "Calls an episode", "Success with and without calculator",
+        "Calls of any tool",
     ]  # fmt: skip
     assert [span.begin for span in use.charts[0].spans] == [20]
-    assert [len(line.x) for chart in use.charts for line in chart.series] == [40] * 5, "all over the same steps"
+    assert [len(line.x) for chart in use.charts for line in chart.series] == [40] * 6, "all over the same steps"
     found = diagnose(run.path)
     assert found.figures["train/tools/calculator/used"] == (pytest.approx(0.6), 0.0)
     assert figure_words("train/tools/calculator/used") == "episodes that call calculator"
