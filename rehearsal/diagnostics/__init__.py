@@ -20,7 +20,7 @@ from rehearsal.diagnostics.thoughts import (
     measure,
     thought_of_turn,
 )
-from rehearsal.diagnostics.verdict import Verdict, Watch, judge
+from rehearsal.diagnostics.verdict import Verdict, Watch, judge, unheard
 
 __all__ = [
     "RULES",
@@ -43,5 +43,6 @@ __all__ = [
     "judge",
     "measure",
     "signal_metrics",
+    "unheard",
     "thought_of_turn",
 ]

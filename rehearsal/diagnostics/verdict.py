@@ -94,6 +94,20 @@ class Watch:
         return called
 
 
+def unheard(series: Series, rules: Sequence[Rule] | None = None) -> tuple[list[Rule], list[Rule]]:
+    """The rules that cannot have said anything: those whose figure was never measured, and those whose figure was
+    measured too few times."""
+    silent: list[Rule] = []
+    early: list[Rule] = []
+    for rule in RULES if rules is None else rules:
+        count = len(series.measured(rule.needs))
+        if not count:
+            silent.append(rule)
+        elif count < rule.first_call:
+            early.append(rule)
+    return silent, early
+
+
 def judge(
     rows: Sequence[Mapping[str, object]], thresholds: Thresholds | None = None, rules: Sequence[Rule] | None = None
 ) -> list[Verdict]:

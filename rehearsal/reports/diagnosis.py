@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rehearsal.diagnostics import RULES, Series, Verdict, judge
+from rehearsal.diagnostics import Series, Verdict, judge, unheard
 from rehearsal.diagnostics.tool_use import TOOL_FIGURES, tool_names
 from rehearsal.errors import CheckpointError
 from rehearsal.reports.verdict import number
@@ -91,8 +91,7 @@ def diagnose(run_path: str | Path) -> Diagnosis:
     if not ordered:
         raise CheckpointError(f"{file} tells of no step, so there is nothing to judge.")
     measured = {name for row in ordered for name in row}
-    series = Series(ordered)
-    counts = {rule.name: len(series.measured(rule.needs)) for rule in RULES}
+    silent, early = unheard(Series(ordered))
     figures = {}
     tools = [f"{TOOL_FIGURES}{name}/used" for name in sorted(tool_names(measured))]
     for name in (*FIGURES, *tools):
@@ -101,7 +100,6 @@ def diagnose(run_path: str | Path) -> Diagnosis:
             first, last = values[:_ENDS], values[-_ENDS:]
             figures[name] = (sum(first) / len(first), sum(last) / len(last))
     return Diagnosis(
-        len(ordered), judge(ordered), [rule.name for rule in RULES if not counts[rule.name]],
-        [rule.name for rule in RULES if 0 < counts[rule.name] < rule.first_call], figures,
+        len(ordered), judge(ordered), [rule.name for rule in silent], [rule.name for rule in early], figures,
         lines.damaged + len(lines.rows) - sum(isinstance(row.get("step"), int) for row in lines.rows),
     )  # fmt: skip

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import jinja2
 from markupsafe import Markup
 
-from rehearsal.diagnostics import RULES
+from rehearsal.diagnostics import Series, unheard
 from rehearsal.reports.charts import (
     chart_groups,
     other_charts,
@@ -100,14 +100,15 @@ def signal(data: ReportData, templates: jinja2.Environment) -> Markup | None:
     groups, spread = signal_groups(data), spread_chart(data)
     if not (groups or not spread.empty or data.findings or data.archive.blocks):
         return None
-    measured = set(data.metric_names)
+    silent, early = unheard(Series(data.metrics))
     plane = plane_of(data)
     return _fill(
         templates,
         "signal.html.jinja",
         findings=data.findings,
         steps=len(data.steps),
-        unjudged=[rule.title.lower() for rule in RULES if rule.needs not in measured],
+        unjudged=[rule.title.lower() for rule in silent],
+        too_early=[rule.title.lower() for rule in early],
         plane=None if plane is None else draw_plane(plane),
         warning="" if plane is None else plane.warning,
         spread=spread,

@@ -284,9 +284,7 @@ def test_rules_of_terms_that_drown_the_rewards() -> None:
     assert "times that of the rewards" in told[0]
     told = [
         verdict.evidence
-        for verdict in judge(
-            run(gradient__kl__norm=late(0.01, 0.5), gradient__policy__norm=lambda i: 1e-5)
-        )
+        for verdict in judge(run(gradient__kl__norm=late(0.01, 0.5), gradient__policy__norm=lambda i: 1e-5))
     ]
     assert told == ["Beside the gradient of the KL term the rewards give next to none."]
 

@@ -190,6 +190,11 @@ def test_diagnosis_of_a_folder(tmp_path: Path) -> None:
     assert found.steps == 40
     assert found.figures["behaviour/thought_tokens"] == (20.0, 50.0)
     assert "noise" in found.unjudged
+    few = make_run(tmp_path / "few", steps=6)
+    early = diagnose(few.path)
+    assert "no_progress" in early.too_early
+    assert "no_progress" not in found.too_early
+    assert "Too early to judge" in write_report(few.path).read_text()
     told: dict[str, Any] = json.loads(json.dumps(found.as_json()))
     assert told["verdicts"][0]["name"] == "length_drift"
     assert math.isfinite(told["figures"]["train/success"]["end"])
