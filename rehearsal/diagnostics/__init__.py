@@ -43,6 +43,6 @@ __all__ = [
     "judge",
     "measure",
     "signal_metrics",
-    "unheard",
     "thought_of_turn",
+    "unheard",
 ]
