@@ -73,9 +73,13 @@ class Lookup(EpisodeEnv):
         reader = _reader(self.world, self._split, self.people)
         return [reader.search, reader.open]
 
+    def task_count(self, split: str) -> int:
+        """All questions that can be asked about the split's world."""
+        return len(lookup_questions(self.world, split, self.people, self.hops))
+
     def _draw(self, split: str) -> str:
         questions = lookup_questions(self.world, split, self.people, self.hops)
-        self._question = questions[int(self.np_random.integers(len(questions)))]
+        self._question = self._pick(questions)
         self._answer = ""
         return self._question.text
 

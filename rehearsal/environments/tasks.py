@@ -106,13 +106,17 @@ class VerifiedTasks(EpisodeEnv):
         """What holds for all tasks; see :attr:`TextEnv.instructions`."""
         return self.told
 
+    def task_count(self, split: str) -> int:
+        """Those of the list that belong to the split."""
+        return len(self._tasks[split])
+
     def _draw(self, split: str) -> str:
         tasks = self._tasks[split]
         if not tasks:
             raise EnvironmentFault(
                 f"None of the tasks belongs to the {split} split: there are too few, or splits does not name it."
             )
-        self._now = tasks[int(self.np_random.integers(len(tasks)))]
+        self._now = self._pick(tasks)
         self._score = None
         return self._now.prompt
 

@@ -100,6 +100,10 @@ class Sokoban(SpatialEnv):
         """All four moves, always."""
         return list(ACTIONS)
 
+    def task_count(self, split: str) -> int | None:
+        """The levels of the split where they come from a file."""
+        return None if self._stock is None else len(self._stock[split])
+
     def _draw(self, split: str) -> str:
         if self._stock is not None:
             stock = self._stock[split]
@@ -107,7 +111,7 @@ class Sokoban(SpatialEnv):
                 raise EnvironmentFault(
                     f"None of the Sokoban levels in {self._levels_path} belongs to the {split} split; give more levels."
                 )
-            self._level = stock[int(self.np_random.integers(len(stock)))]
+            self._level = self._pick(stock)
         else:
             longest = min(self.max_solution, self.max_steps)
             made: Iterator[Level | None] = draw_levels(
