@@ -15,11 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from rehearsal.errors import SandboxError
+from rehearsal.errors import RehearsalError, SandboxError
 from rehearsal.rewards.code import CodeVerifier, extract_code, same_output
 from rehearsal.rewards.code_judge import defined_names, free_names
+from rehearsal.rewards.registry import verifier as named
 from rehearsal.rewards.verifier import Task, VerificationError
 from rehearsal.sandbox import Interpreter, Isolation, Limits, Outcome, ProgramResult, strongest
 
@@ -377,6 +379,37 @@ def test_a_service_can_run_the_programs() -> None:
     with CodeVerifier(programs=Service()) as verifier:
         assert verifier.verify("anything", Task("Double it.", PAIRS)).passed
         assert verifier._pool is None
+
+
+def test_a_recipe_can_name_a_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[dict[str, Any]] = []
+
+    def post(client: httpx.Client, url: str, *, json: dict[str, Any], timeout: float) -> httpx.Response:
+        sent.append({"url": url, "key": client.headers.get("Authorization"), **json})
+        run = {"status": "Finished", "return_code": 0, "stdout": str(2 * int(json["stdin"])), "stderr": ""}
+        return httpx.Response(200, json={"status": "Success", "run_result": run})
+
+    monkeypatch.setattr(httpx.Client, "post", post)
+    monkeypatch.setenv("SANDBOX_KEY", "k")
+    made = named("code", url="http://sandbox.example/", api_key_env="SANDBOX_KEY", seconds=3.0)
+    assert isinstance(made, CodeVerifier)
+    with made as verifier:
+        assert verifier.verify("print(2 * int(input()))", Task("Double it.", PAIRS)).passed
+        assert verifier._pool is None, "nothing ran here"
+        assert "remote" in verifier.facts()["sandbox"]
+    assert [(one["url"], one["key"], one["run_timeout"]) for one in sent] == [
+        ("http://sandbox.example/run_code", "Bearer k", 3.0)
+    ] * 2
+    monkeypatch.setattr("rehearsal.rewards.code.require", lambda *_: (_ for _ in ()).throw(SandboxError("none here")))
+    assert named("code", url="http://sandbox.example").facts() == {"sandbox": "remote"}  # type: ignore[attr-defined]
+    with pytest.raises(SandboxError, match="none here"):
+        named("code", url="http://sandbox.example", isolation="namespaces").facts()  # type: ignore[attr-defined]
+    for options, told in (
+        ({"url": "sandbox.example"}, "begins with http"), ({"api_key_env": "SANDBOX_KEY"}, "a key needs one"),
+        ({"url": "http://sandbox.example", "api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY is not set"),
+    ):  # fmt: skip
+        with pytest.raises(RehearsalError, match=told):
+            named("code", **options)
 
 
 def test_a_service_that_fails_gives_no_score() -> None:
