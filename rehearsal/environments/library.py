@@ -58,11 +58,12 @@ def read_library(documents: str, questions: str | None = None) -> Library:
                     f"{documents} is not the Factbook, which brings its questions: name a file of questions in questions."
                 )
             return _of_factbook(file)
+        asked = load_tasks(questions, prompt="question", reference="answer")
         if file is None:
             found = tuple(read_corpus(path, without=questions))
         else:
             found = tuple(document for country in read_factbook(file) for document in country.documents)
-        return _of_questions(found, questions)
+        return _of_questions(found, asked)
     except RecipeError:
         raise
     except (RehearsalError, OSError, UnicodeDecodeError) as problem:
@@ -84,10 +85,10 @@ def _of_factbook(file: Path) -> Library:
     )
 
 
-def _of_questions(documents: Sequence[Document], source: str) -> Library:
+def _of_questions(documents: Sequence[Document], asked: Sequence[Task]) -> Library:
     names = {name for one in documents for name in (one.key, one.title) if name}
     dealt: dict[str, list[Question]] = {split: [] for split in SPLITS}
-    for task in load_tasks(source, prompt="question", reference="answer"):
+    for task in asked:
         question = _question(task, names)
         # Questions that begin with one document are of one split, so that none of its answers is learnt from another.
         about = question.documents[0] if question.documents else prompt_key(question.text)

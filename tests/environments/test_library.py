@@ -35,7 +35,7 @@ def country(number):
             "Government": {
                 "Country name": {"conventional short form": {"text": name if number else "none"},
                                  "conventional long form": {"text": "The <b>First</b> Land"}},
-                "Capital": {"name": {"text": f"Town {number}" if number == 3 else f"Town<br>of &amp; {name}"},
+                "Capital": {"name": {"text": f"Town {number}" if number == 3 else "Town<br>of &amp; Sea"},
                             "note": "<strong>note:</strong> it is a town"},
                 "Government type": {"text": "republic; formerly a kingdom"},
                 "Independence": {"text": f"1 May {1900 + number} (from the sea)"},
@@ -105,7 +105,7 @@ def test_the_form_of_the_factbook(factbook):
     assert asked["How many square kilometres does Land7 have in all?"] == "8,000"
     assert asked["What is the highest point of Land7?"] == "Mount P\u00eek"
     assert asked["In which year did Land7 become independent?"] == "1907"
-    assert asked["What is the capital of Land7?"] == "Town of & Land7"
+    assert asked["What is the capital of Land7?"] == "Town of & Sea"
     assert "What is the capital of Land3?" not in asked, "what is no plain name is not asked for"
     assert not any("coastline" in text or "type of government" in text for text in asked)
     names = {split: {one.title.split(":")[0] for one in env.documents(split)} for split in SPLITS}
@@ -167,7 +167,7 @@ def test_files_that_cannot_be_used(folder, monkeypatch, given, told):
     monkeypatch.chdir(folder)
     read_library.cache_clear()
     (folder / "empty").mkdir()
-    if given.get("documents") != ".":
+    if given.get("documents") != ".":  # what is there as documents must be some
         lines(folder / "missing.jsonl", [{"question": "Who?", "answer": "I", "documents": ["Owl"]}])
         lines(folder / "unanswered.jsonl", [{"question": "Who?"}])
         lines(folder / "empty.jsonl", [{"question": "Who?", "answer": " "}])
