@@ -151,9 +151,9 @@ class Protocol:
         """Read an answer. Never raises, whatever the text, and takes time in proportion to its length.
 
         The thought ends at the first ``</think>``; what is in it is not looked at. The answer ends at the first
-        ``</answer>``; one that is a single free text may mention ``<answer>`` and ends at the last ``</answer>``, unless
-        an earlier one has closed it. Blanks may stand around both, and nothing else. With tools, calls may stand in place of the
-        answer, see :func:`rehearsal.agents.calls.parse_calls`.
+        ``</answer>``; a single free text may mention ``<answer>`` and ends at the first ``</answer>`` that belongs to
+        none it mentions, or else at the last one. Blanks may stand around both, and nothing else. With tools, calls may
+        stand in place of the answer, see :func:`rehearsal.agents.calls.parse_calls`.
 
         Args:
             response_text: the sampled answer, decoded with its special tokens.

@@ -107,7 +107,11 @@ def read_factbook(file: Path) -> list[Country]:
 def _country(code: str, data: Mapping[str, Mapping[str, Any]]) -> Country | None:
     names = data.get("Government", {}).get("Country name", {})
     name = next(
-        (text for form in ("short", "long") if (text := _text(names.get(f"conventional {form} form"))) not in ("", "none")),
+        (
+            text
+            for form in ("short", "long")
+            if (text := _text(names.get(f"conventional {form} form"))) not in ("", "none")
+        ),
         "",
     )
     if not name or len(name) > _LONGEST_NAME:

@@ -1,4 +1,4 @@
-"""Documents of one's own, or the Factbook, with questions about them: what :class:`Lookup` asks instead of inventing."""
+"""Documents of one's own, or the Factbook, with questions about them: what ``lookup`` asks instead of inventing."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def read_library(documents: str, questions: str | None = None) -> Library:
         if questions is None:
             if file is None:
                 raise RecipeError(
-                    f"{documents} is not the Factbook, which brings its questions: name a file of questions in questions."
+                    f"{documents} is not the Factbook, which brings its questions: name a file of them in questions."
                 )
             return _of_factbook(file)
         asked = load_tasks(questions, prompt="question", reference="answer")

@@ -159,7 +159,9 @@ def test_parsing_never_raises_and_is_consistent(text: str, opened: bool, thinkin
     assert protocol.parse(text + " <|im_end|>\n", opened) == parsed
 
 
-@pytest.mark.parametrize("unit", ["<|im_end|>", "</s> ", "<think>", "</think>", "<answer>", "</answer>", "||", "a ", "<"])
+@pytest.mark.parametrize(
+    "unit", ["<|im_end|>", "</s> ", "<think>", "</think>", "<answer>", "</answer>", "||", "a ", "<"]
+)
 def test_huge_answers_take_linear_time(unit: str) -> None:
     text = "<think>a</think><answer>" + unit * 200_000
     # Of the processor, not of the clock: with quadratic time it would be minutes.

@@ -5,6 +5,7 @@ import math
 import random
 import threading
 import time
+from types import MappingProxyType
 
 import gymnasium as gym
 import numpy as np
@@ -124,7 +125,7 @@ def leave(*_, **__):
 class Listed(Fine):
     """Its tasks are the digits of each split, by number."""
 
-    digits = {"train": "012345", "validation": "67", "test": "89"}
+    digits = MappingProxyType({"train": "012345", "validation": "67", "test": "89"})
 
     def task_count(self, split):
         return len(self.digits[split])

@@ -111,9 +111,10 @@ def test_the_form_of_the_factbook(factbook):
     names = {split: {one.title.split(":")[0] for one in env.documents(split)} for split in SPLITS}
     assert sum(map(len, names.values())) == 60 and all(names.values()), "a country is of one split"
     env.reset(seed=0, options={"split": "test"})
-    assert "Capital - note: note: it is a town" in {one.title: one.text for one in env.documents()}[
-        f"{min(names['test'])}: Government"
-    ]
+    assert (
+        "Capital - note: note: it is a town"
+        in {one.title: one.text for one in env.documents()}[f"{min(names['test'])}: Government"]
+    )
 
 
 @pytest.mark.skipif(not FACTBOOK.is_dir(), reason="the Factbook is not there")
@@ -139,7 +140,7 @@ def test_the_answers_of_the_factbook_stand_in_its_documents():
     assert known["How many kilometres long is the coastline of France?"] == "4,853"
     env = make("lookup", documents=str(FACTBOOK))
     question, _ = env.reset(seed=4, options={"split": "test"})
-    search, read = env.tools
+    search, _ = env.tools
     (title,) = env.describe()["documents"]
     assert title in search(question.rstrip("?")) or title.split(":")[0] in search(question)
     assert env.step(env.oracle()[0])[1] == 1.0
@@ -149,7 +150,7 @@ def test_the_answers_of_the_factbook_stand_in_its_documents():
     ("given", "told"),
     [
         ({"documents": "nowhere"}, "no file or folder nowhere"),
-        ({"documents": "."}, "not the Factbook, which brings its questions: name a file"),
+        ({"documents": "."}, "not the Factbook, which brings its questions: name a file of them in questions"),
         ({"questions": "questions.jsonl"}, "name a folder or a file of them in documents"),
         ({"documents": ".", "questions": "nothing.jsonl"}, "There is no file nothing.jsonl"),
         ({"documents": "empty", "questions": "questions.jsonl"}, r"no \.txt or \.md or \.jsonl files"),

@@ -85,7 +85,9 @@ def read_levels(path: str | Path) -> tuple[Level, ...]:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if suffix_of(file) in (".txt", ".xsb", ".sok") and file.is_file())
+        files = sorted(
+            file for file in path.rglob("*") if suffix_of(file) in (".txt", ".xsb", ".sok") and file.is_file()
+        )
     elif path.is_file():
         files = [path]
     else:
