@@ -320,7 +320,7 @@ def test_three_whole_recipes_are_played(tmp_path: Path, monkeypatch: pytest.Monk
         if recipe.name not in answers:
             continue
         played.append(recipe.name)
-        env = rehearsal.make(recipe.environment.name, **recipe.environment.params)
+        env = rehearsal.make(recipe.environment.name, **recipe.environment.params, timeout=300.0)
         for answer, reward in zip(answers[recipe.name], (1.0, 0.0), strict=True):
             shown, _ = env.reset(seed=0, options={"split": "test"})
             if recipe.name == "gsm8k":

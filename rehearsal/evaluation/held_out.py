@@ -45,10 +45,9 @@ class Evaluation:
         groups: the episodes of each task.
         figures: "success" and "reward", each with its 95% interval ("success_low", "success_high"), "tasks",
             "episodes", "turns", "response_tokens", "format_errors", "failed_episodes" and the shares of stop reasons;
-            the cost by
-            :func:`rehearsal.evaluation.categories.token_figures`; where there are several environments or kinds of
-            tasks, those of :func:`rehearsal.evaluation.categories.category_figures`, and "success/NAME" of each
-            environment.
+            the cost by :func:`rehearsal.evaluation.categories.token_figures`; where there are several environments or
+            kinds of tasks, those of :func:`rehearsal.evaluation.categories.category_figures`, and "success/NAME" of
+            each environment.
     """
 
     groups: list[Group]
