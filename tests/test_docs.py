@@ -6,9 +6,11 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import gzip
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 import shlex
 import tomllib
@@ -19,10 +21,16 @@ from typing import Any, NamedTuple
 import pytest
 
 import rehearsal
+from rehearsal.agents.protocol import Protocol
 from rehearsal.algorithms import OPTION_NAMES, PRESETS, Options, preset
 from rehearsal.cli.parser import dotted_options, make_parser, without_dotted
 from rehearsal.environments import registry
-from rehearsal.errors import RecipeError
+from rehearsal.environments.tasks import VerifiedTasks, close_pools
+from rehearsal.errors import RecipeError, SandboxError
+from rehearsal.rewards.registry import _factory as verifier_factory
+from rehearsal.rewards.registry import _options as verifier_options
+from rehearsal.rewards.registry import verifiers
+from rehearsal.sandbox import strongest
 from rehearsal.training.base_config import BaseConfig
 from rehearsal.training.recipe import built_in_recipes, option_names, resolve_recipe
 
@@ -266,6 +274,67 @@ def test_a_wrong_command_would_be_found() -> None:
 @of_language("toml")
 def test_toml_blocks_are_recipes(block: Block) -> None:
     resolve_recipe(tomllib.loads(block.text))
+
+
+def params_of_tasks() -> list[Any]:
+    """The parameters of all recipes on these pages whose environment is ``tasks``."""
+    recipes = [(block, tomllib.loads(block.text)) for block in BLOCKS if block.language == "toml"]
+    return [pytest.param(block, recipe["environment"]["params"], id=str(block)) for block, recipe in recipes
+            if recipe.get("environment", {}).get("name") == "tasks"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("block", "params"), params_of_tasks())
+def test_recipes_of_tasks_name_what_exists(block: Block, params: dict[str, Any]) -> None:
+    known = inspect.signature(VerifiedTasks).parameters
+    assert set(params) <= set(known), f"{block}: tasks has no parameter {sorted(set(params) - set(known))[0]}"
+    assert params["verifier"] in verifiers(), f"{block}: there is no verifier {params['verifier']}"
+    taken, takes_any = verifier_options(verifier_factory(params["verifier"]))
+    assert takes_any or set(params.get("options", {})) <= set(taken), f"{block}: an option that it has not"
+
+
+def test_three_whole_recipes_are_played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of the published form, an answer as an agent writes it, and what becomes of it."""
+    try:
+        strongest()
+    except SandboxError as error:
+        pytest.skip(str(error))
+    pytest.importorskip("lm_eval")
+    monkeypatch.chdir(tmp_path)
+    code = {"task_id": "HumanEval/0", "prompt": "def twice(n):\n", "entry_point": "twice", "canonical_solution": "",
+            "test": "def check(candidate):\n    assert candidate(2) == 4\n"}  # fmt: skip
+    text = {"key": 1, "prompt": "Be brief.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    for n in range(30):  # so that every split has some
+        write(Path("gsm8k/train.jsonl"), {"question": f"{n} + 1?", "answer": f"#### {n + 1}"})
+        write(Path("gsm8k/test.jsonl"), {"question": f"{n} + 2?", "answer": f"#### {n + 2}"})
+        write(Path("HumanEval.jsonl"), {**code, "prompt": f"# {n}\ndef twice(n):\n"})
+        write(Path("ifeval.jsonl"), {**text, "prompt": f"Be brief, {n}."})
+    Path("HumanEval.jsonl.gz").write_bytes(gzip.compress(Path("HumanEval.jsonl").read_bytes()))
+    answers = {
+        "gsm8k": ("It is {}.", "It is 99."),
+        "humaneval": ("```python\ndef twice(n):\n    return 2 * n  # || this\n```", "def twice(n): return n"),
+        "ifeval": ("No comma || here.", "Well, no."),
+    }
+    played = []
+    for block in (block for block in BLOCKS if block.language == "toml" and block.page.name == "rewards.md"):
+        recipe = resolve_recipe(tomllib.loads(block.text))
+        if recipe.name not in answers:
+            continue
+        played.append(recipe.name)
+        env = rehearsal.make(recipe.environment.name, **recipe.environment.params, timeout=300.0)
+        for answer, reward in zip(answers[recipe.name], (1.0, 0.0), strict=True):
+            shown, _ = env.reset(seed=0, options={"split": "test"})
+            if recipe.name == "gsm8k":
+                answer = answer.format(int(shown.split()[0]) + 2)
+            parsed = Protocol(free_text=True).parse(f"<think>Well, 1, 2, 3.</think><answer>\n{answer}\n</answer>")
+            assert env.step(*parsed.actions)[1] == reward, (recipe.name, answer)
+    assert played == list(answers)
+    close_pools()
+
+
+def write(file: Path, row: dict[str, Any]) -> None:
+    file.parent.mkdir(exist_ok=True)
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(row) + "\n")
 
 
 def cli_options() -> dict[str, set[str]]:

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "rehearsal"
 
 FLOORS = {
     "errors": 0,
+    "files": 0,
     "naming": 0,
     "parsing": 0,
     "usage": 0,

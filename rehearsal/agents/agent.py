@@ -96,7 +96,7 @@ class Agent:
     Args:
         renderer: renders messages; shared by all episodes.
         protocol: the answer format. Its ``max_actions_per_turn`` is taken from ``limits``, its end tokens and the id of
-            ``</think>`` from the renderer.
+            ``</think>`` from the renderer, and whether any text is an action from the environment.
         limits: what the episode may use.
         keep_ending: whether the environment's words after the last action, which nobody answers, become tokens of the
             transcript too.
@@ -153,7 +153,7 @@ class Agent:
             env_instructions: the environment's rules, ``env.instructions``.
             observation: its first observation.
             state: ``info["state"]`` of the reset, if there is one.
-            env: for the wording of the answer format.
+            env: for the answer format: its wording, and how an answer is read where any text is an action.
             toolbox: the tools that the agent may call.
 
         Returns:
@@ -161,6 +161,8 @@ class Agent:
         """
         if toolbox is not None:
             self._equip(toolbox)
+        if env is not None:
+            self.protocol = replace(self.protocol, free_text=env.legal_actions() is None)
         rules = [env_instructions.strip(), self._tool_lines(), self.protocol.format_instructions(env)]
         system = [Piece("\n".join(text for text in rules if text), Kind.SYSTEM)]
         self._words = observation

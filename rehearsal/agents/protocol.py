@@ -79,6 +79,9 @@ class Protocol:
         predict_open_id: the id of ``<predict>`` where it is one token.
         tools: whether an answer may call tools in place of acting. An agent that has tools sets it.
         max_calls_per_turn: how many calls of one answer count.
+        free_text: whether any text is an action. Where one action is allowed, it is then the whole answer, with what
+            looks like a separator or an answer tag: norms, code and Markdown have both. An agent sets it by its
+            environment.
 
     Raises:
         RecipeError: for settings that cannot be used.
@@ -94,6 +97,7 @@ class Protocol:
     predict_open_id: int | None = None
     tools: bool = False
     max_calls_per_turn: int = 4
+    free_text: bool = False
 
     def __post_init__(self) -> None:
         if self.max_actions_per_turn < 1:
@@ -147,8 +151,9 @@ class Protocol:
         """Read an answer. Never raises, whatever the text, and takes time in proportion to its length.
 
         The thought ends at the first ``</think>``; what is in it is not looked at. The answer ends at the first
-        ``</answer>``. Blanks may stand around both, and nothing else. With tools, calls may stand in place of the
-        answer, see :func:`rehearsal.agents.calls.parse_calls`.
+        ``</answer>``; a single free text may mention ``<answer>`` and ends at the first ``</answer>`` that belongs to
+        none it mentions, or else at the last one. Blanks may stand around both, and nothing else. With tools, calls may
+        stand in place of the answer, see :func:`rehearsal.agents.calls.parse_calls`.
 
         Args:
             response_text: the sampled answer, decoded with its special tokens.
@@ -180,21 +185,48 @@ class Protocol:
             if self.tools:
                 return Parsed(thought, problem="text outside the tags")
             return Parsed(thought, problem=f"no {ANSWER_OPEN} tag")
-        answer, closed_answer, after = rest.partition(ANSWER_CLOSE)
+        answer, closed_answer, after = self._ended(rest)
         if self.tools and not before and after.strip().startswith(CALL_OPEN):
             return Parsed(thought, problem="both an answer and tool calls")
         if before or after.strip():
             return Parsed(thought, problem="text outside the tags")
         if not closed_answer:
             return Parsed(thought, problem="an unclosed answer")
-        if any(tag in answer for tag in (*TAGS, CALL_OPEN, CALL_CLOSE) if self.tools or tag in TAGS):
+        if any(tag in answer for tag in self._foreign_tags):
             return Parsed(thought, problem="a tag inside the answer")
-        actions = tuple(part.strip() for part in answer.split(self.action_separator) if part.strip())
+        parts = [answer] if self._one_text else answer.split(self.action_separator)
+        actions = tuple(part.strip() for part in parts if part.strip())
         if not actions:
             return Parsed(thought, problem="an empty answer")
         surplus = max(0, len(actions) - self.max_actions_per_turn)
         problem = f"too many actions: {len(actions)}, {self.max_actions_per_turn} allowed" if surplus else ""
         return Parsed(thought, actions[: self.max_actions_per_turn], True, problem, surplus)
+
+    @property
+    def _one_text(self) -> bool:
+        """Whether an answer is one action, whatever stands in it."""
+        return self.free_text and self.max_actions_per_turn == 1
+
+    @property
+    def _foreign_tags(self) -> tuple[str, ...]:
+        """What cannot stand in an answer."""
+        tags = (THINK_OPEN, THINK_CLOSE) if self._one_text else TAGS
+        return (*tags, CALL_OPEN, CALL_CLOSE) if self.tools else tags
+
+    def _ended(self, rest: str) -> tuple[str, str, str]:
+        """What follows ``<answer>`` as the answer, its end tag if there is one, and what follows that."""
+        if not self._one_text:
+            return rest.partition(ANSWER_CLOSE)
+        *inner, after = rest.split(ANSWER_CLOSE)
+        if not inner:
+            return rest, "", ""
+        mentioned = 0
+        for number, part in enumerate(inner[:-1]):
+            mentioned += part.count(ANSWER_OPEN)
+            if mentioned <= number:  # this end tag belongs to no tag that the answer mentions, so it ends the answer
+                behind = ANSWER_CLOSE.join([*inner[number + 1 :], after])
+                return ANSWER_CLOSE.join(inner[: number + 1]), ANSWER_CLOSE, behind
+        return ANSWER_CLOSE.join(inner), ANSWER_CLOSE, after
 
     def _called(self, thought: str, text: str) -> Parsed:
         read = parse_calls(text)
@@ -212,8 +244,9 @@ class Protocol:
         if not self.rehearse:
             return []
         return find_predictions(
-            sampled_ids, decode, separator=self.action_separator, end=THINK_CLOSE, open_id=self.predict_open_id
-        )
+            sampled_ids, decode, separator=None if self._one_text else self.action_separator, end=THINK_CLOSE,
+            open_id=self.predict_open_id,
+        )  # fmt: skip
 
     def kinds_of(
         self,

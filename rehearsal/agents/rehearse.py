@@ -48,7 +48,7 @@ class Hindsight:
 
 
 def find_predictions(
-    sampled_ids: Sequence[int] | np.ndarray, decode: Callable[[Sequence[int]], str], *, separator: str = "||",
+    sampled_ids: Sequence[int] | np.ndarray, decode: Callable[[Sequence[int]], str], *, separator: str | None = "||",
     end: str = "</think>", open_id: int | None = None,
 ) -> list[Prediction]:  # fmt: skip
     """The predictions of an answer, in order; those without a first line that names an action are left out.
@@ -58,7 +58,7 @@ def find_predictions(
     Args:
         sampled_ids: ids of one answer.
         decode: ids to text, special tokens included.
-        separator: what stands between several actions.
+        separator: what stands between several actions; None where there is one, whatever it holds.
         end: nothing behind this text is looked at.
         open_id: the id of ``<predict>`` where it is one token; found faster.
 
@@ -72,7 +72,8 @@ def find_predictions(
     places = [at + 1 for at, index in enumerate(ids) if index == open_id] if open_id is not None else []
     for number, body in enumerate(bodies, 1):
         head, line, rest = body.partition(PREDICT_CLOSE)[0].partition("\n")
-        actions = tuple(part.strip() for part in head.split(separator) if part.strip())
+        parts = [head] if separator is None else head.split(separator)
+        actions = tuple(part.strip() for part in parts if part.strip())
         if not line or not actions:
             continue
         position = places[number - 1] if number <= len(places) else _place(ids, decode, number)

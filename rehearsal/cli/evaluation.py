@@ -29,6 +29,11 @@ def eval_command(options: argparse.Namespace) -> int:
         for row in part.rows:
             table.add_row(*(escape(cell) for cell in row))
         console.print(table)
+    tasks = round(figures["tasks"])
+    if tasks < options.episodes:
+        console.print(
+            f"The {options.split} split has {tasks:,} tasks; each was played, instead of {options.episodes:,}."
+        )
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
     if options.page is not None:

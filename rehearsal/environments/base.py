@@ -90,7 +90,8 @@ class TextEnv(gym.Env[str, str]):
             options: ``{"split": ...}`` with one of :data:`SPLITS`; "train" if left out. ``{"chance": k}`` with a whole
                 number asks for the same task with other luck: what is random after the first observation then depends
                 on seed and k. Episodes of a group that all had the luck of one draw would make that draw look like
-                skill. An environment may ignore options that it does not know.
+                skill. ``{"index": i}`` picks a task by its number where :meth:`task_count` counts them. An
+                environment may ignore options that it does not know.
         """
         super().reset(seed=seed)
         return "", {}
@@ -104,6 +105,15 @@ class TextEnv(gym.Env[str, str]):
             ValueError: for an action that is not legal. The harness asks :meth:`parse_action` first, so an agent
                 never gets here with one.
         """
+
+    def task_count(self, split: str) -> int | None:
+        """How many tasks a split has, where there is a list of them and ``options["index"]`` of a reset, from 0 on,
+        picks one; None where tasks are drawn.
+
+        Held-out play then meets each of them once: of as many random draws as there are tasks, more than a third would
+        be repetitions.
+        """
+        return None
 
     def legal_actions(self) -> list[str] | None:
         """The actions that are legal now, spelled as the agent should write them; None where any text is an action."""

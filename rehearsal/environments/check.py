@@ -180,9 +180,13 @@ class _Checker:
 
     # Calls, each with its types checked -----------------------------------------------------------------------
 
-    def reset(self, seed: int | None, split: str | None = None) -> tuple[str, dict[str, Any]]:
-        options = None if split is None else {"split": split}
-        with self.calling(f"reset(seed={seed}{'' if split is None else f', split {split!r}'})"):
+    def reset(
+        self, seed: int | None, split: str | None = None, index: int | None = None
+    ) -> tuple[str, dict[str, Any]]:  # fmt: skip
+        given = {"split": split, "index": index}
+        options = {name: value for name, value in given.items() if value is not None} or None
+        told = "".join(f", {name} {value!r}" for name, value in (options or {}).items())
+        with self.calling(f"reset(seed={seed}{told})"):
             result: object = self.env.reset(seed=seed, options=options)
         if not isinstance(result, tuple) or len(result) != 2:
             self.problem("reset-type", "reset() must return observation and info, a tuple of two.")
@@ -371,7 +375,40 @@ class _Checker:
             return
         self.report.skipped.append(f"steps after the end, because no episode ended within {self.max_steps} actions")
 
+    def check_picks(self) -> None:
+        """Tasks by number, where the environment counts them."""
+        for split in SPLITS:
+            with self.calling(f"task_count({split!r})"):
+                count: object = self.env.task_count(split)
+            if count is None:
+                continue
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                self.problem("count-type", f"task_count() must return a whole number or None, not {count!r}.")
+                return
+            shown = set()
+            numbers = {i * (count - 1) // 7 for i in range(8)} if count else set()
+            for number in sorted(numbers):
+                first, again = (self.picked(seed, split, number) for seed in (0, 1))
+                shown.add(first)
+                if first != again:
+                    self.problem(
+                        "index",
+                        f'With options["index"] = {number} two seeds show different tasks; where task_count() counts '
+                        "them, the index alone picks one.",
+                    )
+            if len(shown) == 1 and len(numbers) > 1:
+                self.problem(
+                    "index",
+                    f'task_count() tells of {count} tasks of the {split} split, but options["index"] = '
+                    f"{', '.join(map(str, sorted(numbers)))} show one and the same.",
+                )
+
+    def picked(self, seed: int, split: str, number: int) -> object:
+        observation, info = self.reset(seed, split, number)
+        return info.get("task", observation)
+
     def check_splits(self) -> None:
+        self.check_picks()
         tasks: dict[str, set[object]] = {}
         for split in SPLITS:
             tasks[split] = set()

@@ -16,9 +16,12 @@ from typing import Any
 
 from rehearsal.environments.tooling import clean_text
 from rehearsal.errors import ToolError
+from rehearsal.files import open_text, stem_of, suffix_of
 
 SUFFIXES = (".txt", ".md")
 """Files of a folder that are documents."""
+LINES = ".jsonl"
+"""Files of a folder whose lines are documents."""
 
 _MAX_TERMS = 32
 _TITLE_WEIGHT = 2.0
@@ -131,12 +134,16 @@ class Corpus:
             return self._connection.execute(statement, values).fetchall()
 
 
-def read_corpus(source: str | Path | Sequence[Mapping[str, Any]]) -> list[Document]:
+def read_corpus(
+    source: str | Path | Sequence[Mapping[str, Any]], without: str | Path | None = None
+) -> list[Document]:  # fmt: skip
     """Documents from where they are.
 
     Args:
         source: a file of JSON lines with "text" and, if there are any, "id" and "title"; a folder, whose .txt and .md
-            files are documents; or a list of mappings as in the lines.
+            files are documents, and the lines of its .jsonl files too; or a list of mappings as in the lines. Files may
+            be compressed, with .gz behind their name.
+        without: a file of the folder that holds no documents.
 
     Raises:
         ToolError: for anything that cannot be read.
@@ -146,22 +153,30 @@ def read_corpus(source: str | Path | Sequence[Mapping[str, Any]]) -> list[Docume
     path = Path(source).expanduser()
     try:
         if path.is_dir():
-            return list(_of_folder(path))
+            return list(_of_folder(path, None if without is None else Path(without).expanduser().resolve()))
         return list(_of_lines(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ToolError(f"The corpus {path} cannot be read: {error}.") from error
 
 
-def _of_folder(folder: Path) -> Iterator[Document]:
-    files = sorted(file for file in folder.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+def _of_folder(folder: Path, without: Path | None) -> Iterator[Document]:
+    suffixes = (*SUFFIXES, LINES)
+    files = sorted(file for file in folder.rglob("*") if suffix_of(file) in suffixes and file.is_file())
+    files = [file for file in files if file.resolve() != without]
     if not files:
-        raise ToolError(f"The folder {folder} has no {' or '.join(SUFFIXES)} files.")
+        raise ToolError(f"The folder {folder} has no {' or '.join(suffixes)} files.")
     for file in files:
-        yield Document(file.relative_to(folder).as_posix(), file.stem, file.read_text(encoding="utf-8"))
+        name = file.relative_to(folder).as_posix()
+        if suffix_of(file) == LINES:
+            yield from _of_lines(file, f"{name}:")
+            continue
+        with open_text(file) as text:
+            yield Document(name, stem_of(file), text.read())
 
 
-def _of_lines(path: Path) -> Iterator[Document]:
-    with path.open(encoding="utf-8") as lines:
+def _of_lines(path: Path, lead: str = "") -> Iterator[Document]:
+    """The documents of a file; those without an id are called by their number, behind ``lead``."""
+    with open_text(path) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -169,10 +184,10 @@ def _of_lines(path: Path) -> Iterator[Document]:
                 entry = json.loads(line)
             except ValueError as error:
                 raise ToolError(f"Line {number} of {path} is no JSON: {error}.") from error
-            yield _document(entry, f"Line {number} of {path}", number)
+            yield _document(entry, f"Line {number} of {path}", f"{lead}{number}")
 
 
-def _document(entry: Any, where: str, number: int) -> Document:
+def _document(entry: Any, where: str, number: int | str) -> Document:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("text"), str):
         raise ToolError(f'{where} must have a "text" that is a string.')
     key, title = entry.get("id"), entry.get("title")

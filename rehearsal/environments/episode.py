@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -12,6 +12,8 @@ import numpy as np
 from rehearsal.environments.base import VIEWS, TextEnv
 from rehearsal.environments.splits import split_option, task_key
 from rehearsal.errors import RecipeError
+
+Item = TypeVar("Item")
 
 Position = tuple[int, int]
 """Row and column, counted from 0 at the top left."""
@@ -43,6 +45,7 @@ class EpisodeEnv(TextEnv):
     def __init__(self, max_steps: int) -> None:
         self.max_steps = whole_number("max_steps", max_steps, 1, 1_000_000)
         self._split = "train"
+        self._index: object = None
         self._task = ""
         self._steps = 0
         self._started = False
@@ -52,6 +55,16 @@ class EpisodeEnv(TextEnv):
     @abstractmethod
     def _draw(self, split: str) -> str:
         """Draw a task of ``split`` with ``self.np_random``, set the state to its start and return its content."""
+
+    def _pick(self, stock: Sequence[Item]) -> Item:
+        """The one of a split's tasks that the reset asks for by ``options["index"]``, else any of them.
+
+        Raises:
+            RecipeError: for an index that there is not.
+        """
+        if self._index is None:
+            return stock[int(self.np_random.integers(len(stock)))]
+        return stock[whole_number("index", self._index, 0, len(stock) - 1)]
 
     @abstractmethod
     def _act(self, action: str) -> tuple[float, bool, bool, bool]:
@@ -69,12 +82,13 @@ class EpisodeEnv(TextEnv):
         """Start an episode of ``options["split"]``, with the luck of ``options["chance"]``; see :meth:`TextEnv.reset`.
 
         Raises:
-            RecipeError: for a split that does not exist, or a chance that is not a whole number from 0 on.
+            RecipeError: for a split or an index that does not exist, or a chance that is not a whole number from 0 on.
             EnvironmentFault: when the parameters allow no task in this split.
         """
         self._started = False
         split = split_option(options)
         super().reset(seed=seed)
+        self._index = (options or {}).get("index")
         self._task = task_key(self._draw(split))
         chance = (options or {}).get("chance")
         if chance is not None:

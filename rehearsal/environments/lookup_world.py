@@ -92,12 +92,14 @@ class Question:
         answer: a name, a word or a year.
         documents: titles of the documents that lead to the answer, in order.
         relations: what each of them is read for, as in ``SENTENCES``.
+        also: other right answers.
     """
 
     text: str
     answer: str
     documents: tuple[str, ...]
     relations: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,9 @@ class Proposals(TextEnv):
             )
         return begun, info
 
+    def task_count(self, split: str) -> int | None:
+        return self.inner.task_count(split)
+
     def legal_actions(self) -> list[str] | None:
         return self.inner.legal_actions()
 

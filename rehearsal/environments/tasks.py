@@ -56,7 +56,7 @@ class VerifiedTasks(EpisodeEnv):
         source: see :func:`rehearsal.rewards.tasks.load_tasks`: a file of JSON lines, a folder, or a data set.
         verifier: a name from :func:`rehearsal.rewards.registry.verifiers`, or ``package.module:Class``.
         prompt: name of the field with the prompt, or a template with fields in braces.
-        reference: name of the field with the reference, None for tasks without one.
+        reference: name of the field with the reference; None, or "" in a recipe, for tasks without one.
         options: of the verifier.
         splits: the source's name for "train", "validation" and "test", such as ``{"train": "train", "test": "test"}``;
             a validation split that is not named is taken from the training split, by content.
@@ -94,7 +94,7 @@ class VerifiedTasks(EpisodeEnv):
         made_of = {verifier: {**(options or {}), "verifier": verifier}, **(also or {})}
         self._pools = (json.dumps(made_of, sort_keys=True), real_number("timeout", timeout, 0.01, 3600))
         named = None if splits is None else tuple(sorted(splits.items()))
-        self._tasks = _split_tasks(source, prompt, reference, named, config)
+        self._tasks = _split_tasks(source, prompt, reference or None, named, config)
         _verifiers(self._pools[0])  # one that cannot be made is told of at once
         if category is not None:
             _check_category(category, self._tasks)
@@ -106,13 +106,17 @@ class VerifiedTasks(EpisodeEnv):
         """What holds for all tasks; see :attr:`TextEnv.instructions`."""
         return self.told
 
+    def task_count(self, split: str) -> int:
+        """Those of the list that belong to the split."""
+        return len(self._tasks[split])
+
     def _draw(self, split: str) -> str:
         tasks = self._tasks[split]
         if not tasks:
             raise EnvironmentFault(
                 f"None of the tasks belongs to the {split} split: there are too few, or splits does not name it."
             )
-        self._now = tasks[int(self.np_random.integers(len(tasks)))]
+        self._now = self._pick(tasks)
         self._score = None
         return self._now.prompt
 

@@ -52,7 +52,8 @@ def verify_episodes(
     """What a verifier thinks of each episode; None for failed ones and where it could not say.
 
     The verifier reads the answer, and of several turns all of them, with what the environment said in between. Its task
-    is the first observation. It is told no reference: one that knows the solution would tell pass@k.
+    is the first observation. It is told neither a reference nor what the environment said last, which is often the
+    verdict: one that knows the solution would tell pass@k.
 
     Args:
         groups: the episodes of each task.
@@ -76,11 +77,14 @@ def verify_episodes(
 
 
 def told(episode: Trajectory) -> str:
-    """An episode as a completion: the answer; of several turns the answers with what came of them."""
+    """An episode as a completion: the answer; of several turns the answers, with what was said between them.
+
+    The environment's last words are left out: many end an episode with "right" or "wrong".
+    """
     if len(episode.turns) == 1:
         return episode.turns[0].response
     parts: list[str] = []
     for number, turn in enumerate(episode.turns):
         parts += [turn.observation] if number else []
         parts.append(without_thought(turn.response))  # a verifier takes all up to the last thought for one thought
-    return "\n\n".join([*parts, episode.final_observation]).strip()
+    return "\n\n".join(parts).strip()

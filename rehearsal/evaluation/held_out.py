@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from rehearsal.evaluation.categories import category_figures, token_figures
 from rehearsal.evaluation.samples import sample_figures
@@ -18,17 +22,32 @@ def held_out_tasks(seed: int, split: str, count: int) -> list[Task]:
     return [Task(stream_key(seed, "held-out", split, i) % 2**31, split) for i in range(count)]
 
 
+def held_out_picks(seed: int, split: str, size: int | None) -> Iterator[Mapping[str, Any]]:
+    """Reset options that pick each task of a split once, in an order that the seed fixes.
+
+    Args:
+        seed: of the held-out tasks.
+        split: of the tasks.
+        size: how many it has, by :meth:`rehearsal.environments.base.TextEnv.task_count`; None, or 0, where they are
+            drawn: then there is no end of them, and nothing to pick.
+    """
+    if not size:
+        return itertools.repeat({})
+    order = np.random.default_rng(stream_key(seed, "held-out order", split)).permutation(size)
+    return ({"index": int(index)} for index in order)
+
+
 @dataclass
 class Evaluation:
     """What held-out play showed.
 
     Attributes:
         groups: the episodes of each task.
-        figures: "success" and "reward", each with its 95% interval ("success_low", "success_high"), "episodes",
-            "turns", "response_tokens", "format_errors", "failed_episodes" and the shares of stop reasons; the cost by
-            :func:`rehearsal.evaluation.categories.token_figures`; where there are several environments or kinds of
-            tasks, those of :func:`rehearsal.evaluation.categories.category_figures`, and "success/NAME" of each
-            environment.
+        figures: "success" and "reward", each with its 95% interval ("success_low", "success_high"), "tasks",
+            "episodes", "turns", "response_tokens", "format_errors", "failed_episodes" and the shares of stop reasons;
+            the cost by :func:`rehearsal.evaluation.categories.token_figures`; where there are several environments or
+            kinds of tasks, those of :func:`rehearsal.evaluation.categories.category_figures`, and "success/NAME" of
+            each environment.
     """
 
     groups: list[Group]
@@ -64,7 +83,8 @@ def evaluate(
 
 def evaluation_figures(groups: Sequence[Group]) -> dict[str, float]:
     """The figures of :class:`Evaluation`. A failed episode is counted as failed and enters no rate."""
-    plain = {name.removeprefix("eval/"): value for name, value in rollout_metrics(groups, "eval").items()}
+    plain = {"tasks": float(len(groups))} if groups else {}
+    plain |= {name.removeprefix("eval/"): value for name, value in rollout_metrics(groups, "eval").items()}
     scored = [trajectory for group in groups for trajectory in group if not trajectory.failed]
     if scored and any(trajectory.success is not None for trajectory in scored):
         solved = sum(bool(trajectory.success) for trajectory in scored)

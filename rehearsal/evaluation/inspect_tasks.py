@@ -44,7 +44,7 @@ def environment(
 
     Args:
         recipe: a built-in name or a TOML file, for environments, limits, answer format and tools.
-        episodes: how many tasks.
+        episodes: how many tasks; all of them where the split has fewer and counts them.
         split: of the tasks.
         overrides: options of the recipe by dotted name.
 
@@ -56,8 +56,9 @@ def environment(
     samples = []
     for number, one in enumerate(TaskSource(resolved).held_out(resolved.evaluation.seed, split, episodes), start=1):
         with contextlib.closing(variants[one.environment].make()) as env:
-            observation, info = check_reset(env, env.reset(seed=one.seed, options={"split": split}))
-        facts = {"environment": env.name, "variant": one.environment, "seed": one.seed, "split": split}
+            observation, info = check_reset(env, env.reset(seed=one.seed, options={**one.options, "split": split}))
+        facts: dict[str, Any] = {"environment": env.name, "variant": one.environment, "seed": one.seed}
+        facts |= {"split": split, "options": dict(one.options)}
         if info.get("category"):
             facts["category"] = str(info["category"])
         samples.append(Sample(input=observation, id=number, metadata=facts))
@@ -118,7 +119,8 @@ def _opening(
     env: TextEnv, agent: TextAgent, open_toolbox: Callable[[TextEnv], Any], facts: Mapping[str, Any], luck: int
 ) -> Callable[[], tuple[Any, bool | None]]:
     def begin() -> tuple[Any, bool | None]:
-        returned = env.reset(seed=facts["seed"], options={"split": facts["split"], "chance": luck})
+        options = {**facts["options"], "split": facts["split"], "chance": luck}
+        returned = env.reset(seed=facts["seed"], options=options)
         observation, info = check_reset(env, returned)
         prompt = agent.opening(env.instructions, observation, str(info.get("state", "")), env, open_toolbox(env))
         return prompt, info_success(info)

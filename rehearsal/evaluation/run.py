@@ -42,7 +42,8 @@ def evaluate_policy(
         recipe: where environment and limits come from; a run folder brings its own.
         overrides: options by dotted name.
         split: of the tasks.
-        episodes: how many tasks.
+        episodes: how many tasks; all of them where the split has fewer and counts them, see
+            :meth:`rehearsal.environments.base.TextEnv.task_count`.
         temperature: of the answers; 0 takes the likeliest token.
         samples: episodes of each task; with several there are pass@k and pass^k too.
         against: another policy that plays the same tasks with the same luck. The figures of the comparison, by

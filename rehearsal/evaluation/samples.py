@@ -90,8 +90,8 @@ def sample_figures(groups: Sequence[Group]) -> dict[str, float]:
 
     Returns:
         for k = 1, 2, 4, ... up to the number of samples ``pass@k`` and ``pass^k``, each with its 95% bootstrap interval
-        over tasks (``pass@k/low``, ``pass@k/high``); ``majority@n`` where every episode ends with one answer. Nothing
-        where success is not known.
+        over tasks (``pass@k/low``, ``pass@k/high``); ``majority@n`` where no episode has more than one answer: those
+        without one have no vote, and a task without votes is not solved. Nothing where success is not known.
     """
     played = [[one for one in group if not one.failed and one.success is not None] for group in groups]
     played = [episodes for episodes in played if episodes]
@@ -106,7 +106,7 @@ def sample_figures(groups: Sequence[Group]) -> dict[str, float]:
             values = [measure(n, c, k) for n, c in counts if n >= k]
             mean, low, high = mean_interval(values)
             figures |= {f"{name}{k}": mean, f"{name}{k}/low": low, f"{name}{k}/high": high}
-    if all(len(_actions(one)) == 1 for episodes in played for one in episodes):
+    if all(len(_actions(one)) <= 1 for episodes in played for one in episodes):
         mean, low, high = mean_interval([_majority_is_right(episodes) for episodes in played])
         figures |= {f"majority@{most}": mean, f"majority@{most}/low": low, f"majority@{most}/high": high}
     return figures
@@ -183,7 +183,7 @@ def _actions(trajectory: Trajectory) -> list[str]:
 
 
 def _majority_is_right(episodes: Sequence[Trajectory]) -> float:
-    answers = [_actions(one)[0] for one in episodes]
-    chosen = majority(answers)
-    return float(next((bool(one.success) for one, answer in zip(episodes, answers, strict=True)
-                       if " ".join(answer.casefold().split()) == chosen), False))  # fmt: skip
+    votes = [(answer, one) for one in episodes for answer in _actions(one)]
+    chosen = majority([answer for answer, _ in votes])
+    return float(next((bool(one.success) for answer, one in votes if " ".join(answer.casefold().split()) == chosen),
+                      False))  # fmt: skip

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import threading
 import time
@@ -37,7 +38,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rehearsal.errors import SandboxError
+from rehearsal.errors import RewardError, SandboxError
 from rehearsal.parsing import ALONE, parse_python
 from rehearsal.rewards import code_judge
 from rehearsal.rewards.answers import ANSWER
@@ -52,6 +53,7 @@ from rehearsal.sandbox import (
     Outcome,
     ProgramResult,
     ProgramRunner,
+    RemoteSandbox,
     require,
 )
 from rehearsal.sandbox.inside import plain
@@ -89,9 +91,12 @@ class CodeVerifier:
         python: the Python to run inside; this one if None.
         programs: what runs programs in place of the own sandbox, such as a :class:`rehearsal.sandbox.RemoteSandbox`.
             Assertions need interpreters and are always checked here.
+        url: of a service that runs programs, for which a :class:`rehearsal.sandbox.RemoteSandbox` is made and closed.
+        api_key_env: name of the environment variable with the service's key, which is sent as a bearer token.
 
     Raises:
-        SandboxError: at the first use, if the level is not to be had.
+        RewardError: for a key that is not set or has no service, and for both a service and something else.
+        SandboxError: for a URL that is none; and at the first use, if the level is not to be had.
     """
 
     name = "code"
@@ -100,11 +105,14 @@ class CodeVerifier:
     def __init__(
         self, *, limits: Limits | None = None, isolation: Isolation | str | None = None, partial: bool = False,
         concurrent: int = 4, packages: Sequence[str | PathLike[str]] = (), python: str | None = None,
-        programs: ProgramRunner | None = None,
+        programs: ProgramRunner | None = None, url: str | None = None, api_key_env: str | None = None,
     ) -> None:  # fmt: skip
+        if (url is None and api_key_env is not None) or (url is not None and programs is not None):
+            raise RewardError("The url names the service that runs programs: a key needs one, and other programs none.")
         self.limits = limits or Limits()
         self.partial = partial
-        self._programs = programs
+        self._service = None if url is None else RemoteSandbox(url, headers=_with_key(api_key_env))
+        self._programs = programs or self._service
         self._options: dict[str, Any] = {"isolation": isolation, "packages": packages, "python": python}
         self._concurrent = concurrent
         # Each check needs two interpreters: whoever has one must be sure of the other.
@@ -123,12 +131,17 @@ class CodeVerifier:
 
     def facts(self) -> dict[str, str]:
         """The level of isolation of the sandbox, found without starting it; and ``remote`` where programs are run by a
-        service.
+        service, alone where this machine has no sandbox and none is asked for.
 
         Raises:
             SandboxError: if the level is not to be had.
         """
-        own = require(self._options["isolation"], self._options["python"]).value
+        try:
+            own = require(self._options["isolation"], self._options["python"]).value
+        except SandboxError:
+            if self._programs is None or self._options["isolation"] is not None:
+                raise
+            own = ""
         elsewhere = getattr(self._programs, "isolation", "") if self._programs is not None else ""
         return merged([{"sandbox": own}, {"sandbox": str(getattr(elsewhere, "value", elsewhere))}])
 
@@ -166,6 +179,8 @@ class CodeVerifier:
             if self._pool is not None:
                 self._pool.close()
                 self._pool = None
+        if self._service is not None:
+            self._service.close()
 
     def __enter__(self) -> CodeVerifier:
         return self
@@ -306,6 +321,16 @@ def extract_code(completion: str) -> str:
 def same_output(output: str, wanted: str) -> bool:
     """Whether outputs are the same but for white space at the end of lines and empty lines at the end."""
     return _lines(output) == _lines(wanted)
+
+
+def _with_key(api_key_env: str | None) -> dict[str, str]:
+    """The headers of requests to a service."""
+    if api_key_env is None:
+        return {}
+    key = os.environ.get(api_key_env, "").strip()
+    if not key:
+        raise RewardError(f"The environment variable {api_key_env} is not set; put the sandbox service's key into it.")
+    return {"Authorization": f"Bearer {key}"}
 
 
 def _lines(text: str) -> list[str]:

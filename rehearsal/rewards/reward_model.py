@@ -103,9 +103,9 @@ class RewardModel:
         answer = completion if self._with_thought else without_thought(completion)
         if getattr(self._tokenizer, "chat_template", None):
             chat = [{"role": "user", "content": task.prompt}, {"role": "assistant", "content": answer}]
-            text = self._tokenizer.apply_chat_template(chat, tokenize=False)
+            text = _clean(self._tokenizer.apply_chat_template(chat, tokenize=False))
             return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        return list(self._tokenizer(f"{task.prompt}\n\n{answer}")["input_ids"])
+        return list(self._tokenizer(_clean(f"{task.prompt}\n\n{answer}"))["input_ids"])
 
     def _refused(self, tokens: list[int]) -> Failure | None:
         if not tokens:
@@ -115,6 +115,11 @@ class RewardModel:
                 "error", f"A text of {len(tokens)} tokens is too long for a reward model of {self._longest}."
             )
         return None
+
+
+def _clean(text: str) -> str:
+    """Without halves of surrogate pairs, which no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _label(config: Any, label: int | str | None, folder: str | Path) -> int:

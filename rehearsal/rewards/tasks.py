@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rehearsal.errors import RewardError
+from rehearsal.files import find_file, open_text, stem_of, suffix_of
 from rehearsal.rewards.answers import prompt_key
 from rehearsal.rewards.verifier import Task
 
@@ -65,7 +66,7 @@ def load_tasks(
 
     Args:
         source: a file of JSON lines; a folder with one for each split, called ``SPLIT.jsonl``; or the name of a Hugging
-            Face data set, or a folder that ``datasets`` saved.
+            Face data set, or a folder that ``datasets`` saved. Files may be compressed, with ``.gz`` behind their name.
         prompt: name of the field with the prompt, or a template with fields in braces.
         reference: name of the field with the reference; None for tasks without one.
         data: further fields for the verifier; all that are left if None.
@@ -156,24 +157,25 @@ def _template_fields(prompt: str) -> list[str]:
 def _rows(source: str | Path, split: str, config: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
     path = Path(source)
     if path.is_dir():
-        file = path / f"{split}.jsonl"
-        if file.is_file():
+        file = find_file(path / f"{split}.jsonl")
+        if file is not None:
             yield from _json_lines(file)
             return
         if not any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
-            there = ", ".join(sorted(found.stem for found in path.glob("*.jsonl"))) or "none"
+            files = (found for found in path.glob("*.jsonl*") if suffix_of(found) == ".jsonl")
+            there = ", ".join(sorted({stem_of(found) for found in files})) or "none"
             raise RewardError(f"There is no split {split!r} in {source}; files of JSON lines there: {there}.")
     elif path.is_file():
         yield from _json_lines(path)
         return
-    elif path.suffix in _SUFFIXES:
+    elif suffix_of(path) in _SUFFIXES:
         raise RewardError(f"There is no file {source}.")
     yield from _data_set(source, split, config)
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with open_text(path) as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -188,7 +190,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     except UnicodeDecodeError as problem:
         raise RewardError(f"{path.name} is not text in UTF-8 ({problem.reason} at byte {problem.start}).") from problem
     except OSError as problem:
-        raise RewardError(f"{path} cannot be read: {problem.strerror}.") from problem
+        raise RewardError(f"{path} cannot be read: {problem.strerror or problem}.") from problem
 
 
 def _data_set(source: str | Path, split: str, config: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:

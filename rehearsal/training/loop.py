@@ -179,8 +179,8 @@ class Trainer:
         if episodes == 0:
             return None
         options = self.recipe.evaluation
-        self.observer.playing(f"evaluation after {self.steps_done} steps", episodes)
         tasks = self.tasks.held_out(options.seed, split, episodes)
+        self.observer.playing(f"evaluation after {self.steps_done} steps", len(tasks))
         result = evaluate(
             self.player, tasks, temperature=options.temperature, step=self.steps_done, on_episode=self.observer.episode
         )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +17,7 @@ from rehearsal.algorithms.curriculum import ByDifficulty, Draw, Fresh, Mixture, 
 from rehearsal.environments.base import TextEnv
 from rehearsal.environments.registry import check_names, make
 from rehearsal.errors import EnvironmentFault, RecipeError
-from rehearsal.evaluation.held_out import held_out_tasks
+from rehearsal.evaluation.held_out import held_out_picks, held_out_tasks
 from rehearsal.generation.sampling import stream_key
 from rehearsal.rollout import Task, tasks_of_step
 from rehearsal.training.options import AgentOptions, CurriculumOptions
@@ -137,6 +140,7 @@ class TaskSource:
         self.sampler = make_sampler(recipe)
         self._locked = locked_tools(recipe)
         self._drawn: list[Draw] = []
+        self._sizes: dict[tuple[int, str], int | None] = {}
 
     def of_step(self, step: int, count: int, first: int = 0) -> list[Task]:
         """The tasks of a training step: a function of seed, step and what the sampler has learned.
@@ -195,12 +199,36 @@ class TaskSource:
 
     def held_out(self, seed: int, split: str, count: int) -> list[Task]:
         """Tasks to be judged by: of a mixture all environments in turn, of stages the last one, with the tools of the
-        present one."""
-        tasks = held_out_tasks(seed, split, count)
-        n = len(self.variants)
-        if self._mixed:
-            return [Task(task.seed, task.split, i % n) for i, task in enumerate(tasks)]
-        return [Task(task.seed, task.split, n - 1, locked=self.locked) for task in tasks]
+        present one.
+
+        Where an environment counts its tasks, each is there once, so there may be fewer than ``count`` of them. In a
+        mixture the others go on when the tasks of one are used up.
+
+        Raises:
+            RehearsalError: for an environment that cannot be made.
+        """
+        last = len(self.variants) - 1
+        playing = deque(range(last + 1) if self._mixed else [last])
+        picks = {part: held_out_picks(seed, split, self._size(part, split)) for part in playing}
+        tasks: list[Task] = []
+        for task in held_out_tasks(seed, split, count):
+            options = None
+            while options is None and playing:
+                options = next(picks[playing[0]], None)
+                if options is None:
+                    playing.popleft()
+            if options is None:
+                break
+            tasks.append(replace(task, environment=playing[0], options=options, locked=self.locked))
+            playing.rotate(-1)
+        return tasks
+
+    def _size(self, part: int, split: str) -> int | None:
+        """How many tasks a split of an environment has, if that is told."""
+        if (part, split) not in self._sizes:
+            with contextlib.closing(self.variants[part].make()) as env:
+                self._sizes[part, split] = env.task_count(split)
+        return self._sizes[part, split]
 
 
 def success_share(group: Group) -> float:

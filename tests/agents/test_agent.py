@@ -57,11 +57,13 @@ LIMITS = Limits(max_turns=4, max_actions_per_turn=2, max_actions=6)
 class Game:
     """Plays texts as if they had been sampled."""
 
-    def __init__(self, renderer: ChatRenderer, limits: Limits = LIMITS, **protocol: Any) -> None:
-        self.env = Line()
+    def __init__(
+        self, renderer: ChatRenderer, limits: Limits = LIMITS, env: Line | None = None, **protocol: Any
+    ) -> None:
+        self.env = env or Line()
         self.agent = Agent(renderer, Protocol(**protocol), limits)
         observation, info = self.env.reset()
-        self.prompt = self.agent.opening("Walk right.", observation, info["state"])
+        self.prompt = self.agent.opening("Walk right.", observation, info["state"], env)
 
     def say(self, text: str, stop: SampleStop = SampleStop.END) -> str:
         ids = self.agent.renderer.encode(text + ("<|im_end|>" if stop == SampleStop.END else ""))
@@ -99,6 +101,27 @@ def test_whole_episode(chatml_renderer: ChatRenderer) -> None:
     assert (second.thought, second.actions, second.executed) == ("x", ["Right"], ["Right"])
     assert second.response == "<think>x</think><answer>Right</answer><|im_end|>"
     assert not +agent.counters
+
+
+class Essay(Line):
+    """Takes any text."""
+
+    def legal_actions(self) -> list[str] | None:
+        return None
+
+
+def test_a_free_text_reaches_the_environment_whole(chatml_renderer: ChatRenderer) -> None:
+    one = Limits(max_turns=4, max_actions_per_turn=1, max_actions=6)
+    game = Game(chatml_renderer, one, Essay())
+    game.act("if a", "b: print('<answer>')")
+    assert game.env.stepped == ["if a || b: print('<answer>')"]
+    assert not +game.agent.counters
+    several = Game(chatml_renderer, LIMITS, Essay())
+    several.act("a", "b")
+    assert several.env.stepped == ["a", "b"]
+    listed = Game(chatml_renderer, one, Line())
+    listed.act("Left", "Right")
+    assert listed.env.stepped == ["Left"] and listed.agent.counters["surplus_actions"] == 1
 
 
 def test_segment_of_an_episode(chatml_renderer: ChatRenderer) -> None:

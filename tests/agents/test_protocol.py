@@ -68,6 +68,56 @@ def test_surplus_actions_are_left_out_and_counted() -> None:
     assert parsed == Parsed("a", ("A", "B"), True, "too many actions: 4, 2 allowed", 2)
 
 
+ONE_TEXT = Protocol(free_text=True)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "||v|| = sqrt(v . v)",
+        "The norm of v is ||v||, that of w ||w||.",
+        "```sh\ntest -f a || exit 1\n```",
+        "| a || b |\n|---||---|",
+        "||",
+        "Write <answer> before it.",
+        "So <answer>4</answer> is how it is written.",
+        "re.findall('<answer>(.*?)</answer>', text)  # || of tags",
+        "<answer><answer>a</answer></answer>",
+    ],
+)
+def test_a_single_free_text_is_the_whole_answer(answer: str) -> None:
+    text = f"<think>a</think><answer> {answer} </answer><|im_end|>"
+    assert ONE_TEXT.parse(text) == Parsed("a", (answer,), True)
+    assert ONE_TEXT.parse(f"a</think><answer>{answer}</answer>", opened_thought=True) == Parsed("a", (answer,), True)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("<answer>4</answer><answer>5</answer>", "text outside the tags"),
+        ("<answer>4</answer> or <answer>5</answer>", "text outside the tags"),
+        ("<answer>a <answer>4</answer></answer> or <answer>5</answer>", "text outside the tags"),
+        ("<answer>4</answer></answer>", "text outside the tags"),
+        ("<answer>4</answer>.", "text outside the tags"),
+        ("<answer>4", "an unclosed answer"),
+        ("<answer> </answer>", "an empty answer"),
+        ("<answer>4<think>5</think></answer>", "a tag inside the answer"),
+    ],
+)
+def test_a_free_text_answer_is_one(text: str, problem: str) -> None:
+    parsed = ONE_TEXT.parse(f"<think>a</think>{text}")
+    assert (parsed.valid, parsed.actions, parsed.problem) == (False, (), problem)
+    assert not ONE_TEXT.parse("<think>a</think><answer>4<tool_call></answer>").problem
+    assert Protocol(free_text=True, tools=True).parse("<think>a</think><answer>4<tool_call></answer>").problem
+
+
+def test_several_free_texts_are_told_apart_as_ever() -> None:
+    several = Protocol(free_text=True, max_actions_per_turn=2)
+    text = "<think>a</think><answer>x || y || z</answer>"
+    assert several.parse(text) == THINKING.parse(text)
+    assert Protocol().parse(text).actions == ("x",), "and where actions are listed"
+
+
 def test_without_thinking() -> None:
     assert PLAIN.parse("<answer>Left</answer><|im_end|>") == Parsed("", ("Left",), True)
     assert PLAIN.parse("<think>a</think><answer>Left</answer>").problem == "text outside the tags"
@@ -96,6 +146,9 @@ fragments = st.sampled_from(
 @settings(max_examples=300, deadline=None)
 @given(text=st.lists(fragments, max_size=12).map("".join) | st.text(), opened=st.booleans(), thinking=st.booleans())
 def test_parsing_never_raises_and_is_consistent(text: str, opened: bool, thinking: bool) -> None:
+    free = ONE_TEXT.parse(text, opened)
+    assert free.valid == bool(free.actions) != bool(free.problem)
+    assert all(action == action.strip() and action in text for action in free.actions) and free.surplus == 0
     protocol = Protocol(thinking=thinking, max_actions_per_turn=2)
     parsed = protocol.parse(text, opened)
     assert parsed.valid == bool(parsed.actions)
@@ -106,12 +159,15 @@ def test_parsing_never_raises_and_is_consistent(text: str, opened: bool, thinkin
     assert protocol.parse(text + " <|im_end|>\n", opened) == parsed
 
 
-@pytest.mark.parametrize("unit", ["<|im_end|>", "</s> ", "<think>", "</think>", "<answer>", "||", "a ", "<"])
+@pytest.mark.parametrize(
+    "unit", ["<|im_end|>", "</s> ", "<think>", "</think>", "<answer>", "</answer>", "||", "a ", "<"]
+)
 def test_huge_answers_take_linear_time(unit: str) -> None:
     text = "<think>a</think><answer>" + unit * 200_000
     # Of the processor, not of the clock: with quadratic time it would be minutes.
     start = time.process_time()
     THINKING.parse(text)
+    ONE_TEXT.parse(text)
     assert time.process_time() - start < 10.0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import math
 import threading
@@ -245,6 +246,19 @@ def test_a_corpus_is_read_from_lines_folders_and_lists(tmp_path: Path) -> None:
     assert [(one.key, one.title, one.text) for one in read_corpus(folder)] == [
         ("b.txt", "b", "Second é."), ("deep/a.md", "a", "First."),
     ]  # fmt: skip
+    (folder / "b.txt").unlink()
+    (folder / "b.txt.gz").write_bytes(gzip.compress("Second é.".encode()))
+    (folder / "deep" / "c.jsonl").write_text('{"text": "Third."}\n{"text": "Fourth.", "id": "4"}\n')
+    assert [(one.key, one.title, one.text) for one in read_corpus(folder)] == [
+        ("b.txt.gz", "b", "Second é."), ("deep/a.md", "a", "First."), ("deep/c.jsonl:1", "", "Third."),
+        ("4", "", "Fourth."),
+    ]  # fmt: skip
+    packed = tmp_path / "corpus.jsonl.gz"
+    packed.write_bytes(gzip.compress(lines.read_bytes()))
+    assert read_corpus(packed) == read_corpus(lines)
+    packed.write_bytes(packed.read_bytes()[:-12])
+    with pytest.raises(ToolError, match="damaged or cut off"):
+        read_corpus(packed)
 
 
 @pytest.mark.parametrize(
@@ -262,8 +276,8 @@ def test_a_corpus_that_cannot_be_read(tmp_path: Path, content: str | bytes, told
         Corpus(read_corpus(file))
     with pytest.raises(ToolError, match="cannot be read"):
         read_corpus(tmp_path / "missing.jsonl")
-    with pytest.raises(ToolError, match=r"no \.txt or \.md files"):
-        read_corpus(tmp_path)
+    with pytest.raises(ToolError, match=r"no \.txt or \.md or \.jsonl files"):
+        read_corpus(tmp_path, without=file)
 
 
 def test_an_index_in_a_file_is_used_again_and_made_anew(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import math
 import random
 import threading
 import time
+from types import MappingProxyType
 
 import gymnasium as gym
 import numpy as np
@@ -121,6 +122,26 @@ def leave(*_, **__):
     raise SystemExit(3)
 
 
+class Listed(Fine):
+    """Its tasks are the digits of each split, by number."""
+
+    digits = MappingProxyType({"train": "012345", "validation": "67", "test": "89"})
+
+    def task_count(self, split):
+        return len(self.digits[split])
+
+    def reset(self, *, seed=None, options=None):
+        observation, info = super().reset(seed=seed, options=options)
+        index = (options or {}).get("index")
+        if index is None:
+            return observation, info
+        self.digit = self.digits[self.split][self.number(index, seed)]
+        return f"say {self.digit}", {**info, "task": self.digit, "state": self.digit}
+
+    def number(self, index, seed):
+        return index
+
+
 FAKES = {
     "reset-type": [
         broken(reset=lambda self, original, **kwargs: original(self, **kwargs)[0]),
@@ -158,6 +179,12 @@ FAKES = {
         broken(oracle=lambda self, original: [str((int(self.digit) + 1) % 10)]),
         broken(oracle=lambda self, original: ["ten"]),
     ],
+    "count-type": [type("Broken", (Listed,), {"task_count": lambda self, split: 2.0})],
+    "index": [
+        type("Broken", (Listed,), {"number": lambda self, index, seed: 0}),
+        type("Broken", (Listed,), {"number": lambda self, index, seed: (index + seed) % 2}),
+        type("Deaf", (Fine,), {"task_count": lambda self, split: 100}),
+    ],
     "oracle-type": [broken(oracle=lambda self, original: "5")],
     "instructions-type": [type("Broken", (Fine,), {"instructions": None})],
     "limits": [type("Broken", (Fine,), {"max_turns": 0})],
@@ -174,6 +201,7 @@ def test_a_sound_environment_has_no_problems():
     assert "no problems" in str(report)
     assert len(report.checked) == 7
     assert not report.skipped
+    assert check_env(Listed).ok
 
 
 @pytest.mark.parametrize(("code", "fake"), [(code, fake) for code, fakes in FAKES.items() for fake in fakes])

@@ -128,4 +128,18 @@ def test_an_episode_of_several_turns_is_read_whole() -> None:
     one = episode(True)
     one.turns = [Turn("a", response="<think>hm</think>b"), Turn("c", response="<think>hm</think>d")]
     one.final_observation = "e"
-    assert told(one) == "b\n\nc\n\nd\n\ne"
+    assert told(one) == "b\n\nc\n\nd", "not what was said last, which may be the verdict"
+
+
+def test_a_verifier_that_looks_for_the_verdict_picks_at_random() -> None:
+    def searched(right: bool) -> Trajectory:
+        one = episode(right)
+        one.turns = [Turn("What?", response="<tool_call>{}</tool_call>"), Turn("found", response="<answer>x</answer>")]
+        one.final_observation = "right" if right else "wrong"
+        return one
+
+    groups = [Group([searched(sample % 4 == 0) for sample in range(4)]) for _ in range(8)]
+    peeking = {"pattern": "right$", "how": "search", "where": "completion"}
+    figures = best_of_figures(groups, verify_episodes(groups, "pattern", peeking))
+    assert figures["unverified"] == 0.0
+    assert figures["best@1"] == figures["best@2"] == figures["best@4"] == 0.25

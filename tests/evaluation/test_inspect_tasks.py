@@ -72,6 +72,17 @@ def test_the_tasks_are_the_held_out_ones(recipe: str) -> None:
     assert [sample.input for sample in environment(recipe, episodes=4).dataset] == expected
 
 
+def test_tasks_of_a_list_are_there_once(tmp_path: Path) -> None:
+    file = tmp_path / "lookup.toml"
+    file.write_text('[environment]\nname = "lookup"\nparams = {people = 12}\n[agent]\nthinking = false\n')
+    task = environment(str(file), episodes=1000)
+    asked = [sample.input for sample in task.dataset]
+    assert len(asked) == len(set(asked)) == make("lookup", people=12).task_count("test")
+    log = played(task, lambda texts: "<answer>nobody</answer>", tmp_path, limit=3)
+    for sample in log.samples:
+        assert sample.input in sample.messages[1].text, "what is played is what the sample says"
+
+
 def test_tools_are_called_and_their_results_shown(recipe: str, tmp_path: Path) -> None:
     def answer(texts: list[str]) -> str:
         if len(texts) == 2:

@@ -101,10 +101,20 @@ def test_figures_of_several_samples() -> None:
     assert sample_figures([Group([episode(None)])]) == {}
     three = sample_figures([Group([episode(True)] * 3)])
     assert {"pass@1", "pass@2", "pass@3"} <= set(three) and "pass@4" not in three
-    # A vote needs one answer of each.
+    # Of several answers none is the vote.
     talker = episode(True)
     talker.turns = talker.turns * 2
     assert not any(name.startswith("majority") for name in sample_figures([Group([talker, talker])]))
+
+
+def test_an_episode_without_an_answer_has_no_vote() -> None:
+    silent = episode(False)
+    silent.turns = [Turn("", response="I do not know.")]
+    outvoted = Group([episode(True, "7"), episode(True, "7"), episode(False, "8"), silent, silent])
+    assert sample_figures([outvoted])["majority@5"] == 1.0, "the silent ones are no majority"
+    figures = sample_figures([outvoted, Group([silent] * 5)])
+    assert figures["majority@5"] == 0.5, "a task without votes is not solved"
+    assert figures["majority@5/low"] == 0.0 and figures["majority@5/high"] == 1.0
 
 
 def test_a_difference_is_found_by_task() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import gzip
 import json
 import os
@@ -15,16 +14,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from rehearsal.errors import SandboxError
+from rehearsal.errors import RehearsalError, SandboxError
 from rehearsal.rewards.code import CodeVerifier, extract_code, same_output
 from rehearsal.rewards.code_judge import defined_names, free_names
+from rehearsal.rewards.registry import verifier as named
 from rehearsal.rewards.verifier import Task, VerificationError
 from rehearsal.sandbox import Interpreter, Isolation, Limits, Outcome, ProgramResult, strongest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "sandbox"))
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from mutants import KINDS, mutants
 from pools import below
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -379,6 +383,37 @@ def test_a_service_can_run_the_programs() -> None:
         assert verifier._pool is None
 
 
+def test_a_recipe_can_name_a_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[dict[str, Any]] = []
+
+    def post(client: httpx.Client, url: str, *, json: dict[str, Any], timeout: float) -> httpx.Response:
+        sent.append({"url": url, "key": client.headers.get("Authorization"), **json})
+        run = {"status": "Finished", "return_code": 0, "stdout": str(2 * int(json["stdin"])), "stderr": ""}
+        return httpx.Response(200, json={"status": "Success", "run_result": run})
+
+    monkeypatch.setattr(httpx.Client, "post", post)
+    monkeypatch.setenv("SANDBOX_KEY", "k")
+    made = named("code", url="http://sandbox.example/", api_key_env="SANDBOX_KEY", seconds=3.0)
+    assert isinstance(made, CodeVerifier)
+    with made as verifier:
+        assert verifier.verify("print(2 * int(input()))", Task("Double it.", PAIRS)).passed
+        assert verifier._pool is None, "nothing ran here"
+        assert "remote" in verifier.facts()["sandbox"]
+    assert [(one["url"], one["key"], one["run_timeout"]) for one in sent] == [
+        ("http://sandbox.example/run_code", "Bearer k", 3.0)
+    ] * 2
+    monkeypatch.setattr("rehearsal.rewards.code.require", lambda *_: (_ for _ in ()).throw(SandboxError("none here")))
+    assert named("code", url="http://sandbox.example").facts() == {"sandbox": "remote"}  # type: ignore[attr-defined]
+    with pytest.raises(SandboxError, match="none here"):
+        named("code", url="http://sandbox.example", isolation="namespaces").facts()  # type: ignore[attr-defined]
+    for options, told in (
+        ({"url": "sandbox.example"}, "begins with http"), ({"api_key_env": "SANDBOX_KEY"}, "a key needs one"),
+        ({"url": "http://sandbox.example", "api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY is not set"),
+    ):  # fmt: skip
+        with pytest.raises(RehearsalError, match=told):
+            named("code", **options)
+
+
 def test_a_service_that_fails_gives_no_score() -> None:
     class Service:
         def run_program(self, source: str, **_: Any) -> ProgramResult:
@@ -405,71 +440,56 @@ def humaneval() -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
 
 
-class Mutation(ast.NodeTransformer):
-    """Changes one thing: the n-th comparison, operator or constant."""
-
-    def __init__(self, place: int) -> None:
-        self.left = place
-
-    def _now(self) -> bool:
-        self.left -= 1
-        return self.left == -1
-
-    def visit_Compare(self, node: ast.Compare) -> ast.AST:
-        self.generic_visit(node)
-        swaps = {ast.Lt: ast.GtE, ast.LtE: ast.Gt, ast.Gt: ast.LtE, ast.GtE: ast.Lt,
-                 ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-                 ast.In: ast.NotIn, ast.NotIn: ast.In}  # fmt: skip
-        if type(node.ops[0]) in swaps and self._now():
-            node.ops[0] = swaps[type(node.ops[0])]()
-        return node
-
-    def visit_Return(self, node: ast.Return) -> ast.AST:
-        self.generic_visit(node)
-        if node.value is not None and self._now():
-            value = f"(not _v if isinstance((_v := {ast.unparse(node.value)}), bool) else (_v, '?'))"
-            changed = ast.parse(value, mode="eval").body
-            return ast.copy_location(ast.Return(changed), node)
-        return node
+KILLED = 0.9
+"""Share of mutants that the tests of HumanEval must find; those that they do not find are as good as the original, or
+the tests are too few (as arXiv:2305.01210 shows of many)."""
 
 
-def mutated(prompt: str, solution: str, entry: str) -> str:
-    """The solution with the last ``return`` of the function changed: it then answers something else."""
-    tree = ast.parse(prompt + solution)
-    function = next(n for n in reversed(tree.body) if isinstance(n, ast.FunctionDef) and n.name == entry)
-    for place in range(40, -1, -1):
-        copy = ast.parse(ast.unparse(function))
-        mutation = Mutation(place)
-        mutation.visit(copy)
-        if mutation.left < 0:
-            return ast.unparse(ast.fix_missing_locations(copy))
-    raise AssertionError(f"nothing to change in {entry}")
+def test_mutants_are_other_programs() -> None:
+    program = "def f(n):\n    total = 0\n    for i in range(1, n):\n        total += i * 2\n    return total"
+    made = mutants(program, "f", most=9)
+    assert [kind for kind, _ in made] == ["return"] + ["constant"] * 3 + ["operator"] * 2
+    assert len({source for _, source in made} | {program}) == 7
+    scope: dict[str, Any] = {}
+    exec(made[0][1], scope)
+    assert scope["f"](4) == 13
+    for value in (True, 3, 2.5, "a", [1], ["a"], (), {"a": 1}, {1}):
+        other = scope["_other"](value)
+        assert other != value and (type(other) is type(value))
 
 
 @pytest.mark.slow
 def test_all_of_humaneval(verifier: CodeVerifier) -> None:
     rows = humaneval()
     # None of these takes a second; on a busy machine that may take long, and must not count against them.
-    patient = CodeVerifier(limits=Limits(seconds=60))
+    patient, brisk = (CodeVerifier(limits=Limits(seconds=seconds)) for seconds in (60, 10))
 
-    def check(row: dict[str, Any], wrong: str) -> tuple[str, bool, bool, bool]:
+    def check(row: dict[str, Any], wrong: list[tuple[str, str]]) -> tuple[bool, list[tuple[str, bool]]]:
         task = Task(row["prompt"], row["test"], {"entry_point": row["entry_point"]})
         solution = row["canonical_solution"]
-        return (
-            row["task_id"],
-            patient.verify(solution, task).passed,
-            patient.verify(f"Here:\n```python\n{row['prompt']}{solution}```\n", task).passed,
-            patient.verify(f"```python\n{wrong}\n```", task).passed,
-        )
+        continued = patient.verify(solution, task).passed
+        whole = patient.verify(f"Here:\n```python\n{row['prompt']}{solution}```\n", task).passed
+        # One that never ends is found out by its time.
+        found = [(kind, brisk.verify(f"```python\n{source}\n```", task).passed) for kind, source in wrong]
+        return continued and whole, found
 
     # Here and not in the threads: two that parse at the same time mistake each other's depth for their own
     # (`rehearsal.parsing`), and ast.parse of the test knows nothing of the lock.
-    wrongs = [mutated(row["prompt"], row["canonical_solution"], row["entry_point"]) for row in rows]
-    with patient, ThreadPoolExecutor(4) as threads:
+    wrongs = [mutants(row["prompt"] + row["canonical_solution"], row["entry_point"]) for row in rows]
+    with patient, brisk, ThreadPoolExecutor(4) as threads:
         results = list(threads.map(check, rows, wrongs))
     assert len(results) == 164
-    assert [name for name, continued, whole, _ in results if not (continued and whole)] == []
-    assert [name for name, _, _, wrong in results if wrong] == []
+    names = [row["task_id"] for row in rows]
+    assert [name for name, (right, _) in zip(names, results, strict=True) if not right] == []
+    survivors = [
+        (name, kind) for name, (_, found) in zip(names, results, strict=True) for kind, passed in found if passed
+    ]
+    assert [name for name, kind in survivors if kind == "return"] == [], "another value of the same type never passes"
+    for kind in KINDS:
+        total = sum(found == kind for _, own in results for found, _ in own)
+        lost = sum(found == kind for _, found in survivors)
+        print(f"{kind}: {total - lost} of {total} mutants found")
+        assert total > 150 and lost <= (1 - KILLED) * total, (kind, survivors)
 
 
 def test_problems_in_the_form_of_mbpp(verifier: CodeVerifier) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import sys
@@ -164,6 +165,33 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe{")
     with pytest.raises(RewardError, match="not text in UTF-8"):
         load_tasks(tmp_path / "binary.jsonl")
+
+
+def test_compressed_files(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"prompt": "question", "reference": "answer"}
+    plain = write(tmp_path / "plain.jsonl", *ROWS)
+    packed = tmp_path / "train.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert load_tasks(packed, **given) == load_tasks(plain, **given) == load_tasks(tmp_path, **given)
+    with pytest.raises(RewardError, match=r"no split 'test' in .*; files of JSON lines there: plain, train"):
+        load_tasks(tmp_path, split="test", **given)
+    with pytest.raises(RewardError, match="There is no file"):
+        load_tasks(tmp_path / "nothing.jsonl.gz")
+    packed.write_bytes(packed.read_bytes()[:-12])
+    with pytest.raises(RewardError, match="damaged or cut off"):
+        load_tasks(packed, **given)
+    packed.write_bytes(plain.read_bytes())
+    with pytest.raises(RewardError, match="cannot be read: Not a gzipped file"):
+        load_tasks(packed, **given)
+    packed.write_bytes(gzip.compress(b"\xff\xfe{"))
+    with pytest.raises(RewardError, match="not text in UTF-8"):
+        load_tasks(packed, **given)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the data folder is not there")
+def test_humaneval_as_it_is_published() -> None:
+    tasks = load_tasks(SHARED / "humaneval" / "HumanEval.jsonl.gz", reference="test")
+    assert len(tasks) == 164 and tasks[0].data["entry_point"] == "has_close_elements"
 
 
 def test_tasks_from_a_data_set_on_disk(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,12 @@ from rehearsal.rewards.pool import VerifierPool
 from rehearsal.rewards.reward_model import RewardModel
 from rehearsal.rewards.verifier import Failure, Score, Task, VerificationError
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny_models import save_model
+
 TEXTS = ["Left", "Right or left", "Up", "Down, down and down again", "Left"]
 TASKS = [Task("Where to?")] * len(TEXTS)
-
-
-def save_model(folder: Path, tokenizer: Any, labels: list[str], **changes: Any) -> Any:
-    from transformers import Qwen3Config, Qwen3ForSequenceClassification
-
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=128, initializer_range=0.3,
-        id2label=dict(enumerate(labels)), label2id={name: n for n, name in enumerate(labels)},
-        pad_token_id=tokenizer.pad_token_id, **changes,
-    )  # fmt: skip
-    model = Qwen3ForSequenceClassification(config).eval()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +113,9 @@ def test_folders_that_hold_no_reward_model(tmp_path: Path) -> None:
         RewardModel(tmp_path / "nothing")
     with pytest.raises(RewardError, match="no reward model that can be loaded"):
         RewardModel(tmp_path)
+
+
+def test_a_text_that_no_tokenizer_takes_spoils_no_other(folder: Path) -> None:
+    texts = ["Left", "half a pair: \ud800", "Up"]
+    results = RewardModel(folder).verify_batch(texts, [Task("Where \udfff to?")] * 3)
+    assert [isinstance(result, Score) for result in results] == [True] * 3

@@ -102,6 +102,10 @@ class Sokoban(SpatialEnv):
         """All four moves, always."""
         return list(ACTIONS)
 
+    def task_count(self, split: str) -> int | None:
+        """The levels of the split where they come from a file."""
+        return None if self._stock is None else len(self._stock[split])
+
     def _draw(self, split: str) -> str:
         if self._stock is not None:
             stock = self._stock[split]
@@ -109,7 +113,7 @@ class Sokoban(SpatialEnv):
                 raise EnvironmentFault(
                     f"None of the Sokoban levels in {self._levels_path} belongs to the {split} split; give more levels."
                 )
-            self._level = stock[int(self.np_random.integers(len(stock)))]
+            self._level = self._pick(stock)
         else:
             self._level = self._made(split)
         return self._level.content

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rehearsal.environments.sokoban.rules import Level
 from rehearsal.errors import RecipeError
+from rehearsal.files import open_text, suffix_of
 
 _SYMBOLS = frozenset("#.$*@+ -_")
 
@@ -84,7 +85,9 @@ def read_levels(path: str | Path) -> tuple[Level, ...]:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".xsb", ".sok") and file.is_file())
+        files = sorted(
+            file for file in path.rglob("*") if suffix_of(file) in (".txt", ".xsb", ".sok") and file.is_file()
+        )
     elif path.is_file():
         files = [path]
     else:
@@ -103,7 +106,8 @@ def read_levels(path: str | Path) -> tuple[Level, ...]:
 def _read_file(path: str, modified: int, size: int) -> tuple[Level, ...]:
     """The levels of a file; its time and size are there to notice a change."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open_text(Path(path)) as file:
+            text = file.read()
     except (OSError, UnicodeDecodeError) as problem:
         raise RecipeError(f"The Sokoban levels in {path} cannot be read: {problem}.") from problem
     try:
