@@ -17,8 +17,8 @@ def train_command(options: argparse.Namespace) -> int:
     from rehearsal.display import TerminalObserver, closing_line
     from rehearsal.reports import write_report
     from rehearsal.training.recipe import resolve_recipe
+    from rehearsal.training.resuming import resumed_recipe
     from rehearsal.training.run import train
-    from rehearsal.training.runs import RunFolder
 
     console = Console()
     if options.options:
@@ -28,11 +28,12 @@ def train_command(options: argparse.Namespace) -> int:
     output = options.resume if resume else options.output
     if resume and options.output is not None:
         raise RecipeError("--resume already names the run folder; leave --output out.")
-    source: Any = options.recipe
-    if resume:
-        RunFolder.open(options.resume)
-        source = options.resume / "recipe.toml" if source is None else source
-    recipe = resolve_recipe(source, options.dotted)
+    if resume and options.recipe is not None:
+        raise RecipeError(
+            f"--resume goes on with the recipe that is stored in {output}; leave {options.recipe} out, and give only "
+            "options that change, such as --training.steps 120."
+        )
+    recipe = resumed_recipe(output, None, options.dotted) if resume else resolve_recipe(options.recipe, options.dotted)
     if options.dry_run:
         from rehearsal.training.plan import describe_plan
 

@@ -151,6 +151,18 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
     return weights, state
 
 
+@contextlib.contextmanager
+def state_errors(path: Path) -> Iterator[None]:
+    """Turn what is raised where the state of a whole checkpoint does not fit into a :class:`CheckpointError`."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"The checkpoint {path} was written by another version of this package or by a run of another kind "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). {_advice(path)}"
+        ) from error
+
+
 def _advice(path: Path) -> str:
     others = [other.name for other in checkpoints(path.parent) if other != path]
     if others:

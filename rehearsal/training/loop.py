@@ -29,6 +29,7 @@ from rehearsal.training.checkpoint import (
     remove_partial,
     restore_weights,
     save_checkpoint,
+    state_errors,
     step_of,
     tensor_errors,
     trainable_weights,
@@ -317,22 +318,27 @@ class Trainer:
                 self.recipe.checkpoint.keep,
             )  # fmt: skip
 
-    def restore(self) -> None:
-        """Go on from the newest checkpoint of the folder, or from the beginning if there is none."""
+    def load_newest(self) -> None:
+        """Take up the newest checkpoint of the folder, if there is one. Nothing is written."""
         assert self.folder is not None and self.policy is not None
-        where = self.folder.path / "checkpoints"
-        remove_partial(where)
-        found = checkpoints(where)
+        found = checkpoints(self.folder.path / "checkpoints")
         if found:
             weights, state = load_checkpoint(found[-1])
             restore_weights(self.policy.model, weights, found[-1])
-            self.learner.load_state_dict(state["learner"])
-            self.monitor.load_state_dict(state["monitor"])
-            self.tasks.sampler.load_state_dict(state["tasks"])
-            self.memory.replay.load_state_dict(state["memory"])
-            self.steps_done = int(state["step"])
+            with state_errors(found[-1]):
+                self.learner.load_state_dict(state["learner"])
+                self.monitor.load_state_dict(state["monitor"])
+                self.tasks.sampler.load_state_dict(state["tasks"])
+                self.memory.replay.load_state_dict(state["memory"])
+                self.steps_done = int(state["step"])
+
+    def restore(self) -> None:
+        """Bring the folder back to the checkpoint that was loaded, or to the beginning if there is none."""
+        assert self.folder is not None
+        where = self.folder.path / "checkpoints"
+        remove_partial(where)
         # Without a checkpoint even the evaluation of step 0 is played again.
-        self.folder.truncate_after(self.steps_done if found else -1)
+        self.folder.truncate_after(self.steps_done if checkpoints(where) else -1)
         self.monitor.replay(self.folder.metrics().rows)
         self.ended_by = self.monitor.end_of(self.monitor.watch.verdicts)
         for row in self.folder.evaluations().rows:
