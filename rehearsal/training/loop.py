@@ -34,6 +34,7 @@ from rehearsal.training.checkpoint import (
     tensor_errors,
     trainable_weights,
 )
+from rehearsal.training.first_look import first_look
 from rehearsal.training.learner import Learner
 from rehearsal.training.monitor import Monitor
 from rehearsal.training.observer import Observer, SilentObserver
@@ -209,7 +210,19 @@ class Trainer:
             write_trajectories(path, result.groups, phase="eval", step=self.steps_done)
         self._track({f"eval/{split}/{name}": value for name, value in result.figures.items()})
         self.observer.evaluation(self.steps_done, split, result.figures)
+        if self.steps_done == 0:
+            self.look(result.groups)
         return result
+
+    def look(self, groups: list[Group]) -> None:
+        """Say so at once if the policy does nothing that its environment understands."""
+        assert self.policy is not None
+        sentence = first_look(groups, base=self.policy.source == "base")
+        if sentence is None:
+            return
+        if self.folder is not None and sentence not in self.folder.info.warnings:
+            self.folder.add_warning(sentence)
+        self.observer.warning(sentence)
 
     def probe(self) -> dict[str, float]:
         """What the policy knows of the world now, with the world adapter at work; told with the next step too."""
@@ -303,6 +316,8 @@ class Trainer:
                 write_trajectories(path, batch.groups, phase="train", step=self.steps_done, extra=extra)
         self._track(figures)
         self.observer.step(self.steps_done, figures)
+        if self.steps_done == 1 and not any(step == 0 for step, _, _ in self.evaluations):
+            self.look(batch.groups)
 
     def save(self) -> None:
         """Write a checkpoint."""
