@@ -396,6 +396,16 @@ def test_a_run_is_not_resumed_as_another_one(run: Run, tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in (tmp_path / "one").rglob("*") if path.is_file()} == before
 
 
+def test_export(run: Run, tmp_path: Path) -> None:
+    assert run("train", "small.toml", "--output", "one", "--checkpoint.every", "1")[0] == 0
+    code, out, said = run("export", "one", "policy", "--step", "1")
+    assert (code, out.strip()) == (0, "policy"), said
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / "policy").iterdir()}
+    assert "policy exists already" in mistake(run("export", "one", "policy"))
+    assert "no checkpoint of step 9; there are those of 1, 2" in mistake(run("export", "one", "other", "--step", "9"))
+    assert "nowhere holds no run" in mistake(run("export", "nowhere", "other"))
+
+
 def test_a_full_disk(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,4 +1,4 @@
-"""Commands that make a model: ``train`` and ``base``."""
+"""Commands that make a model: ``train``, ``export`` and ``base``."""
 
 from __future__ import annotations
 
@@ -85,6 +85,14 @@ def _type_name(annotation: Any) -> str:
     if arguments:
         return "|".join(_type_name(argument) for argument in arguments)
     return str(getattr(annotation, "__name__", annotation))
+
+
+def export_command(options: argparse.Namespace) -> int:
+    from rehearsal.training.export import export_policy
+
+    folder = export_policy(options.run_folder, options.folder, options.step)
+    Console().print(str(folder), highlight=False, markup=False, soft_wrap=True)
+    return 0
 
 
 def base_command(options: argparse.Namespace) -> int:
