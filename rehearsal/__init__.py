@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rehearsal.evaluation.run import evaluate_policy as evaluate  # noqa: F401
     from rehearsal.models.load import load_policy as load_policy
     from rehearsal.reports import write_report as write_report
+    from rehearsal.training.export import export_policy as export_policy
     from rehearsal.training.recipe import Recipe as Recipe
     from rehearsal.training.recipe import resolve_recipe as resolve_recipe
     from rehearsal.training.run import train as train
@@ -35,6 +36,7 @@ _WHERE = {
     "Trajectory": "rehearsal.trajectory:Trajectory",
     "check_env": "rehearsal.environments.check:check_env",
     "evaluate": "rehearsal.evaluation.run:evaluate_policy",
+    "export_policy": "rehearsal.training.export:export_policy",
     "load_policy": "rehearsal.models.load:load_policy",
     "make": "rehearsal.environments.registry:make",
     "register": "rehearsal.environments.registry:register",

@@ -290,6 +290,7 @@ def test_checking_environments(run: Run) -> None:
         (("train", "small.toml", "--sampling.top_p", "0.9"), "set training.old_logprobs to recompute"),
         (("train", "small.toml", "--resume", "x", "--output", "y"), "leave --output out"),
         (("train", "--resume", "nowhere"), "nowhere holds no run"),
+        (("train", "small.toml", "--resume", "x"), "recipe that is stored in x; leave small.toml out"),
         (("train", "[/bold]"), "There is no recipe [/bold]"),
         (
             ("train", "small.toml", "--name", "[red]", "--model.path", "./[red]"),
@@ -380,6 +381,29 @@ def test_a_damaged_checkpoint(run: Run, tmp_path: Path) -> None:
     assert "Delete that folder to go on from step_000001" in said
     shutil.rmtree(newest.parent)
     assert run("train", "--resume", "one")[0] == 0
+
+
+def test_a_run_is_not_resumed_as_another_one(run: Run, tmp_path: Path) -> None:
+    assert run("train", "small.toml", "--output", "one")[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "one").rglob("*") if path.is_file()}
+    said = mistake(run("train", "frozenlake", "--resume", "one", "--training.steps", "3"))
+    assert "leave frozenlake out" in said
+    said = mistake(run("train", "--resume", "one", "--training.steps", "3", "--environment.name", "bandit"))
+    assert "one cannot be resumed with another environment.name (bandit instead of frozenlake)" in said
+    for option, value in (("environment.params.size", "5"), ("seed", "1"), ("agent.thinking", "true")):
+        said = mistake(run("train", "--resume", "one", f"--{option}", value))
+        assert f"another {option.removesuffix('.size')} (" in said
+    assert {path: path.read_bytes() for path in (tmp_path / "one").rglob("*") if path.is_file()} == before
+
+
+def test_export(run: Run, tmp_path: Path) -> None:
+    assert run("train", "small.toml", "--output", "one", "--checkpoint.every", "1")[0] == 0
+    code, out, said = run("export", "one", "policy", "--step", "1")
+    assert (code, out.strip()) == (0, "policy"), said
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (tmp_path / "policy").iterdir()}
+    assert "policy exists already" in mistake(run("export", "one", "policy"))
+    assert "no checkpoint of step 9; there are those of 1, 2" in mistake(run("export", "one", "other", "--step", "9"))
+    assert "nowhere holds no run" in mistake(run("export", "nowhere", "other"))
 
 
 def test_a_full_disk(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
-
 from rehearsal.agents.protocol import Protocol
 from rehearsal.agents.toolbox import Toolbox, ToolResult
 from rehearsal.environments.base import TextEnv
+from rehearsal.environments.contract import Fault, bad_text, printable, reset_faults, step_faults, told
 from rehearsal.errors import EnvironmentFault
 from rehearsal.trajectory import ToolCall, Turn, info_success
 
@@ -114,7 +112,9 @@ def play_actions(
     for text in planned:
         action = _guarded(env, f'parse_action("{_short(text)}")', partial(env.parse_action, text))
         if action is not None and not isinstance(action, str):
-            raise EnvironmentFault(f"{_name(env)}.parse_action must return a string or None, not {_told(action)}.")
+            raise EnvironmentFault(f"{_name(env)}.parse_action must return a string or None, not {told(action)}.")
+        if action is not None and (bad := bad_text(action)):
+            raise EnvironmentFault(f"{_name(env)}.parse_action returned {bad}.")
         if action is None:
             result.illegal = text
             result.penalty = protocol.format_penalty
@@ -136,26 +136,15 @@ def check_reset(env: TextEnv, returned: Any) -> tuple[str, dict[str, Any]]:
     Raises:
         EnvironmentFault: if not.
     """
-    if not isinstance(returned, tuple) or len(returned) != 2:
-        raise EnvironmentFault(f"{_name(env)}.reset must return (observation, info), not {_told(returned)}.")
+    _refuse(reset_faults(f"{_name(env)}.reset", returned))
     observation, info = returned
-    return _observation(env, "reset", observation), _info(env, "reset", info)
+    return observation, info
 
 
 def _step(env: TextEnv, action: str, result: PlayResult) -> None:
     returned = _guarded(env, f'step("{_short(action)}")', partial(env.step, action))
-    if not isinstance(returned, tuple) or len(returned) != 5:
-        raise EnvironmentFault(
-            f"{_name(env)}.step must return (observation, reward, terminated, truncated, info), not {_told(returned)}."
-        )
+    _refuse(step_faults(f"{_name(env)}.step", returned))
     observation, reward, terminated, truncated, info = returned
-    observation = _observation(env, "step", observation)
-    if not isinstance(reward, numbers.Real) or not math.isfinite(reward):
-        raise EnvironmentFault(f"{_name(env)}.step must return a finite number as reward, not {_told(reward)}.")
-    for name, flag in (("terminated", terminated), ("truncated", truncated)):
-        if not isinstance(flag, bool | np.bool_):
-            raise EnvironmentFault(f"{_name(env)}.step must return True or False as {name}, not {_told(flag)}.")
-    info = _info(env, "step", info)
     result.observation = observation
     result.executed.append(action)
     result.rewards.append(float(reward))
@@ -164,53 +153,38 @@ def _step(env: TextEnv, action: str, result: PlayResult) -> None:
     result.state = str(info["state"]) if info.get("state") is not None else None
     result.ineffective += info.get("effective") is not None and not info["effective"]
     result.foreseeable = result.foreseeable and bool(info.get("foreseeable", False))
-    for part, amount in _parts(env, info).items():
-        result.parts[part] = result.parts.get(part, 0.0) + amount
-    result.violations += _names(env, info, "violations")
-    result.obligations += _names(env, info, "obligations")
+    for part, amount in (info.get("parts") or {}).items():
+        result.parts[part] = result.parts.get(part, 0.0) + float(amount)
+    result.violations += list(info.get("violations") or ())
+    result.obligations += list(info.get("obligations") or ())
 
 
-def _parts(env: TextEnv, info: dict[str, Any]) -> dict[str, float]:
-    """``info["parts"]``, if its contract allows it."""
-    parts = info.get("parts") or {}
-    if not isinstance(parts, Mapping):
-        raise EnvironmentFault(f'info["parts"] of {_name(env)}.step must be numbers by name, not {_told(parts)}.')
-    for name, amount in parts.items():
-        if not isinstance(name, str) or not isinstance(amount, numbers.Real) or not math.isfinite(amount):
-            raise EnvironmentFault(
-                f'info["parts"] of {_name(env)}.step must be finite numbers by name, not {_told(amount)} for '
-                f"{_told(name)}."
-            )
-    return {name: float(amount) for name, amount in parts.items()}
+def _refuse(faults: Iterable[Fault]) -> None:
+    for fault in faults:
+        raise EnvironmentFault(fault.message)
 
 
-def _names(env: TextEnv, info: dict[str, Any], key: str) -> list[str]:
-    """A list of names in ``info``, if its contract allows it."""
-    names = info.get(key) or []
-    if isinstance(names, str) or not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
-        raise EnvironmentFault(f'info["{key}"] of {_name(env)}.step must be a list of names, not {_told(names)}.')
-    return list(names)
+def check_words(env: TextEnv) -> str:
+    """The rules of an environment, if they are text that can be shown.
 
-
-def _observation(env: TextEnv, where: str, observation: object) -> str:
-    if not isinstance(observation, str):
-        raise EnvironmentFault(f"{_name(env)}.{where} must return a string as observation, not {_told(observation)}.")
-    return observation
-
-
-def _info(env: TextEnv, where: str, info: object) -> dict[str, Any]:
-    if not isinstance(info, dict):
-        raise EnvironmentFault(f"{_name(env)}.{where} must return a dict as info, not {_told(info)}.")
-    return info
+    Raises:
+        EnvironmentFault: if not.
+    """
+    rules: object = env.instructions
+    if not isinstance(rules, str):
+        raise EnvironmentFault(f"{_name(env)}.instructions must be a string, not {told(rules)}.")
+    if bad := bad_text(rules):
+        raise EnvironmentFault(f"{_name(env)}.instructions holds {bad}.")
+    return rules
 
 
 def _guarded(env: TextEnv, what: str, call: Callable[[], T]) -> T:
     try:
         return call()
     except Exception as error:
-        told = " ".join(str(error).split())
-        told = f": {told[:200]}" if told else ""
-        raise EnvironmentFault(f"{_name(env)}.{what} raised {type(error).__name__}{told}.") from error
+        said = printable(" ".join(str(error).split())[:200])
+        said = f": {said}" if said else ""
+        raise EnvironmentFault(f"{_name(env)}.{what} raised {type(error).__name__}{said}.") from error
 
 
 def _illegal_notice(env: TextEnv, text: str) -> str:
@@ -218,6 +192,9 @@ def _illegal_notice(env: TextEnv, text: str) -> str:
     said = f'"{_short(text)}" is not a legal action'
     if not legal:
         return said + "."
+    for action in legal:
+        if isinstance(action, str) and (bad := bad_text(action)):
+            raise EnvironmentFault(f"{_name(env)}.legal_actions() holds {bad}.")
     listed = ", ".join(legal[:MAX_LISTED]) + (", ..." if len(legal) > MAX_LISTED else "")
     return f"{said}; legal: {listed}."
 
@@ -229,14 +206,3 @@ def _short(text: str) -> str:
 
 def _name(env: TextEnv) -> str:
     return type(env).__name__
-
-
-def _told(value: object) -> str:
-    """A value and its type, short enough for a sentence."""
-    if value is None:
-        return "None"
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # a broken __repr__ must not hide what is wrong
-        text = "..."
-    return f"{text if len(text) <= 60 else text[:57] + '...'} of type {type(value).__name__}"

@@ -17,7 +17,7 @@ from rehearsal.cli.inspection import (
     recipes_command,
     report_command,
 )
-from rehearsal.cli.training import base_command, train_command
+from rehearsal.cli.training import base_command, export_command, train_command
 from rehearsal.errors import RecipeError
 
 
@@ -52,7 +52,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, set[str]]]:
     train = command("train", "Train an agent in an environment.", train_command, dotted=True)
     train.add_argument("recipe", nargs="?", help="a built-in recipe or a TOML file; without one the defaults")
     train.add_argument("--output", type=Path, help="run folder; runs/NAME if left out")
-    train.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run, by its own recipe")
     train.add_argument("--overwrite", action="store_true", help="delete an earlier run in --output first")
     train.add_argument("--dry-run", action="store_true", help="show the resolved recipe and its memory, and stop")
     train.add_argument("--options", action="store_true", help="list all dotted options, and stop")
@@ -96,6 +96,11 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, set[str]]]:
     play.add_argument("environment", help="a built-in name or package.module:Class")
     play.add_argument("--seed", type=int)
     play.add_argument("--split", default="train", choices=("train", "validation", "test"))
+
+    export = command("export", "Write the policy of a run's checkpoint as a Hugging Face folder.", export_command)
+    export.add_argument("run_folder", metavar="RUN", type=Path)
+    export.add_argument("folder", metavar="FOLDER", type=Path, help="to write; must not exist yet")
+    export.add_argument("--step", type=int, help="of the checkpoint; the newest if left out")
 
     report = command("report", "Write the HTML report of a run.", report_command)
     report.add_argument("run_folder", metavar="RUN", type=Path)

@@ -1,4 +1,4 @@
-"""Commands that make a model: ``train`` and ``base``."""
+"""Commands that make a model: ``train``, ``export`` and ``base``."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def train_command(options: argparse.Namespace) -> int:
     from rehearsal.display import TerminalObserver, closing_line
     from rehearsal.reports import write_report
     from rehearsal.training.recipe import resolve_recipe
+    from rehearsal.training.resuming import resumed_recipe
     from rehearsal.training.run import train
-    from rehearsal.training.runs import RunFolder
 
     console = Console()
     if options.options:
@@ -28,11 +28,12 @@ def train_command(options: argparse.Namespace) -> int:
     output = options.resume if resume else options.output
     if resume and options.output is not None:
         raise RecipeError("--resume already names the run folder; leave --output out.")
-    source: Any = options.recipe
-    if resume:
-        RunFolder.open(options.resume)
-        source = options.resume / "recipe.toml" if source is None else source
-    recipe = resolve_recipe(source, options.dotted)
+    if resume and options.recipe is not None:
+        raise RecipeError(
+            f"--resume goes on with the recipe that is stored in {output}; leave {options.recipe} out, and give only "
+            "options that change, such as --training.steps 120."
+        )
+    recipe = resumed_recipe(output, None, options.dotted) if resume else resolve_recipe(options.recipe, options.dotted)
     if options.dry_run:
         from rehearsal.training.plan import describe_plan
 
@@ -84,6 +85,14 @@ def _type_name(annotation: Any) -> str:
     if arguments:
         return "|".join(_type_name(argument) for argument in arguments)
     return str(getattr(annotation, "__name__", annotation))
+
+
+def export_command(options: argparse.Namespace) -> int:
+    from rehearsal.training.export import export_policy
+
+    folder = export_policy(options.run_folder, options.folder, options.step)
+    Console().print(str(folder), highlight=False, markup=False, soft_wrap=True)
+    return 0
 
 
 def base_command(options: argparse.Namespace) -> int:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 
 from rehearsal.environments.base import TextEnv
-from rehearsal.environments.episode import EpisodeEnv
+from rehearsal.environments.contract import FLAGS, TEXTS, bad_text, is_number
+from rehearsal.environments.episode import EpisodeEnv, whole_number
 from rehearsal.environments.splits import content_split, draw_in_split, split_option, task_key
 from rehearsal.errors import EnvironmentFault, RecipeError
 
@@ -27,6 +29,10 @@ class GymTextAdapter(TextEnv):
     ``info`` has no ``split``, and held-out play differs from training by seed alone. With ``split_by_content=True`` the
     environment is reset until the hash of its first observation falls into the wanted split; that costs about ten
     resets for a test episode, and needs first observations that tell tasks apart.
+
+    Nor does it know that the members of a group share their task and not their luck: after a reset with
+    ``options["chance"]`` from 1 on its ``np_random`` is seeded again, from what the reset left there and from that
+    number. One that draws from anything else has the same luck each time; ``rehearsal.check_env`` says so.
 
     Args:
         environment: an environment, or the id of a registered one.
@@ -106,15 +112,18 @@ class GymTextAdapter(TextEnv):
         return None if self._actions is None else list(self._actions)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-        """Start an episode; see :meth:`TextEnv.reset` and the class on splits.
+        """Start an episode; see :meth:`TextEnv.reset` and the class on splits and luck.
 
         Raises:
+            RecipeError: for a split that does not exist, or a chance that is not a whole number from 0 on.
             EnvironmentFault: where an observation is not text, or no first observation falls into the split.
         """
         self._running = False
         split = split_option(options)
         super().reset(seed=seed)
-        inner_options = {key: value for key, value in (options or {}).items() if key != "split"} or None
+        chance = whole_number("chance", (options or {}).get("chance", 0), 0, 2**32)
+        own = ("split", "chance")  # the inner environment knows neither
+        inner_options = {key: value for key, value in (options or {}).items() if key not in own} or None
         for _ in range(_SPLIT_TRIES):
             raw, info = self._inner.reset(seed=seed, options=inner_options)
             observation = self._text(raw)
@@ -131,8 +140,21 @@ class GymTextAdapter(TextEnv):
                 f"None of {_SPLIT_TRIES} resets of {self.name} began with an observation of the {split} split; its "
                 "first observations differ too little to split by content."
             )
+        if chance:
+            self._reseed(chance)
         self._running = True
-        return observation, {**self._marks, **info}
+        return observation, {**self._marks, **_told(info)}
+
+    def _reseed(self, chance: int) -> None:
+        """Give the inner environment other luck. Its wrappers, if there are any, draw from the same generator."""
+        inner = self._inner.unwrapped
+        if isinstance(inner, TextEnv):
+            inner.draw_luck(chance)
+        if isinstance(inner.np_random, np.random.Generator):
+            inner.np_random = np.random.default_rng([int(inner.np_random.integers(2**32)), chance])
+
+    def draw_luck(self, chance: int) -> None:
+        """Nothing: the reset has done it."""
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Take one action; see :meth:`TextEnv.step`."""
@@ -145,7 +167,7 @@ class GymTextAdapter(TextEnv):
             legal if self._actions is None else self._actions[legal]
         )
         self._running = not (terminated or truncated)
-        return self._text(raw), float(reward), bool(terminated), bool(truncated), {**self._marks, **info}
+        return self._text(raw), float(reward), bool(terminated), bool(truncated), {**self._marks, **_told(info)}
 
     def close(self) -> None:
         """Close the wrapped environment."""
@@ -158,7 +180,21 @@ class GymTextAdapter(TextEnv):
                 f"An observation of {self.name} is a {type(text).__name__}, not text; give GymTextAdapter an observe "
                 "function that turns it into text."
             )
+        if bad := bad_text(text):
+            raise EnvironmentFault(f"An observation of {self.name} is {bad}; decode it with errors='replace'.")
         return text
+
+
+def _told(info: dict[str, Any]) -> dict[str, Any]:
+    """What the inner environment says of itself, with the entries that mean something here in their types."""
+    info = dict(info)
+    for key in TEXTS:
+        if info.get(key) is not None:
+            info[key] = str(info[key])
+    for key in FLAGS:
+        if is_number(info.get(key)):
+            info[key] = bool(info[key])
+    return info
 
 
 class ReasoningGymEnv(EpisodeEnv):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 
 SPLITS = ("train", "validation", "test")
 """The splits that an environment may offer; they are disjoint in content, not only in seed."""
@@ -89,9 +90,10 @@ class TextEnv(gym.Env[str, str]):
             seed: fixes the task and everything random that follows in this episode.
             options: ``{"split": ...}`` with one of :data:`SPLITS`; "train" if left out. ``{"chance": k}`` with a whole
                 number asks for the same task with other luck: what is random after the first observation then depends
-                on seed and k. Episodes of a group that all had the luck of one draw would make that draw look like
-                skill. ``{"index": i}`` picks a task by its number where :meth:`task_count` counts them. An
-                environment may ignore options that it does not know.
+                on seed and k, and the first observation does not depend on k. Episodes of a group that all had the luck
+                of one draw would make that draw look like skill. One that draws from ``self.np_random`` alone gets its
+                luck by :meth:`draw_luck`. ``{"index": i}`` picks a task by its number where :meth:`task_count` counts
+                them. An environment may ignore options that it does not know.
         """
         super().reset(seed=seed)
         return "", {}
@@ -114,6 +116,20 @@ class TextEnv(gym.Env[str, str]):
         be repetitions.
         """
         return None
+
+    def draw_luck(self, chance: int) -> None:
+        """Let what is random from now on depend on ``chance`` too.
+
+        Whoever plays several episodes of one task calls it right after a reset with ``options["chance"]`` from 1 on. By
+        default it seeds ``self.np_random`` again, from what the reset left there and from ``chance``. An environment
+        that draws from anything else, a simulator or a generator of its own, seeds that here, or honours
+        ``options["chance"]`` in its reset.
+
+        Args:
+            chance: a whole number from 1 on.
+        """
+        if isinstance(self.np_random, np.random.Generator):  # an author may have put something else there
+            self.np_random = np.random.default_rng([int(self.np_random.integers(2**32)), chance])
 
     def legal_actions(self) -> list[str] | None:
         """The actions that are legal now, spelled as the agent should write them; None where any text is an action."""

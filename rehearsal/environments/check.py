@@ -7,22 +7,26 @@ for wrong types.
 
 from __future__ import annotations
 
-import math
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 
 from rehearsal.environments.base import SPLITS, TextEnv
+from rehearsal.environments.contract import Fault, bad_text, reset_faults, step_faults
+from rehearsal.environments.luck import generator_states, reset_with_luck
 from rehearsal.environments.registry import make
 from rehearsal.errors import RehearsalError
 
 NOT_AN_ACTION = "no such action \u2603"
 """Sent to environments that list their legal actions, to see whether they refuse it."""
+
+_LUCK_SEEDS = 3
+"""Seeds whose episodes are played with several chances."""
 
 _FREE_TEXT = "1"
 """Sent where any text is an action and nobody knows a better one."""
@@ -160,6 +164,7 @@ class _Checker:
         checks = {
             "types": self.check_types,
             "seeds": self.check_seeds,
+            "luck": self.check_luck,
             "resets without a seed": self.check_unseeded,
             "legal actions": self.check_legal_actions,
             "the end of an episode": self.check_end,
@@ -181,60 +186,36 @@ class _Checker:
     # Calls, each with its types checked -----------------------------------------------------------------------
 
     def reset(
-        self, seed: int | None, split: str | None = None, index: int | None = None
+        self, seed: int | None, split: str | None = None, index: int | None = None, chance: int | None = None
     ) -> tuple[str, dict[str, Any]]:  # fmt: skip
-        given = {"split": split, "index": index}
-        options = {name: value for name, value in given.items() if value is not None} or None
-        told = "".join(f", {name} {value!r}" for name, value in (options or {}).items())
-        with self.calling(f"reset(seed={seed}{told})"):
-            result: object = self.env.reset(seed=seed, options=options)
-        if not isinstance(result, tuple) or len(result) != 2:
-            self.problem("reset-type", "reset() must return observation and info, a tuple of two.")
-            raise _StoppedError
-        observation, info = result
-        if not isinstance(observation, str):
-            self.problem("reset-type", f"reset() must return the observation as str, not {type(observation).__name__}.")
-            raise _StoppedError
-        self.info(info, "reset()")
+        wanted = {"split": split, "index": index, "chance": chance}
+        options = {name: value for name, value in wanted.items() if value is not None}
+        said = "".join(f", {name} {value!r}" for name, value in options.items())
+        with self.calling(f"reset(seed={seed}{said})"):
+            result: object
+            if chance is None:
+                result = self.env.reset(seed=seed, options=options or None)
+            else:
+                result = reset_with_luck(self.env, seed, options)
+        self.faults(reset_faults("reset()", result))
+        observation, info = cast(tuple[str, dict[str, Any]], result)
         return observation, info
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         with self.calling(f"step({action!r})"):
             result: object = self.env.step(action)
-        if not isinstance(result, tuple) or len(result) != 5:
-            self.problem("step-type", "step() must return observation, reward, terminated, truncated, info.")
-            raise _StoppedError
-        observation, reward, terminated, truncated, info = result
-        if not isinstance(observation, str):
-            self.problem("step-type", f"step() must return the observation as str, not {type(observation).__name__}.")
-            raise _StoppedError
-        if isinstance(reward, bool) or not isinstance(reward, int | float):
-            self.problem("reward-type", f"The reward must be a float, not {type(reward).__name__}.")
-            raise _StoppedError
-        if not math.isfinite(reward):
-            self.problem("reward-finite", f"The reward after {action!r} is {reward}; it must be a finite number.")
-        for name, flag in (("terminated", terminated), ("truncated", truncated)):
-            if not isinstance(flag, bool):
-                self.problem("flag-type", f"{name} must be a bool, not {type(flag).__name__}.")
-        self.info(info, "step()")
+        self.faults(step_faults("step()", result))
+        observation, reward, terminated, truncated, info = cast(tuple[str, float, bool, bool, dict[str, Any]], result)
         return observation, float(reward), bool(terminated), bool(truncated), info
 
-    def info(self, info: object, where: str) -> None:
-        if not isinstance(info, dict):
-            self.problem("info-type", f"{where} must return info as dict, not {type(info).__name__}.")
+    def faults(self, found: Iterable[Fault]) -> None:
+        """Report what breaks the contract; what is returned then may be of no use."""
+        useless = False
+        for fault in found:
+            self.problem(fault.code, fault.message)
+            useless = useless or fault.ends
+        if useless:
             raise _StoppedError
-        for key, kind in (
-            ("task", str),
-            ("topic", str),
-            ("state", str),
-            ("success", bool),
-            ("effective", bool),
-            ("foreseeable", bool),
-            ("split", str),
-        ):
-            if key in info and not isinstance(info[key], kind):
-                kind_found = type(info[key]).__name__
-                self.problem("info-type", f"info[{key!r}] of {where} must be a {kind.__name__}, not {kind_found}.")
 
     def legal(self) -> list[str] | None:
         with self.calling("legal_actions()"):
@@ -244,6 +225,8 @@ class _Checker:
         if not isinstance(actions, list) or not all(isinstance(action, str) for action in actions):
             self.problem("legal-type", "legal_actions() must return a list of str, or None for free text.")
             raise _StoppedError
+        for bad in filter(None, map(bad_text, actions)):
+            self.problem("unicode", f"legal_actions() holds {bad}.")
         return actions
 
     def any_action(self, chance: random.Random) -> str | None:
@@ -255,10 +238,15 @@ class _Checker:
             return plan[0] if plan else _FREE_TEXT
         return chance.choice(actions) if actions else None
 
-    def play(self, seed: int) -> list[tuple[object, ...]]:
-        """One episode of random actions: everything that came back, reset included."""
+    def play(
+        self, seed: int, luck: int | None = None, states: dict[int, dict[str, bytes]] | None = None
+    ) -> list[tuple[object, ...]]:
+        """One episode of random actions: everything that came back, reset included. The states of its generators after
+        the reset are put into ``states``, by luck."""
         chance = random.Random(seed)
-        observation, info = self.reset(seed)
+        observation, info = self.reset(seed, chance=luck)
+        if states is not None and luck is not None:
+            states[luck] = generator_states(self.env)
         record: list[tuple[object, ...]] = [(observation, info.get("task"))]
         for _ in range(self.max_steps):
             action = self.any_action(chance)
@@ -279,6 +267,8 @@ class _Checker:
             instructions: object = self.env.instructions
         if not isinstance(instructions, str):
             self.problem("instructions-type", f"instructions must be str, not {type(instructions).__name__}.")
+        elif bad := bad_text(instructions):
+            self.problem("unicode", f"instructions holds {bad}.")
         for name in ("max_turns", "max_actions_per_turn"):
             value = getattr(self.env, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -304,6 +294,44 @@ class _Checker:
             observation, task = record[0]
             if task is not None and by_task.setdefault(task, observation) != observation:
                 self.problem("task-key", f"The task key {task!r} was given to two different first observations.")
+
+    def check_luck(self) -> None:
+        if any(problem.code in ("seed-task", "seed-episode") for problem in self.report):
+            self.report.skipped.append("luck, because a seed does not fix an episode yet")
+            return
+        moved: set[str] = set()
+        other = False
+        for seed in self.seeds[:_LUCK_SEEDS]:
+            states: dict[int, dict[str, bytes]] = {}
+            records = {}
+            for luck in (1, 2):
+                records[luck] = self.play(seed, luck, states)
+                ended = generator_states(self.env)
+                moved |= {name for name, state in states[luck].items() if ended.get(name) != state}
+            # Of generators that were not there after both resets nothing is known.
+            same = {name for name, state in states[1].items() if states[2].get(name) == state}
+            other = other or not moved <= same or records[1] != records[2]
+            if records[1][0] != records[2][0] or records[1][0] != self.play(seed)[0]:
+                self.problem(
+                    "luck-task",
+                    f"The first observation or task of seed {seed} depends on options['chance']; all episodes of a "
+                    "group must begin alike, and only what is random after that may differ.",
+                )
+                return
+            if self.play(seed, 2) != records[2]:
+                self.problem(
+                    "luck-seed",
+                    f"Two episodes with seed {seed}, the same options['chance'] and the same actions went differently; "
+                    "seed and chance together must fix an episode.",
+                )
+                return
+        if moved and not other:
+            self.problem(
+                "luck",
+                f"The environment draws chance after its first observation (from {', '.join(sorted(moved))}), but "
+                "every options['chance'] gives the same: all episodes of a group would share one draw, which then "
+                "looks like skill. Draw from self.np_random, or seed what you draw from in draw_luck(chance).",
+            )
 
     def check_unseeded(self) -> None:
         for _ in range(2):

@@ -131,22 +131,27 @@ class Countdown(EpisodeEnv):
 
     def _act(self, action: str) -> tuple[float, bool, bool, bool]:
         self._answer = action
-        reward = self.score(action)
-        return reward, True, reward == 1.0, True
+        reward, solved = self.judge(action)
+        return reward, True, solved, True
 
     def score(self, answer: str) -> float:
         """The reward of an answer to the present puzzle; see the class for what earns what."""
+        return self.judge(answer)[0]
+
+    def judge(self, answer: str) -> tuple[float, bool]:
+        """The reward of an answer to the present puzzle, and whether it solves it. The reward alone does not tell:
+        ``format_reward`` may be as high as that of a right answer."""
         self._need_reset()
         stated = _EQUALS.fullmatch(answer)
         if stated:
             if int(stated[2]) != self._puzzle.target:
-                return 0.0
+                return 0.0, False
             answer = stated[1]
         expression = parse_expression(answer)
         if expression is None or expression.operators - set(self.operations):
-            return 0.0
+            return 0.0, False
         solved = expression.value == self._puzzle.target and tuple(sorted(expression.numbers)) == self._puzzle.numbers
-        return 1.0 if solved else self.format_reward
+        return (1.0 if solved else self.format_reward), solved
 
     def _observation(self) -> str:
         if self._over:

@@ -101,6 +101,9 @@ class EpisodeEnv(TextEnv):
         self._success = False
         return self._observation(), self._info()
 
+    def draw_luck(self, chance: int) -> None:
+        """Nothing: the reset has done it."""
+
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Take one action; see :meth:`TextEnv.step`."""
         self._need_reset()

@@ -7,6 +7,7 @@ from typing import Any
 
 from rehearsal.environments.base import TextEnv
 from rehearsal.environments.episode import EpisodeEnv, whole_number
+from rehearsal.environments.luck import reset_with_luck
 from rehearsal.errors import EnvironmentFault
 
 _CHANCE_STRIDE = 1_000_003
@@ -73,9 +74,12 @@ class Proposals(TextEnv):
         self._options = dict(options or {})
         self._used = 0
         self.rejected = None
-        observation, info = self.inner.reset(seed=self._seed, options=options)
+        observation, info = reset_with_luck(self.inner, self._seed, self._options)
         self._task = info.get("task")
         return observation, info
+
+    def draw_luck(self, chance: int) -> None:
+        """Nothing: the reset has done it."""
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Take one action; a try that ends in vain is followed by the next, if there is one."""
@@ -98,7 +102,7 @@ class Proposals(TextEnv):
 
     def _again(self) -> tuple[str, dict[str, Any]]:
         chance = int(self._options.get("chance", 0)) + self._used * _CHANCE_STRIDE
-        begun, info = self.inner.reset(seed=self._seed, options={**self._options, "chance": chance % 2**32})
+        begun, info = reset_with_luck(self.inner, self._seed, {**self._options, "chance": chance % 2**32})
         if info.get("task") != self._task:
             raise EnvironmentFault(
                 f"{self.name} showed another task when it was reset with the same seed, so it cannot be tried again."

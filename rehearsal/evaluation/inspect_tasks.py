@@ -17,6 +17,7 @@ from rehearsal.agents.play import check_reset, play_actions
 from rehearsal.agents.protocol import THINK_CLOSE, THINK_OPEN
 from rehearsal.agents.text import TextAgent
 from rehearsal.environments.base import TextEnv
+from rehearsal.environments.luck import reset_with_luck
 from rehearsal.errors import RecipeError
 from rehearsal.training.playing import answer_protocol, episode_limits, make_toolkit
 from rehearsal.training.recipe import resolve_recipe
@@ -120,7 +121,7 @@ def _opening(
 ) -> Callable[[], tuple[Any, bool | None]]:
     def begin() -> tuple[Any, bool | None]:
         options = {**facts["options"], "split": facts["split"], "chance": luck}
-        returned = env.reset(seed=facts["seed"], options=options)
+        returned = reset_with_luck(env, facts["seed"], options)
         observation, info = check_reset(env, returned)
         prompt = agent.opening(env.instructions, observation, str(info.get("state", "")), env, open_toolbox(env))
         return prompt, info_success(info)

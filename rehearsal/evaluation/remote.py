@@ -13,6 +13,7 @@ from rehearsal.generation.remote import ChatSession, ContextOverflowError, Remot
 from rehearsal.generation.sampling import SamplingParams
 from rehearsal.models.chat import Rendered
 from rehearsal.rollout import Episode, Rollout, Task
+from rehearsal.rollout.play import reading
 from rehearsal.trajectory import SampleStop, Turn
 
 
@@ -53,7 +54,8 @@ class ChatRollout(Rollout):
             answer = await session.answer(params)
         except ContextOverflowError:
             # The server's context is full: the episode ends here, as it would with a context of our own.
-            return agent.read_text("", SampleStop.CONTEXT)
+            with reading():
+                return agent.read_text("", SampleStop.CONTEXT)
         text = answer.text
         if answer.reasoning and self.protocol.thinking and THINK_OPEN not in text:
             # The rules ask for thoughts in the answer. A server that takes them out is shown them again, as the model
@@ -61,7 +63,8 @@ class ChatRollout(Rollout):
             text = f"{THINK_OPEN}{answer.reasoning}{THINK_CLOSE}{text}"
             session.restate(text)
         agent.counters["server_tokens"] += answer.tokens
-        return agent.read_text(text, answer.stop)
+        with reading():
+            return agent.read_text(text, answer.stop)
 
     def _show(self, session: Any, prompt: Rendered) -> None:
         """Nothing: the messages are taken from the agent when it answers."""

@@ -72,6 +72,7 @@ def map_packs(models: Sequence[Any], work: Callable[[P], R], packs: Sequence[P],
 def accumulate_gradients(
     models: Sequence[Any], parameters: Sequence[Sequence[torch.nn.Parameter]],
     losses_of: Callable[[P], tuple[Sequence[Tensor | None], R]], packs: Sequence[P], workers: int,
+    onto: Callable[[Tensor], Tensor] = lambda parameter: parameter,
 ) -> Generator[R, None, None]:  # fmt: skip
     """Add the gradients of every pack's losses to the parameters, in the order of the packs.
 
@@ -83,6 +84,7 @@ def accumulate_gradients(
             whatever else is worth telling about it.
         packs: what to work on.
         workers: threads.
+        onto: for each parameter the tensor whose ``grad`` holds the sum, which may have a higher precision.
 
     Yields:
         the second thing that ``losses_of`` returned, pack by pack. Gradients are added as the results are taken.
@@ -106,8 +108,9 @@ def accumulate_gradients(
         for parameter, gradient in zip(flat, gradients, strict=True):
             if gradient is None:
                 continue
-            if parameter.grad is None:
-                parameter.grad = gradient
+            holder = onto(parameter)
+            if holder.grad is None:
+                holder.grad = gradient.to(holder.dtype)
             else:
-                parameter.grad += gradient
+                holder.grad += gradient
         yield rest

@@ -10,17 +10,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from rehearsal.agents.agent import Agent, Limits
 from rehearsal.agents.feedback import Feedback, with_feedback
-from rehearsal.agents.play import check_reset, play_actions
+from rehearsal.agents.play import check_reset, check_words, play_actions
 from rehearsal.agents.protocol import Protocol as AnswerProtocol
 from rehearsal.agents.toolbox import Toolkit
 from rehearsal.environments.base import TextEnv
-from rehearsal.errors import RecipeError, RehearsalError
+from rehearsal.environments.contract import printable
+from rehearsal.environments.luck import reset_with_luck
+from rehearsal.errors import GenerationError, RecipeError, RehearsalError
 from rehearsal.generation.sampling import SamplingParams, stream_key
 from rehearsal.generation.session import Engine, Session
 from rehearsal.models.chat import ChatRenderer, Rendered
@@ -261,7 +263,8 @@ class Rollout:
                 sampling.temperature, sampling.top_k, sampling.top_p, agent.tokens_left, agent.renderer.stop_token_ids
             )
         )  # fmt: skip
-        return agent.read(sample.token_ids, sample.logprobs, sample.stop)
+        with reading():
+            return agent.read(sample.token_ids, sample.logprobs, sample.stop)
 
     def _show(self, session: Any, prompt: Rendered) -> None:
         """Put what the agent is shown into its session."""
@@ -284,13 +287,13 @@ class Rollout:
             # The members of a group share their task and not their luck: with the same slips and payouts for all, a
             # group would learn that the lucky action of this one seed is the better one.
             chance = stream_key("chance", task.again, sample) % 2**31 if task.again else sample
-            returned = env.reset(seed=task.seed, options={**task.options, "split": task.split, "chance": chance})
+            returned = reset_with_luck(env, task.seed, {**task.options, "split": task.split, "chance": chance})
             observation, info = check_reset(env, returned)
             # Rules and legal actions are the environment's own code too, which may be slow or hang.
             toolbox = self.toolkit.open(env, task.locked)
             prompt = None
             try:
-                prompt = agent.opening(env.instructions, observation, str(info.get("state", "")), env, toolbox)
+                prompt = agent.opening(check_words(env), observation, info.get("state") or "", env, toolbox)
             finally:
                 # The agent may not have it yet where the rules raise; and nobody waits for it if it came too late.
                 if toolbox is not None and (prompt is None or trajectory.failed):
@@ -299,13 +302,13 @@ class Rollout:
 
         try:
             info, episode.prompt = await self._call(place, reset, stepping)
-            trajectory.task = str(info.get("task", ""))
-            trajectory.topic = str(info.get("topic", ""))
-            trajectory.category = str(info.get("category", ""))
+            trajectory.task = info.get("task") or ""
+            trajectory.topic = info.get("topic") or ""
+            trajectory.category = info.get("category") or ""
             # Holds until an action is executed; an agent that never acts has not succeeded.
             trajectory.success = info_success(info)
         except Exception as error:
-            self._failed(episode, error, "reset")
+            self._failed(episode, error, f"{type(env).__name__}.reset")
         return episode
 
     async def _episode(
@@ -315,7 +318,11 @@ class Rollout:
         agent, place, trajectory = episode.agent, episode.place, episode.trajectory
         try:
             while episode.prompt is not None:
-                turn = await self._answer(agent, session, sampling)
+                try:
+                    turn = await self._answer(agent, session, sampling)
+                except UnreadableError as error:
+                    self._failed(episode, error.raised, "The agent's answer could not be read")
+                    break
 
                 def act(turn: Any = turn) -> Any:
                     played = play_actions(place.env, turn, agent.protocol, agent.actions_left, agent.toolbox)
@@ -327,11 +334,24 @@ class Rollout:
                 try:
                     result = await self._call(place, act, stepping, self.step_timeout + extra)
                 except Exception as error:
-                    self._failed(episode, error, "step")
+                    self._failed(episode, error, f"{type(place.env).__name__}.step")
                     break
-                episode.prompt = agent.next_turn(result)
+                # One episode that cannot be told on must not cost all the others of the step; an engine that fails
+                # does, because none of them can go on then.
+                unshown = f"What {type(place.env).__name__}.step returned cannot be shown"
+                try:
+                    episode.prompt = agent.next_turn(result)
+                except Exception as error:
+                    self._failed(episode, error, unshown)
+                    break
                 if episode.prompt is not None:
-                    self._show(session, episode.prompt)
+                    try:
+                        self._show(session, episode.prompt)
+                    except (GenerationError, RuntimeError, MemoryError):
+                        raise
+                    except Exception as error:
+                        self._failed(episode, error, unshown)
+                        break
         finally:
             if session is not None:
                 session.close()
@@ -377,17 +397,35 @@ class Rollout:
     def _failed(self, episode: Episode, error: BaseException, where: str) -> None:
         if isinstance(error, OddError):
             error = error.raised
-        name = type(episode.place.env).__name__
         if isinstance(error, HungError):
             episode.trajectory.stop_reason = StopReason.TIMEOUT
-            episode.trajectory.error = f"{name}.{where} took longer than {self.step_timeout:g} s."
+            episode.trajectory.error = f"{where} took longer than {self.step_timeout:g} s."
             return
         episode.trajectory.stop_reason = StopReason.ERROR
         if isinstance(error, RehearsalError):
-            episode.trajectory.error = str(error)
+            episode.trajectory.error = printable(str(error))
         else:
-            told = " ".join(str(error).split())[:200]
-            episode.trajectory.error = f"{name}.{where} raised {type(error).__name__}{': ' + told if told else ''}."
+            said = printable(" ".join(str(error).split())[:200])
+            # A method raises; what is told in a sentence has it for its reason.
+            joined = f"{where}:" if " " in where else f"{where} raised"
+            episode.trajectory.error = f"{joined} {type(error).__name__}{': ' + said if said else ''}."
+
+
+class UnreadableError(Exception):
+    """Carries what an agent raised that could not read an answer: that is its own episode's trouble."""
+
+    def __init__(self, raised: Exception) -> None:
+        super().__init__(str(raised))
+        self.raised = raised
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Mark what an agent raises inside the block, to tell it from what the engine raises."""
+    try:
+        yield
+    except Exception as error:
+        raise UnreadableError(error) from error
 
 
 def _close_toolbox(agent: Agent) -> None:

@@ -1,8 +1,17 @@
 """Checkpoints: written whole or not at all, and enough to go on exactly where a run stopped.
 
-A checkpoint is a folder ``step_000020`` with the policy as a Hugging Face folder and ``state.pt`` beside it. It is
-written under another name, flushed to disk and renamed, so a folder with the right name is complete. Tasks, noise and
-schedules are functions of (seed, step), so weights, optimiser and step number are all the state there is.
+A checkpoint is a folder ``step_000020`` with three files:
+
+- ``weights.safetensors``: the tensors that are trained, by name, which may be adapters alone. It is no Hugging Face
+  folder; :func:`rehearsal.training.export.export_policy` makes one of it.
+- ``state.pt``: the number of steps; the optimisers' moments and, for weights of lower precision, their float32 masters;
+  the critic and its optimiser, if there is one; what diagnostics, the choice of tasks and the memory of past situations
+  have learnt so far; the seconds so far.
+- ``manifest.json``: the step again, and checksums of both.
+
+It is written under another name, flushed to disk and renamed, so a folder with the right name is complete. Which tasks
+a step draws, sampling noise and schedules are functions of (seed, step) and of that state, so there is nothing else to
+keep.
 """
 
 from __future__ import annotations
@@ -159,6 +168,18 @@ def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
             f"The checkpoint {path} cannot be read ({type(error).__name__}). {_advice(path)}"
         ) from error
     return weights, state
+
+
+@contextlib.contextmanager
+def state_errors(path: Path) -> Iterator[None]:
+    """Turn what is raised where the state of a whole checkpoint does not fit into a :class:`CheckpointError`."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"The checkpoint {path} was written by another version of this package or by a run of another kind "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). {_advice(path)}"
+        ) from error
 
 
 def _advice(path: Path) -> str:

@@ -31,7 +31,14 @@ from rehearsal.models.parallel import accumulate_gradients, map_packs, pack_work
 from rehearsal.training.batching import AFTER_DIVERGENCE, policy_batch
 from rehearsal.training.critic import Critic
 from rehearsal.training.gradient_probe import draw_by_quantile, gradient_figures
-from rehearsal.training.optimiser import Update, clipped_updates, forget_gradients, make_optimiser, scheduled_share
+from rehearsal.training.optimiser import (
+    MasterAdamW,
+    Update,
+    clipped_updates,
+    forget_gradients,
+    make_optimiser,
+    scheduled_share,
+)
 from rehearsal.training.options import TrainingOptions
 from rehearsal.training.passes import Passes
 from rehearsal.training.sequences import collect
@@ -45,7 +52,8 @@ class Learner:
     """Updates ``model`` in place.
 
     Args:
-        model: a Hugging Face causal LM, float32 (or with adapters in float32).
+        model: a Hugging Face causal LM. What is trained of it may have a lower precision than float32: its optimiser
+            keeps float32 copies, see :class:`rehearsal.training.optimiser.MasterAdamW`.
         algorithm: from ``rehearsal.algorithms.presets.preset``.
         options: batches and optimiser.
         temperature: the temperature that episodes are sampled at; log-probs are taken at the same one.
@@ -80,7 +88,7 @@ class Learner:
         if reference is None and any(objective.needs_reference for objective in self.policy_objectives):
             self.reference = _frozen_copy(model)
         self.critic: Critic | None = None
-        self.critic_optimiser: torch.optim.AdamW | None = None
+        self.critic_optimiser: MasterAdamW | None = None
         if any(objective.needs_values for objective in self.policy_objectives):
             self.critic = Critic(model).train()
             critic_options = options.model_copy(update={"learning_rate": options.critic_learning_rate})
@@ -262,7 +270,7 @@ class Learner:
             return [losses.get(name) for name in names], figures
 
         models = [self.model, self.critic] if values else [self.model]
-        results = accumulate_gradients(models, trained, losses_of, packs, self._workers)
+        results = accumulate_gradients(models, trained, losses_of, packs, self._workers, self._master)
         for number, figures in enumerate(results):
             if not figures.finite:
                 results.close()
@@ -277,6 +285,13 @@ class Learner:
                 sums[name] += value
                 counts[name] = 1.0 if name in figures.totals else counts[name] + figures.counts[name]
         return sum(pack.n_tokens for pack in packs), sum(pack.saved_tokens for pack in packs)
+
+    def _master(self, weight: Tensor) -> Tensor:
+        """Where the gradient of a weight is summed; every weight has one optimiser."""
+        for optimiser in (*self.optimisers.values(), self.critic_optimiser):
+            if optimiser is not None and (master := optimiser.master(weight)) is not weight:
+                return master
+        return weight
 
     def _trained_by_policy(self) -> str:
         """Whose parameters the policy's loss is differentiated by."""

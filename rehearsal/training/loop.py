@@ -31,11 +31,13 @@ from rehearsal.training.checkpoint import (
     remove_partial,
     restore_weights,
     save_checkpoint,
+    state_errors,
     step_of,
     tensor_errors,
     trainable_weights,
 )
 from rehearsal.training.choices import chosen
+from rehearsal.training.first_look import first_look
 from rehearsal.training.learner import Learner
 from rehearsal.training.monitor import Monitor
 from rehearsal.training.observer import Observer, SilentObserver
@@ -195,7 +197,19 @@ class Trainer:
             write_trajectories(path, result.groups, phase="eval", step=self.steps_done)
         self._track({f"eval/{split}/{name}": value for name, value in result.figures.items()})
         self.observer.evaluation(self.steps_done, split, result.figures)
+        if self.steps_done == 0:
+            self.look(result.groups)
         return result
+
+    def look(self, groups: list[Group]) -> None:
+        """Say so at once if the policy does nothing that its environment understands."""
+        assert self.policy is not None
+        sentence = first_look(groups, base=self.policy.source == "base")
+        if sentence is None:
+            return
+        if self.folder is not None and sentence not in self.folder.info.warnings:
+            self.folder.add_warning(sentence)
+        self.observer.warning(sentence)
 
     def probe(self) -> dict[str, float]:
         """What the policy knows of the world now, with the world adapter at work; told with the next step too."""
@@ -292,6 +306,8 @@ class Trainer:
                 write_trajectories(path, batch.groups, phase="train", step=self.steps_done, extra=extra)
         self._track(figures)
         self.observer.step(self.steps_done, figures)
+        if self.steps_done == 1 and not any(step == 0 for step, _, _ in self.evaluations):
+            self.look(batch.groups)
 
     def save(self, spare: Path | None = None) -> None:
         """Write a checkpoint; older ones make room, but not the one to spare."""
@@ -307,26 +323,31 @@ class Trainer:
                 self.recipe.checkpoint.keep, spare,
             )  # fmt: skip
 
-    def restore(self) -> None:
-        """Go on from the newest checkpoint of the folder, or from the beginning if there is none; a run that went back
-        on a verdict goes on from where it went back to."""
+    def load_newest(self) -> None:
+        """Take up the newest checkpoint of the folder, if there is one, or the one that the run went back to on a
+        verdict. Nothing is written."""
         assert self.folder is not None and self.policy is not None
-        where = self.folder.path / "checkpoints"
-        remove_partial(where)
-        found = checkpoints(where)
+        found = checkpoints(self.folder.path / "checkpoints")
         back = self.folder.info.went_back_to
         if back is not None:
             found = [path for path in found if step_of(path) <= back] or found
         if found:
             weights, state = load_checkpoint(found[-1])
             restore_weights(self.policy.model, weights, found[-1])
-            self.learner.load_state_dict(state["learner"])
-            self.monitor.load_state_dict(state["monitor"])
-            self.tasks.sampler.load_state_dict(state["tasks"])
-            self.memory.replay.load_state_dict(state["memory"])
-            self.steps_done = int(state["step"])
+            with state_errors(found[-1]):
+                self.learner.load_state_dict(state["learner"])
+                self.monitor.load_state_dict(state["monitor"])
+                self.tasks.sampler.load_state_dict(state["tasks"])
+                self.memory.replay.load_state_dict(state["memory"])
+                self.steps_done = int(state["step"])
+
+    def restore(self) -> None:
+        """Bring the folder back to the checkpoint that was loaded, or to the beginning if there is none."""
+        assert self.folder is not None
+        where = self.folder.path / "checkpoints"
+        remove_partial(where)
         # Without a checkpoint even the evaluation of step 0 is played again.
-        self.folder.truncate_after(self.steps_done if found else -1)
+        self.folder.truncate_after(self.steps_done if checkpoints(where) else -1)
         remove_after(where, self.steps_done)
         self.folder.forget_return()
         self.monitor.replay(self.folder.metrics().rows)

@@ -34,7 +34,8 @@ class ModelOptions(Options):
     )
     device: str = Field(default="auto", description='"auto", "cpu", "cuda", "cuda:1", "mps"')
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="of the weights; auto is float32 on a processor, bfloat16 on a GPU"
+        default="auto",
+        description="of the weights; auto is float32 on a processor, bfloat16 on a GPU (updates are in float32 always)",
     )
     gradient_checkpointing: bool = Field(default=False, description="compute activations twice to keep fewer of them")
     history: Literal["preserve", "refuse"] = Field(

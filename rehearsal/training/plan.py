@@ -11,6 +11,7 @@ import torch
 from rehearsal.models.packed import causal_lm
 from rehearsal.models.parallel import pack_workers
 from rehearsal.training.choices import check_verdicts, chosen
+from rehearsal.training.optimiser import training_bytes
 from rehearsal.training.playing import make_rollout, make_toolkit, policy_of
 from rehearsal.training.recipe import Recipe
 from rehearsal.training.tasks import make_sampler, unlocked_tools, variants_of
@@ -39,20 +40,21 @@ def _planned(recipe: Recipe) -> tuple[dict[str, float], dict[str, str]]:
     config = model.config.get_text_config()
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    gradients, optimiser = training_bytes(p for p in model.parameters() if p.requires_grad)
     element = torch.finfo(next(model.parameters()).dtype).bits // 8
     per_token = element * (16 * config.hidden_size + 5 * getattr(config, "intermediate_size", 4 * config.hidden_size))
     layers = 1 if recipe.model.gradient_checkpointing else config.num_hidden_layers
     plan = {
         "weights": float(weights),
-        "gradients": float(trained),
-        "optimiser": 2.0 * trained,
+        "gradients": float(gradients),
+        "optimiser": float(optimiser),
         "keys and values": float(getattr(rollout.engine, "cache_bytes", 0)),
         "activations (estimate)": float(per_token * layers * recipe.training.pack_tokens * pack_workers(model)),
     }
     if any(objective.needs_reference for objective in algorithm.objectives):
         plan["reference policy"] = float(trained)  # it shares what is not trained
     if algorithm.needs_critic:
-        plan["critic"] = 4.0 * weights
+        plan["critic"] = float(weights + sum(training_bytes(model.parameters())))
     facts = rollout.facts()
     rollout.close()
     return plan, facts

@@ -18,6 +18,7 @@ from rehearsal.models.load import Policy
 from rehearsal.training.loop import Trainer
 from rehearsal.training.observer import Observer, SilentObserver
 from rehearsal.training.recipe import Recipe, resolve_recipe
+from rehearsal.training.resuming import resumed_recipe
 from rehearsal.training.runs import RunFolder
 
 
@@ -78,7 +79,9 @@ def train(
     Args:
         recipe: the name of a built-in recipe, a TOML file, a dictionary, or a ``Recipe``.
         output: the run folder; the first free one of runs/NAME, runs/NAME-2, ... if None.
-        resume: go on with the run in ``output``, with the recipe that is stored there unless another is given.
+        resume: go on with the run in ``output``, with the recipe that is stored there. ``recipe`` and ``overrides`` may
+            change how long, how fast and where it goes on, and nothing that would make another run of it, see
+            :mod:`rehearsal.training.resuming`.
         observer: who watches; nobody if None.
         policy: a policy that is loaded already, instead of ``model.path``.
         overrides: options by dotted name.
@@ -90,21 +93,22 @@ def train(
     if resume and output is None:
         raise CheckpointError("To resume, say which run: output must name its folder.")
     if resume and output is not None:
-        RunFolder.open(output)  # before anything else: a wrong folder is the likeliest mistake
-        recipe = Path(output) / "recipe.toml" if recipe is None else recipe
-    recipe = resolve_recipe(recipe, overrides)
+        recipe = resumed_recipe(output, recipe, overrides)
+    else:
+        recipe = resolve_recipe(recipe, overrides)
     path = Path(output) if output is not None else free_folder(Path("runs"), recipe.name)
     # Everything that can be wrong with model, environment and algorithm shows before a folder is made.
     trainer = Trainer(recipe, observer=observer or SilentObserver(), policy=policy)
     assert trainer.policy is not None
     device = describe_device(trainer.policy.device)
-    if resume:
-        folder = RunFolder.resume(path, command, recipe_text=recipe.to_toml(), device=device)
-    else:
-        folder = RunFolder.create(path, recipe.to_toml(), command, device=device)
+    folder = RunFolder.hold(path) if resume else RunFolder.create(path, recipe.to_toml(), command, device=device)
     with folder, stop_on_signals(trainer), contextlib.closing(trainer):
         trainer.folder = folder
         if resume:
+            # What is wrong with a checkpoint shows before anything is written: a run that cannot be resumed stays as
+            # it was.
+            trainer.load_newest()
+            folder.take_up(command, recipe_text=recipe.to_toml(), device=device)
             trainer.restore()
         summary = trainer.run()
     return TrainResult(path, summary, trainer.policy)

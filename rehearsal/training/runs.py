@@ -89,7 +89,8 @@ class RunFolder:
     """One run's folder, open for writing (from :meth:`create` or :meth:`resume`) or for reading (from :meth:`open`).
 
     As a context manager it closes the books: a block that ends leaves a run that is still "running" as "finished",
-    Ctrl-C as "stopped" and any other exception as "failed" with its message.
+    Ctrl-C as "stopped" and any other exception as "failed" with its message. A run that is only held (:meth:`hold`)
+    stays as it was.
     """
 
     def __init__(self, path: Path, info: RunInfo, lock: FolderLock | None = None) -> None:
@@ -97,6 +98,7 @@ class RunFolder:
         self.path = path
         self.info = info
         self._lock = lock
+        self._at_work = lock is not None
         self._clock_start = time.monotonic()
         self._seconds_before = 0.0
 
@@ -157,23 +159,48 @@ class RunFolder:
         Raises:
             CheckpointError: if there is no run, if another process writes to it, or if it cannot be written.
         """
+        run = cls.hold(path)
+        try:
+            run.take_up(command, recipe_text=recipe_text, device=device)
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    @classmethod
+    def hold(cls, path: str | Path) -> RunFolder:
+        """Hold the folder of an earlier run until :meth:`close`, and change nothing in it before :meth:`take_up`.
+
+        Raises:
+            CheckpointError: if there is no run, or if another process writes to it.
+        """
         path = Path(path)
         _read_info(path)
         lock = FolderLock(path)
         try:
             run = cls(path, _read_info(path), lock)
-            run.info.status, run.info.finished, run.info.error = "running", None, ""
-            run.info.version, run.info.command = _version(), _as_text(command)
-            run.info.device = device or run.info.device
-            run.info.resumed.append(_now())
-            if recipe_text is not None:
-                write_atomically(path / "recipe.toml", recipe_text)
-            run._repair()
-            run._save()
         except BaseException:
             lock.release()
             raise
+        run._at_work = False
         return run
+
+    def take_up(self, command: str | Sequence[str], *, recipe_text: str | None = None, device: str = "") -> None:
+        """Write down that an earlier run, whose folder is held, goes on now; see :meth:`resume`.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        self._must_hold()
+        self._at_work = True
+        self.info.status, self.info.finished, self.info.error = "running", None, ""
+        self.info.version, self.info.command = _version(), _as_text(command)
+        self.info.device = device or self.info.device
+        self.info.resumed.append(_now())
+        if recipe_text is not None:
+            write_atomically(self.path / "recipe.toml", recipe_text)
+        self._repair()
+        self._save()
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -197,7 +224,7 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if self._lock is not None and self.info.status == "running":
+            if self._lock is not None and self._at_work and self.info.status == "running":
                 # The error that ended the run matters more than one about writing down that it ended.
                 with contextlib.suppress(CheckpointError) if error is not None else contextlib.nullcontext():
                     if error is None:

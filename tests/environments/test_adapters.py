@@ -92,6 +92,71 @@ def test_a_registered_id_works():
         GymTextAdapter("NoSuchGame-v0")
 
 
+def slippery_lake():
+    lake = gym.make("FrozenLake-v1", is_slippery=True)
+    return GymTextAdapter(lake, action_names=["Left", "Down", "Right", "Up"], observe=lambda cell: f"cell {cell}")
+
+
+def walk(env, seed, chance, actions=("Down", "Right") * 6):
+    options = None if chance is None else {"split": "train", "chance": chance}
+    shown = [env.reset(seed=seed, options=options)[0]]
+    for action in actions:
+        observation, _, terminated, truncated, _ = env.step(action)
+        shown.append(observation)
+        if terminated or truncated:
+            break
+    return shown
+
+
+def test_members_of_a_group_have_luck_of_their_own():
+    """The same seed under eight chances: one first observation, and slips that differ."""
+    env = slippery_lake()
+    for seed in range(3):
+        walks = [walk(env, seed, chance) for chance in range(8)]
+        assert len({shown[0] for shown in walks}) == 1
+        assert len({tuple(shown) for shown in walks}) > 3
+        assert walks == [walk(env, seed, chance) for chance in range(8)], "seed and chance fix an episode"
+        assert walks[0] == walk(env, seed, None), "chance 0 is no other than none"
+    assert check_env(slippery_lake()).ok
+
+
+def test_a_chance_that_is_none_is_refused():
+    with pytest.raises(RecipeError, match="chance must be a whole number"):
+        slippery_lake().reset(seed=0, options={"chance": "good"})
+
+
+def test_luck_keeps_to_the_split():
+    class Dice(Counter):
+        def step(self, action):
+            self.count += int(self.np_random.integers(1, 7))
+            return self.shown(), 0, self.count > self.start + 9, False, {}
+
+    env = GymTextAdapter(Dice(tasks=100), split_by_content=True)
+    walks = []
+    for chance in range(6):
+        first, info = env.reset(seed=3, options={"split": "test", "chance": chance})
+        walks.append((first, info["task"], env.step("go")[0]))
+    assert len({walk[:2] for walk in walks}) == 1
+    assert len({walk[2] for walk in walks}) > 1
+
+
+def test_what_a_wrapped_environment_tells_is_brought_into_form():
+    class Loose(Counter):
+        def reset(self, *, seed=None, options=None):
+            return super().reset(seed=seed)[0], {"task": 7, "state": (1, 2), "success": 0}
+
+    env = GymTextAdapter(Loose())
+    info = env.reset(seed=0)[1]
+    assert (info["task"], info["state"], info["success"]) == ("7", "(1, 2)", False)
+    assert check_env(env).problems == [] or {p.code for p in check_env(env)} == {"task-key"}
+
+
+def test_text_that_is_no_unicode_is_refused():
+    env = GymTextAdapter(Counter(text=False), observe=lambda count: "\ud800")
+    with pytest.raises(EnvironmentFault, match="text that is not valid Unicode"):
+        env.reset(seed=0)
+
+
 def test_the_end_of_an_episode_is_kept():
     env = GymTextAdapter(Counter())
     with pytest.raises(gym.error.ResetNeeded):

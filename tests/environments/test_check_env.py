@@ -11,7 +11,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from rehearsal.environments import SPLITS, TextEnv, check_env
+from rehearsal.agents.play import PlayResult, _step
+from rehearsal.environments import SPLITS, GymTextAdapter, TextEnv, check_env, make
+from rehearsal.environments.contract import step_faults
+from rehearsal.errors import EnvironmentFault
 
 
 class Fine(TextEnv):
@@ -142,6 +145,50 @@ class Listed(Fine):
         return index
 
 
+def luck_in_the_task(self, original, *, seed=None, options=None):
+    observation, info = original(self, seed=seed, options=options)
+    return f"{observation} ({(options or {}).get('chance', 0)})", info
+
+
+class Die:
+    """A generator inside something else, as simulators have it."""
+
+    def __init__(self, seed):
+        self._generator = random.Random(seed)
+
+    def random(self):
+        return self._generator.random()
+
+
+def luck_from(make_dice):
+    """A Fine environment that shows the throw of a die after each step."""
+
+    def reset(self, original, *, seed=None, options=None):
+        self.dice = make_dice(self, seed, (options or {}).get("chance", 0))
+        return original(self, seed=seed, options=options)
+
+    def step(self, original, action):
+        observation, *rest = original(self, action)
+        dice = self.dice["deep"][0] if isinstance(self.dice, dict) else self.dice
+        return f"{observation} {dice.random():.3f}", *rest
+
+    return broken(reset=reset, step=step)
+
+
+class OwnDice(gym.Env):
+    """A Gymnasium environment that draws from a generator that Gymnasium knows nothing of."""
+
+    action_space = gym.spaces.Text(max_length=9)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.dice = random.Random(seed)
+        return "start", {}
+
+    def step(self, action):
+        return f"{self.dice.random():.3f}", 0.0, self.dice.random() < 0.3, False, {}
+
+
 FAKES = {
     "reset-type": [
         broken(reset=lambda self, original, **kwargs: original(self, **kwargs)[0]),
@@ -150,7 +197,15 @@ FAKES = {
     "info-type": [
         reset_with(lambda observation, info: (observation, [])),
         reset_with(lambda observation, info: (observation, {**info, "task": 3})),
-        stepped(lambda o, r, te, tr, info: (o, r, te, tr, {"success": np.bool_(False)})),
+        stepped(lambda o, r, te, tr, info: (o, r, te, tr, {"success": 1})),
+        stepped(lambda o, r, te, tr, info: (o, r, te, tr, {**info, "parts": {"speed": "fast"}})),
+        stepped(lambda o, r, te, tr, info: (o, r, te, tr, {**info, "violations": "ran"})),
+    ],
+    "unicode": [
+        reset_with(lambda observation, info: (observation + "\ud800", info)),
+        reset_with(lambda observation, info: (observation, {**info, "state": "\udfff"})),
+        stepped(lambda o, *rest: ("caf\udce9", *rest)),
+        type("Broken", (Fine,), {"instructions": "Guess.\ud83d"}),
     ],
     "step-type": [stepped(lambda o, r, te, tr, info: (o, r, te, info)), stepped(lambda o, *rest: (b"bytes", *rest))],
     "reward-type": [stepped(lambda o, r, *rest: (o, None, *rest)), stepped(lambda o, r, *rest: (o, r > 0, *rest))],
@@ -186,6 +241,14 @@ FAKES = {
         type("Deaf", (Fine,), {"task_count": lambda self, split: 100}),
     ],
     "oracle-type": [broken(oracle=lambda self, original: "5")],
+    "luck-task": [broken(reset=luck_in_the_task)],
+    "luck-seed": [luck_from(lambda self, seed, chance: random.Random() if chance else random.Random(seed))],
+    "luck": [
+        luck_from(lambda self, seed, chance: random.Random(seed)),
+        luck_from(lambda self, seed, chance: np.random.default_rng(seed)),
+        luck_from(lambda self, seed, chance: {"deep": [Die(seed)]}),
+        lambda: GymTextAdapter(OwnDice(), name="own dice"),
+    ],
     "instructions-type": [type("Broken", (Fine,), {"instructions": None})],
     "limits": [type("Broken", (Fine,), {"max_turns": 0})],
     "raises": [broken(step=crash), broken(reset=refuses_no_seed), broken(oracle=crash), broken(step=leave)],
@@ -199,7 +262,7 @@ def test_a_sound_environment_has_no_problems():
     assert report.ok, str(report)
     assert len(report) == 0
     assert "no problems" in str(report)
-    assert len(report.checked) == 7
+    assert len(report.checked) == 8
     assert not report.skipped
     assert check_env(Listed).ok
 
@@ -231,6 +294,77 @@ def test_an_environment_that_hangs_is_reported_in_time():
     release.set()
     assert [problem.code for problem in report] == ["hang"]
     assert "step(" in str(report)
+
+
+def test_luck_that_differs_is_no_problem():
+    own = luck_from(lambda self, seed, chance: np.random.default_rng([seed or 0, chance]))
+    plain = broken(step=lambda self, original, action: (f"{self.np_random.random():.3f}", *original(self, action)[1:]))
+    for environment in (own, plain, "frozenlake", lambda: make("frozenlake", slip=0.5)):
+        report = check_env(environment)
+        assert report.ok, str(report)
+        assert "luck" in report.checked
+
+
+def test_numbers_and_flags_of_numpy_are_what_they_are():
+    numpy_types = stepped(
+        lambda o, r, te, tr, info: (
+            o, np.float32(r), np.bool_(te), np.bool_(tr), {**info, "success": np.bool_(info["success"])},
+        )
+    )  # fmt: skip
+    report = check_env(numpy_types)
+    assert report.ok, str(report)
+
+
+def test_what_the_check_refuses_training_refuses_and_nothing_else():
+    """One rule for both: an environment that passes the check does not fail in training for what it returns."""
+    base = ("Went.", 0.5, False, False, {"success": False})
+    values = {
+        0: ["Went.", "caf\xe9", "\U0001f600", "\ud800", b"x", None, 3],
+        1: [1, 0.5, np.float32(1), np.float64(-2), np.int64(3), True, np.bool_(True), math.nan, math.inf, "1", None],
+        2: [True, np.bool_(False), 0, 1, None, "no", np.int64(1)],
+        4: [
+            {}, None, [], {"success": None}, {"success": np.bool_(True)}, {"success": 1}, {"success": "yes"},
+            {"task": 3}, {"task": None}, {"state": "s"}, {"state": 5}, {"effective": np.bool_(False)},
+            {"effective": 0}, {"parts": {"a": np.float32(1)}}, {"parts": {"a": math.nan}}, {"parts": [1]},
+            {"violations": ["ran"]}, {"violations": "ran"}, {"category": 1}, {"foreseeable": 2},
+        ],
+    }  # fmt: skip
+    refused = 0
+    for place, tried in values.items():
+        for value in tried:
+            returned = (*base[:place], value, *base[place + 1 :])
+            checked = bool(list(step_faults("step()", returned)))
+            try:
+                _step(Answers(returned), "go", PlayResult())
+            except EnvironmentFault:
+                played = True
+            else:
+                played = False
+            assert checked == played, returned
+            refused += played
+            report = check_env(Answers(returned), n_seeds=1)
+            codes = {problem.code for problem in report} & RETURNED
+            assert bool(codes) == played, (returned, str(report))
+    assert refused == 27
+
+
+RETURNED = {"step-type", "reward-type", "reward-finite", "flag-type", "info-type", "unicode"}
+
+
+class Answers(TextEnv):
+    """Every step returns the same."""
+
+    name = "answers"
+
+    def __init__(self, returned):
+        self.returned = returned
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return "Start.", {}
+
+    def step(self, action):
+        return self.returned
 
 
 def test_what_could_not_be_checked_is_said():

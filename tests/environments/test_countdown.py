@@ -146,3 +146,13 @@ def test_bad_values_are_named():
     for params in ({"operations": "+%"}, {"operations": ""}, {"n_numbers": 1}, {"max_target": 0}):
         with pytest.raises(RecipeError, match=next(iter(params))):
             make("countdown", **params)
+
+
+def test_a_wrong_answer_is_not_solved_however_much_its_form_earns():
+    for answer, reward, solved in (("1 + 2", 1.0, True), ("1 * 2", 1.0, False), ("three", 0.0, False)):
+        env = with_puzzle([1, 2], 3, format_reward=1.0)
+        assert env.judge(answer) == (reward, solved)
+        observation, given, terminated, _, info = env.step(answer)
+        assert (given, terminated, info["success"]) == (reward, True, solved)
+        assert observation == ("right" if solved else "wrong")
+        assert env.optimal_success() == float(solved)

@@ -8,16 +8,17 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rehearsal.agents.agent import Limits
+from rehearsal.agents.agent import Agent, Limits
 from rehearsal.agents.protocol import Protocol
 from rehearsal.environments import make
 from rehearsal.environments.base import TextEnv
-from rehearsal.errors import RecipeError
+from rehearsal.errors import GenerationError, RecipeError
 from rehearsal.generation.local import LocalEngine
 from rehearsal.generation.sampling import SamplingParams
 from rehearsal.rollout import Rollout, Task, rollout_metrics, run_coroutine, tasks_of_step
@@ -189,6 +190,31 @@ def test_members_of_a_group_have_luck_of_their_own(play: Callable[..., Rollout])
     assert any(len({move for move, _ in seen}) < len(seen) for seen in outcomes)
 
 
+class Dice(Walk):
+    """Tells a throw that it draws as Gymnasium says, and has never heard of chance."""
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        _, *rest = super().step(action)
+        return (f"Threw {int(self.np_random.integers(10**6))}.", *rest)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_an_environment_that_knows_no_chance_gets_its_luck_from_the_harness(
+    fast: bool, play: Callable[..., Rollout]
+) -> None:
+    def throws() -> list[list[str]]:
+        groups = play(lambda: Dice(fast=fast), limits=replace(LIMITS, max_turns=9)).play(tasks(4), 4)
+        for group in groups:
+            assert len({trajectory.turns[0].observation for trajectory in group}) == 1
+        return [[t.final_observation for t in group if t.final_observation.startswith("Threw")] for group in groups]
+
+    first = throws()
+    assert sum(len(group) > 2 for group in first) >= 2
+    for group in first:
+        assert len(set(group)) == len(group)
+    assert throws() == first, "seed and sample fix the luck"
+
+
 def test_every_episode_is_told_once(play: Callable[..., Rollout]) -> None:
     told: list[Trajectory] = []
     make_env = lambda: Walk(on_reset=only(1, raises(ValueError("no"))), on_step=only(2, raises(ValueError("no"))))  # noqa: E731
@@ -308,6 +334,15 @@ BREAKS: dict[str, tuple[Any, str]] = {
         lambda env: ("x", None) if env.steps == 0 else ("x", 0.0, False, False, None),
         "must return a dict as info, not None",
     ),
+    "observation is no Unicode": (
+        lambda env: ("x\ud800", {}) if env.steps == 0 else ("x\ud800", 0.0, False, False, {}),
+        r"returned text that is not valid Unicode \('\\ud800' at character 1\) as observation",
+    ),
+    "state is no Unicode": (
+        lambda env: ("x", {"state": "\udcff"}) if env.steps == 0 else ("x", 0.0, False, False, {"state": "\udcff"}),
+        r'info\["state"\] of Walk.*text that is not valid Unicode',
+    ),
+    "raises what is no Unicode": (raises(ValueError("no \udcff")), r"raised ValueError: no \?\."),
 }
 IN_STEP: dict[str, tuple[Any, str]] = {
     "reward is not a number": (lambda env: ("x", math.nan, False, False, {}), "finite number as reward, not nan"),
@@ -364,6 +399,67 @@ def test_rules_that_cannot_be_told_fail_the_episode(what: str, fast: bool, play:
     (group,) = play(lambda: Mute(fast=fast)).play(tasks(1), 2)
     assert [trajectory.stop_reason for trajectory in group] == [StopReason.ERROR] * 2
     assert "no rules" in group.trajectories[0].error
+
+
+def test_rules_that_are_no_unicode_are_told_in_a_sentence(play: Callable[..., Rollout]) -> None:
+    class Odd(Walk):
+        instructions = "Walk.\ud800"
+
+    (group,) = play(Odd).play(tasks(1), 1)
+    assert group.trajectories[0].error.startswith("Odd.instructions holds text that is not valid Unicode")
+
+
+def fails_for(seed: int, original: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of an agent that raises in episodes of one seed, which its first observation tells."""
+
+    def method(self: Agent, *args: Any) -> Any:
+        if self.turns[0].observation == f"Start {seed}.":
+            raise TypeError("a tokenizer's own words")
+        return original(self, *args)
+
+    return method
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("next_turn", "What Walk.step returned cannot be shown: TypeError: a tokenizer's own words."),
+        ("read", "The agent's answer could not be read: TypeError: a tokenizer's own words."),
+    ],
+)
+@pytest.mark.parametrize("fast", [True, False])
+def test_what_an_agent_stumbles_over_costs_one_episode(
+    what: str, message: str, fast: bool, play: Callable[..., Rollout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Agent, what, fails_for(1, getattr(Agent, what)))
+    groups = play(lambda: Walk(fast=fast)).play(tasks(3), 2)
+    assert [[trajectory.failed for trajectory in group] for group in groups] == [[False] * 2, [True] * 2, [False] * 2]
+    for trajectory in groups[1]:
+        assert (trajectory.stop_reason, trajectory.error) == (StopReason.ERROR, message)
+        assert math.isnan(trajectory.reward)
+
+
+@pytest.mark.parametrize(("error", "ends"), [(ValueError("odd ids"), False), (GenerationError("gone"), True)])
+def test_showing_costs_one_episode_and_an_engine_that_fails_all(
+    error: Exception, ends: bool, play: Callable[..., Rollout]
+) -> None:
+    rollout = play(Walk)
+    shown: list[Any] = []
+
+    def show(session: Any, prompt: Any) -> None:
+        shown.append(prompt)
+        if len(shown) == 1:
+            raise error
+        original(session, prompt)
+
+    original = rollout._show
+    rollout._show = show  # type: ignore[method-assign]
+    if ends:
+        with pytest.raises(GenerationError, match="gone"):
+            rollout.play(tasks(2), 2)
+    else:
+        failed = [t for t in all_trajectories(rollout.play(tasks(2), 2)) if t.failed]
+        assert [t.error for t in failed] == ["What Walk.step returned cannot be shown: ValueError: odd ids."]
 
 
 @pytest.mark.parametrize("fast", [True, False])

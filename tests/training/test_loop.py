@@ -380,16 +380,19 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_serves(
 
 
 def test_a_checkpoint_of_another_model_is_refused(
-    small: Callable[..., Recipe], tiny_qwen3: Callable[..., Any], base_tokenizer: Any, tmp_path: Path
-) -> None:
+    small: Callable[..., Recipe], tiny_qwen3: Callable[..., Any], base_tokenizer: Any, taught_folder: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
     from rehearsal.models.load import save_policy
 
-    run = tmp_path / "run"
-    train(small(), output=run, observer=StopAfter(1))
-    other = tmp_path / "other"
-    save_policy(tiny_qwen3(len(base_tokenizer), num_hidden_layers=1), base_tokenizer, other)
+    run, model = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(taught_folder, model)
+    train(small(model__path=str(model)), output=run, observer=StopAfter(1))
+    # Under the same name there is another model now.
+    shutil.rmtree(model)
+    save_policy(tiny_qwen3(len(base_tokenizer), num_hidden_layers=1), base_tokenizer, model)
     with pytest.raises(CheckpointError, match="belongs to another model"):
-        train(small(model__path=str(other)), output=run, resume=True)
+        train(output=run, resume=True)
 
 
 # What a run leaves

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rehearsal.errors import GenerationError, ModelError, RecipeError
 from rehearsal.models.load import load_policy
+from rehearsal.training.optimiser import make_optimiser
 from rehearsal.training.plan import describe_plan, memory_plan
-from rehearsal.training.playing import make_rollout
+from rehearsal.training.playing import make_rollout, policy_of
 from rehearsal.training.recipe import Recipe, resolve_recipe
 from rehearsal.training.world import MODE_TEXTS, WORLD_MODES
 
@@ -41,10 +43,37 @@ def test_weights_and_cache_are_exact(taught_folder: Path) -> None:
     rollout.close()
 
 
-def test_half_the_precision_takes_half_the_memory(taught_folder: Path) -> None:
+def test_half_the_precision_takes_half_the_memory_and_copies_to_train(taught_folder: Path) -> None:
     whole, half = (memory_plan(recipe_of(taught_folder, model__dtype=dtype)) for dtype in ("float32", "bfloat16"))
-    for name in ("weights", "optimiser", "activations (estimate)"):
+    for name in ("weights", "activations (estimate)"):
         assert half[name] == whole[name] / 2
+    # Gradients are summed in float32, and beside two moments there is a float32 copy of each weight.
+    assert half["gradients"] == whole["gradients"]
+    assert half["optimiser"] == 1.5 * whole["optimiser"] == 12 / 4 * whole["weights"]
+    ppo = memory_plan(recipe_of(taught_folder, algorithm__name="ppo", model__dtype="bfloat16"))
+    assert ppo["critic"] == ppo["weights"] + ppo["gradients"] + ppo["optimiser"]
+
+
+def test_adapters_need_no_copies(taught_folder: Path) -> None:
+    changes = {"adapters__policy_rank": 4, "model__dtype": "bfloat16"}
+    policy, plan = policy_of(recipe_of(taught_folder, **changes)), memory_plan(recipe_of(taught_folder, **changes))
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    assert plan["optimiser"] == 2 * plan["gradients"] == 8 * sum(p.numel() for p in trained)
+
+
+def test_the_plan_is_what_the_optimiser_holds(taught_folder: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        recipe = recipe_of(taught_folder, model__dtype=dtype)
+        plan = memory_plan(recipe)
+        weights = [p for p in policy_of(recipe).model.parameters() if p.requires_grad]
+        optimiser = make_optimiser(weights, recipe.training)
+        for weight in weights:
+            optimiser.master(weight).grad = torch.zeros_like(optimiser.master(weight))
+        optimiser.step()
+        moments = [t for state in optimiser.state.values() for t in state.values() if t.ndim]
+        masters = optimiser.state_dict()["masters"].values()
+        assert plan["optimiser"] == sum(t.numel() * t.element_size() for t in (*moments, *masters))
 
 
 def test_what_algorithms_need_beside_the_policy(taught_folder: Path) -> None:
