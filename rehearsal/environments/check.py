@@ -226,6 +226,7 @@ class _Checker:
             ("success", bool),
             ("effective", bool),
             ("foreseeable", bool),
+            ("meaning", str),
             ("split", str),
         ):
             if key in info and not isinstance(info[key], kind):
