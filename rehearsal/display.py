@@ -153,6 +153,10 @@ class TerminalObserver(Observer):
             highlight=False,
         )
 
+    def warning(self, sentence: str) -> None:
+        self._stop()
+        self.console.print(f"[yellow]note[/] {escape(sentence)}", highlight=False)
+
     def evaluation(self, step: int, split: str, figures: Mapping[str, float]) -> None:
         self._stop()
         name = "held-out" if split == "test" else split

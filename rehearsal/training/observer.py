@@ -59,6 +59,9 @@ class Observer:
     def verdict(self, step: int, verdict: Verdict) -> None:
         """Something was found wrong."""
 
+    def warning(self, sentence: str) -> None:
+        """Something is not as one would want it, and the run goes on."""
+
     def evaluation(self, step: int, split: str, figures: Mapping[str, float]) -> None:
         """Held-out tasks were played."""
 

@@ -7,12 +7,14 @@ import contextlib
 import torch
 
 from rehearsal.algorithms.presets import preset
+from rehearsal.models.adapters import adapter_names
 from rehearsal.models.packed import causal_lm
 from rehearsal.models.parallel import pack_workers
 from rehearsal.training.playing import make_rollout, make_toolkit, policy_of
 from rehearsal.training.recipe import Recipe
 from rehearsal.training.tasks import unlocked_tools, variants_of
-from rehearsal.training.world import MODE_TEXTS
+from rehearsal.training.works import parameter_sets
+from rehearsal.training.world import MODE_TEXTS, all_objectives, world_of
 
 _MIB = 2**20
 
@@ -30,6 +32,8 @@ def _planned(recipe: Recipe) -> tuple[dict[str, float], dict[str, str]]:
     """The memory, and what environments, tools and verifiers work with, of a rollout that is made for that."""
     policy = policy_of(recipe)
     algorithm = preset(recipe.algorithm.name, **recipe.algorithm.options)
+    adapters = adapter_names(policy.model)
+    parameter_sets(policy.model, all_objectives(algorithm, adapters, world_of(recipe.world, adapters)))
     rollout = make_rollout(recipe, policy)
     model = causal_lm(policy.model)
     config = model.config.get_text_config()
@@ -62,6 +66,11 @@ def describe_plan(recipe: Recipe) -> str:
     lines = [algorithm.describe()]
     if recipe.world.mode != "policy_only":
         lines.append(f"world model, {recipe.world.mode}: {MODE_TEXTS[recipe.world.mode]}")
+    if recipe.agent.rehearse:
+        lines.append(
+            f"rehearsing: expected answers are written within the {recipe.agent.max_tokens_per_turn} tokens of an "
+            "answer (agent.max_tokens_per_turn); the first evaluation tells if many are cut off"
+        )
     lines += _tool_lines(recipe)
     lines += [f"{name}: {told}" for name, told in facts.items()]
     lines.append("")
