@@ -37,7 +37,7 @@ def test_several_environments_have_figures_of_their_own(taught_folder: Path) -> 
     ("name", "told"),
     [
         ("bandit", "bandit is a recipe and no policy; try `rehearsal {} base --recipe bandit`."),
-        ("arithmetic", "arithmetic is an environment and no policy; try `rehearsal {} base --environment.name"),
+        ("repair", "repair is an environment and no policy; try `rehearsal {} base --environment.name repair`."),
     ],
 )
 def test_a_recipe_is_no_policy(

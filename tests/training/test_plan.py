@@ -105,5 +105,5 @@ def test_a_plan_refuses_objectives_that_the_run_would(taught_folder: Path) -> No
 def test_a_plan_says_that_rehearsing_takes_room(taught_folder: Path) -> None:
     changes = {"agent__thinking": True, "agent__max_tokens_per_turn": 13}
     assert "rehearsing" not in describe_plan(recipe_of(taught_folder, **changes))
-    told = describe_plan(recipe_of(taught_folder, agent__rehearse=True, agent__max_context=600, **changes))
+    told = describe_plan(recipe_of(taught_folder, agent__rehearse=True, agent__max_context=500, **changes))
     assert "rehearsing: expected answers are written within the 13 tokens of an answer" in told
