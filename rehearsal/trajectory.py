@@ -177,6 +177,7 @@ class Turn:
             actions.
         foreseeable: whether what the environment answered follows from what the agent had been shown, as far as the
             environment tells it.
+        meaning: of what the environment answered, whatever its words; "" where it is not told apart from them.
         parts: what the rewards are made of, by name, where the environment says so (info["parts"]).
         violations: the rules that its actions broke, where the environment says so (info["violations"]).
         obligations: the duties that they did, where the environment says so (info["obligations"]).
@@ -197,6 +198,7 @@ class Turn:
     predictions: list[Prediction] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
     foreseeable: bool = False
+    meaning: str = ""
     parts: dict[str, float] = field(default_factory=dict)
     violations: list[str] = field(default_factory=list)
     obligations: list[str] = field(default_factory=list)

@@ -65,7 +65,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 def test_every_example_is_tested() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
-        "own_environment", "own_model", "custom_loop", "evaluate_remote"
+        "own_environment", "own_model", "custom_loop", "evaluate_remote", "lookahead", "early_experience"
     }  # fmt: skip
 
 
@@ -136,7 +136,37 @@ def test_the_custom_loop_changes_the_model(tiny_model: Path, capsys: pytest.Capt
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["own_model", "custom_loop", "evaluate_remote"])
+def test_looking_ahead_tells_what_came_true(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load_example("lookahead").main(["--model", str(tiny_model), "--tasks", "2", "--breadth", "2", "--tokens", "4"])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.partition(",")[0] for line in printed[:2]] == ["task 1: 6 futures", "task 2: 6 futures"]
+    assert [line.partition(":")[0] for line in printed[2:]] == ["1 ahead", "2 ahead"]
+    assert " of 4 predictions" in printed[2]
+
+
+def test_what_comes_is_looked_up_in_a_copy() -> None:
+    example, env = load_example("lookahead"), rh.make("frozenlake")
+    observation, _ = env.reset(seed=0)
+    (first, *_), before = env.oracle(), env.describe()
+    came = example.what_comes(env, [first])
+    assert example.what_comes(env, ["fly"]) is None
+    assert env.describe() == before
+    assert env.step(first)[0] == came != observation
+    assert example.what_comes(env, env.oracle()) is not None
+    assert example.what_comes(env, [*env.oracle(), "Up"]) is None, "the episode is over by then"
+
+
+def test_early_experience_lowers_what_it_learns(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load_example("early_experience").main(
+        ["--model", str(tiny_model), "--expert-episodes", "4", "--episodes", "4", "--mode", "dual"]
+    )
+    told = {line.partition(":")[0]: line.partition(":")[2] for line in capsys.readouterr().out.splitlines()}
+    before, after = (float(part.split()[0]) for part in told["action_nats"].split(","))
+    assert after < before
+    assert "success" in told
+
+
+@pytest.mark.parametrize("name", ["own_model", "custom_loop", "evaluate_remote", "lookahead", "early_experience"])
 def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         load_example(name).main(["--help"])

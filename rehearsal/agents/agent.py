@@ -219,7 +219,7 @@ class Agent:
         """
         turn = self.turns[-1]
         turn.executed, turn.rewards, turn.penalty = list(result.executed), list(result.rewards), result.penalty
-        turn.foreseeable = result.foreseeable
+        turn.foreseeable, turn.meaning = result.foreseeable, result.meaning
         turn.parts, turn.violations, turn.obligations = dict(result.parts), result.violations, result.obligations
         if result.illegal:
             turn.valid = False

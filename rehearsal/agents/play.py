@@ -43,6 +43,7 @@ class PlayResult:
         ineffective: how many executed actions changed nothing, as far as the environment told it.
         foreseeable: whether the observation followed from what the agent had been shown: as far as the environment told
             it, or because nothing was done.
+        meaning: of the observation, whatever its words; "" where the environment does not tell it apart.
         parts: what the rewards are made of, by name, as far as the environment told it; summed over the actions.
         violations, obligations: the rules that the actions broke and the duties that they did, as far as the
             environment told it.
@@ -63,6 +64,7 @@ class PlayResult:
     not_executed: int = 0
     ineffective: int = 0
     foreseeable: bool = True
+    meaning: str = ""
     parts: dict[str, float] = field(default_factory=dict)
     violations: list[str] = field(default_factory=list)
     obligations: list[str] = field(default_factory=list)
@@ -153,6 +155,7 @@ def _step(env: TextEnv, action: str, result: PlayResult) -> None:
     result.state = str(info["state"]) if info.get("state") is not None else None
     result.ineffective += info.get("effective") is not None and not info["effective"]
     result.foreseeable = result.foreseeable and bool(info.get("foreseeable", False))
+    result.meaning = str(info.get("meaning") or "")
     for part, amount in (info.get("parts") or {}).items():
         result.parts[part] = result.parts.get(part, 0.0) + float(amount)
     result.violations += list(info.get("violations") or ())

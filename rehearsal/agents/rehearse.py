@@ -16,6 +16,7 @@ T tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ from rehearsal.models.chat import ChatRenderer
 from rehearsal.trajectory import Prediction, StopReason, Trajectory
 
 PREDICT_OPEN, PREDICT_CLOSE = "<predict>", "</predict>"
+
+_SPEAKER = re.compile(r"\s*([^\W\d_][\w' -]{0,30}):\s")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +41,8 @@ class Hindsight:
         topic: what the episode was about, for a memory that keeps a bit of everything.
         environment: where it was.
         foretold: whether the prediction said just this.
+        meaning: of the answer, whatever its words; "" where they are not told apart.
+        speaker: who gives it, see :func:`speaker_of`.
     """
 
     token_ids: np.ndarray
@@ -45,6 +50,8 @@ class Hindsight:
     topic: str
     environment: str
     foretold: bool
+    meaning: str = ""
+    speaker: str = ""
 
 
 def find_predictions(
@@ -116,7 +123,7 @@ def hindsight(
     for number, turn in enumerate(trajectory.turns):
         for prediction in turn.predictions:
             taken = _taken(trajectory, number, prediction, horizon)
-            answer = None if taken is None else _answer_to(trajectory, taken)
+            answer = None if taken is None else answer_to(trajectory, taken)
             if taken is None or answer is None:
                 continue
             done = trajectory.turns[taken].executed
@@ -127,6 +134,7 @@ def hindsight(
                 Hindsight(
                     np.concatenate([head, told]).astype(np.int32), len(head), trajectory.topic or trajectory.task,
                     trajectory.environment, _plain(prediction.text) == _plain(answer),
+                    trajectory.turns[taken].meaning, speaker_of(answer),
                 )
             )  # fmt: skip
     return found
@@ -145,11 +153,17 @@ def _taken(trajectory: Trajectory, number: int, prediction: Prediction, horizon:
     return None
 
 
-def _answer_to(trajectory: Trajectory, number: int) -> str | None:
+def answer_to(trajectory: Trajectory, number: int) -> str | None:
     """What the environment said after a turn; None where it never answered."""
     if number + 1 < len(trajectory.turns):
         return trajectory.turns[number + 1].observation
     return None if trajectory.failed else trajectory.final_observation
+
+
+def speaker_of(answer: str) -> str:
+    """Who gives an answer that begins with a name and a colon, such as "Clerk: We need the pin."; "" otherwise."""
+    found = _SPEAKER.match(answer)
+    return found[1] if found else ""
 
 
 def _plain(text: str) -> str:

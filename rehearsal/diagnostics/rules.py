@@ -321,6 +321,12 @@ def _foreign_world(series: Series, limits: Thresholds) -> str | None:
     return f"The perplexity of what the environment answers is {perplexity:.0f}, and it has {symbols:.0f} symbols."
 
 
+def _nothing_to_foretell(series: Series, limits: Thresholds) -> str | None:
+    if series.recent("world/target_tokens", 3) != 0:
+        return None
+    return "In the last steps there were 0 tokens of answers to learn, and the world model stands still."
+
+
 def _tool_abandoned(series: Series, limits: Thresholds) -> str | None:
     found = abandoned_tools(series, share=limits.tool_use, certain=limits.certain, done=limits.success_done)
     if not found:
@@ -448,6 +454,13 @@ RULES: tuple[Rule, ...] = (
         "The policy foretells the environment worse than somebody who knows nothing but its symbols.",
         "Let it learn the world first: world.mode = world_only for some steps, or dual from the start.",
         "probe/perplexity", _foreign_world, begins_after=1, ends_after=1,
+    ),
+    Rule(
+        "nothing_to_foretell", "Nothing to foretell",
+        "A world model learns answers to actions, and here there are none that count.",
+        "Leave out world.foreseeable = false where all answers follow from the rules (FrozenLake without slip, "
+        "Sokoban, Countdown), let episodes have more than one turn, or set world.mode to policy_only.",
+        "world/target_tokens", _nothing_to_foretell, begins_after=1, ends_after=1,
     ),
     Rule(
         "tool_abandoned", "Tool abandoned",

@@ -47,6 +47,8 @@ class TextEnv(gym.Env[str, str]):
     - ``effective`` (bool, at a step): whether the action changed the state.
     - ``foreseeable`` (bool, at a step): whether the observation follows from the rules, what the agent has been shown
       and the action, so that it tells nothing about the world that could not be worked out.
+    - ``meaning`` (str, at a step): what the observation says, whatever its words: observations of one meaning say the
+      same. Left out where words and meaning are one.
     """
 
     name: str = "environment"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-TEXTS = ("task", "topic", "category", "state", "split")
+TEXTS = ("task", "topic", "category", "state", "meaning", "split")
 """What is text in ``info``, where it is told."""
 FLAGS = ("success", "effective", "foreseeable")
 """What is true or false in ``info``, where it is told."""

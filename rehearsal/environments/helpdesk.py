@@ -183,7 +183,7 @@ class Helpdesk(EpisodeEnv):
         self._ready: list[str] = []
         self._given: list[str] = []
         self._reached = False
-        self._text = ""
+        self._text, self._meaning = "", ""
 
     @property
     def instructions(self) -> str:
@@ -275,7 +275,7 @@ class Helpdesk(EpisodeEnv):
             values[int(self.np_random.integers(len(values)))]
             for values in (words.CUSTOMERS, MATTERS, DAYS, words.OPENINGS)
         )
-        self._ready, self._given, self._reached = [], [], False
+        self._ready, self._given, self._reached, self._meaning = [], [], False, ""
         self._text = opening.format(
             customer=self._customer,
             company=self._company.name,
@@ -290,6 +290,7 @@ class Helpdesk(EpisodeEnv):
         return action not in REACH.values() or not self._reached
 
     def _act(self, action: str) -> tuple[float, bool, bool, bool]:
+        self._meaning = ""
         if self._reached:
             return self._in_contact(action)
         if action in REACH.values():
@@ -319,7 +320,7 @@ class Helpdesk(EpisodeEnv):
             return 0.0, False, False, False
         self._given.append(fact)
         if len(self._given) < len(wanted):
-            self._text = self._one_of(words.MORE[channel])
+            self._text, self._meaning = self._one_of(words.MORE[channel]), "wants more"
             return 0.0, False, False, True
         self._text = words.SETTLED[channel]
         return 1.0 - self.fact_cost * len(self._ready), True, True, True
@@ -327,12 +328,14 @@ class Helpdesk(EpisodeEnv):
     def _what_is_wanted(self) -> str:
         requirement = self._company.requirement
         always = [requirement.always[place] for place in self.np_random.permutation(len(requirement.always))]
+        self._meaning = f"wants {', '.join(fact for fact in FACTS if fact in always)}"
         phrases = [self._one_of(words.PHRASES[fact]) for fact in always]
         listed = " and ".join(part for part in (", ".join(phrases[:-1]), phrases[-1]) if part)
         told = self._one_of(words.WANT[self._company.channel]).format(facts=listed)
         if not requirement.applies(self._matter, self._day):
             return told
         one, other = requirement.when
+        self._meaning += f", for {one} and {other} also {requirement.extra}"
         also = self._one_of(words.ALSO["day" if one in DAYS else "matter"])
         return f"{told} {also.format(one=one, other=other, fact=self._one_of(words.PHRASES[requirement.extra]))}"
 
@@ -349,7 +352,8 @@ class Helpdesk(EpisodeEnv):
 
     def _info(self) -> dict[str, Any]:
         company = self._company
-        return {**super()._info(), "company": company.name, "company_index": company.index, "topic": company.name}
+        told = {"company": company.name, "company_index": company.index, "topic": company.name}
+        return {**super()._info(), **told, "meaning": self._meaning or self._text}
 
     def oracle(self) -> list[str]:
         """The shortest way to settle the matter; nothing where it is too late for that, or the episode is over."""

@@ -77,5 +77,5 @@ def probe_policy(
     Raises:
         RehearsalError: with one sentence, for whatever the user can mend.
     """
-    resolved, loaded = load_for_evaluation(policy, recipe, overrides)
+    resolved, loaded = load_for_evaluation(policy, recipe, overrides, "probe")
     return Prober(resolved, loaded.renderer, count, split).measure(loaded.model)

@@ -12,6 +12,7 @@ from rehearsal.agents.agent import Limits
 from rehearsal.agents.feedback import Feedback
 from rehearsal.algorithms.curriculum import Staged
 from rehearsal.environments.base import TextEnv
+from rehearsal.environments.registry import names
 from rehearsal.errors import ModelError, RecipeError
 from rehearsal.evaluation.best_of import best_of_figures, verify_episodes
 from rehearsal.evaluation.held_out import Evaluation, evaluate
@@ -23,7 +24,7 @@ from rehearsal.models.load import Policy, load_policy
 from rehearsal.rollout import Rollout, check_failures
 from rehearsal.training.checkpoint import checkpoints, load_checkpoint, restore_weights
 from rehearsal.training.playing import answer_protocol, episode_limits, make_rollout, make_toolkit, policy_of
-from rehearsal.training.recipe import Recipe, resolve_recipe
+from rehearsal.training.recipe import Recipe, built_in_recipes, resolve_recipe
 from rehearsal.training.runs import RunFolder
 from rehearsal.training.tasks import TaskSource, variants_of
 from rehearsal.usage import Account
@@ -195,13 +196,20 @@ def load_for_evaluation(
     policy: str | Path,
     recipe: str | Path | Mapping[str, Any] | Recipe | None,
     overrides: Mapping[str, Any] | Sequence[str],
+    command: str = "eval",
 ) -> tuple[Recipe, Policy]:
     """A policy by name, and the recipe that it is to be judged by.
+
+    Args:
+        policy, recipe, overrides: as for :func:`evaluate_policy`.
+        command: of the command line that does the same, for messages.
 
     Raises:
         RehearsalError: with one sentence, for whatever the user can mend.
     """
     folder = Path(policy)
+    if not folder.exists():
+        _refuse_other_names(str(policy), command)
     is_run = (folder / "run.json").is_file()
     if recipe is None and is_run:
         recipe = folder / "recipe.toml"
@@ -222,6 +230,16 @@ def load_for_evaluation(
             history=recipe.model.history, template_options=recipe.model.template_options,
         )  # fmt: skip
     return recipe, loaded
+
+
+def _refuse_other_names(name: str, command: str) -> None:
+    """A recipe or an environment in the place of a policy is a slip that no hub needs to be asked about."""
+    for what, known, option in (
+        ("a recipe", built_in_recipes(), "--recipe"),
+        ("an environment", names(), "--environment.name"),
+    ):
+        if name in known and name != "base":
+            raise RecipeError(f"{name} is {what} and no policy; try `rehearsal {command} base {option} {name}`.")
 
 
 def _evaluate_remote(

@@ -18,6 +18,8 @@ from rehearsal.models.chat import ChatRenderer
 from rehearsal.models.lora import plain_state
 from rehearsal.models.packed import causal_lm, verify_packing
 
+_HUB_SECONDS = 10.0
+
 
 @dataclass
 class Policy:
@@ -92,6 +94,8 @@ def load_policy(
         hint = f" Make it with `rehearsal base --output {folder}`." if str(path) == "base" else ""
         raise ModelError(f"{folder} is not a Hugging Face model folder: it has no config.json.{hint}")
     source = str(folder) if local else str(path)
+    if not local:
+        _look_for(source)
     where = pick_device(device)
     weights = {"auto": torch.float32 if where.type == "cpu" else torch.bfloat16}.get(dtype) or getattr(torch, dtype)
     try:
@@ -126,6 +130,42 @@ def load_policy(
     )  # fmt: skip
     verify_packing(model)
     return Policy(model, tokenizer, renderer, "base" if str(path) == "base" else source)
+
+
+def _look_for(name: str) -> None:
+    """Ask once whether a hub has a model of this name. Where nobody answers the loaders ask again for a minute or more,
+    and a name that is no model is more often a slip than a hub that comes back.
+
+    Raises:
+        ModelError: if there is none, or nobody answers.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_HUB_SECONDS)
+    except GatedRepoError:
+        return  # there is one, and the loader says how to be let in
+    except (RepositoryNotFoundError, EntryNotFoundError, HFValidationError) as error:
+        raise ModelError(
+            f'There is no model "{name}": it is no folder here, and the hub has none of that name; use "base", a '
+            "folder that holds a model, or a hub name such as Qwen/Qwen3-0.6B."
+        ) from error
+    except HfHubHTTPError:
+        return  # a server that is busy or wants a token: the loader knows what to do about it
+    except Exception as error:  # whatever a third-party client raises where nobody answers
+        raise ModelError(
+            f'There is no folder "{name}" here, and the hub, where it could be a name, does not answer '
+            f"({type(error).__name__}); use a folder that holds a model, or try again with a connection."
+        ) from error
 
 
 def _switch_dropout_off(model: Any) -> None:

@@ -77,6 +77,7 @@ def rollout_metrics(groups: Sequence[Group], prefix: str = "train") -> dict[str,
         f"{prefix}/turns": float(np.mean([len(trajectory.turns) for trajectory in episodes])),
         f"{prefix}/response_tokens": sum(trajectory.n_sampled for trajectory in episodes) / turns,
         f"{prefix}/format_errors": sum(t.counters.get("format_errors", 0) for t in episodes) / turns,
+        f"{prefix}/cut_answers": sum(t.counters.get("cut_answers", 0) for t in episodes) / turns,
         f"{prefix}/illegal_actions": sum(t.counters.get("illegal_actions", 0) for t in episodes) / turns,
     }
     if scored:

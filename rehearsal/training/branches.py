@@ -20,7 +20,7 @@ import numpy as np
 from rehearsal.agents.agent import Agent, Limits, check_reset, play_actions
 from rehearsal.agents.players import end_of_answer
 from rehearsal.agents.protocol import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN, Protocol
-from rehearsal.agents.rehearse import Hindsight
+from rehearsal.agents.rehearse import Hindsight, speaker_of
 from rehearsal.environments.base import TextEnv
 from rehearsal.errors import EnvironmentFault, RecipeError
 from rehearsal.generation.sampling import stream_key
@@ -88,6 +88,7 @@ class Branch:
         expert: whether it is what the expert did.
         refused: whether nothing was taken, because the answer could not be read or its first action is not legal.
         over: whether the episode ended with it.
+        meaning: of the environment's words, where it tells it apart from them.
     """
 
     state: State
@@ -100,6 +101,7 @@ class Branch:
     expert: bool = False
     refused: bool = False
     over: bool = False
+    meaning: str = ""
 
     @property
     def context(self) -> np.ndarray:
@@ -113,7 +115,9 @@ class Branch:
             return None
         ids = np.concatenate([self.context, self.answer, self.told])
         first = len(ids) - len(self.told) + self.first
-        return Hindsight(ids, first, self.state.topic, self.state.environment, False)
+        return Hindsight(
+            ids, first, self.state.topic, self.state.environment, False, self.meaning, speaker_of(self.observation)
+        )
 
 
 @dataclass(eq=False)
@@ -329,6 +333,7 @@ def _tried(
     branch = Branch(
         state, answer, told, int(words[0]) if len(words) else 0, tuple(turn.actions),
         notice if refused else (result.observation or ""), float(sum(result.rewards)), expert, refused, result.over,
+        result.meaning,
     )  # fmt: skip
     return branch, prompt
 

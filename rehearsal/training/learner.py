@@ -21,6 +21,7 @@ from rehearsal.agents.rehearse import Hindsight
 from rehearsal.algorithms.aggregation import StepTotals
 from rehearsal.algorithms.batch import Objective, PolicyOutput, TokenBatch
 from rehearsal.algorithms.objectives import CISPOLoss, PolicyLoss
+from rehearsal.algorithms.observation import ObservationLoss
 from rehearsal.algorithms.presets import Algorithm
 from rehearsal.algorithms.variance import group_variance
 from rehearsal.errors import TrainingDiverged
@@ -44,7 +45,7 @@ from rehearsal.training.passes import Passes
 from rehearsal.training.sequences import collect
 from rehearsal.training.terms import WEIGHT, WEIGHT_SQUARED, PackFigures, term_of
 from rehearsal.training.works import Work, parameter_sets, world_works
-from rehearsal.training.world import WorldModel, policy_objectives
+from rehearsal.training.world import WorldModel, all_objectives, policy_objectives
 from rehearsal.trajectory import SAMPLED_KINDS, Group, rewards_matrix
 
 
@@ -75,11 +76,9 @@ class Learner:
         self.temperature = temperature
         self.device = next(causal_lm(model).parameters()).device
         self.world = world
-        self.policy_objectives: tuple[Objective, ...] = ()
-        if world is None or world.policy:
-            self.policy_objectives = policy_objectives(algorithm, adapter_names(model))
-        everyone = [*self.policy_objectives, *([world.objective] if world is not None else [])]
-        self._trained = parameter_sets(model, everyone)
+        adapters = adapter_names(model)
+        self.policy_objectives = policy_objectives(algorithm, adapters, world)
+        self._trained = parameter_sets(model, all_objectives(algorithm, adapters, world))
         self.optimisers = {name: make_optimiser(trained, options) for name, trained in self._trained.items()}
         self.updates = 0
         self._seed = seed
@@ -132,7 +131,10 @@ class Learner:
             metrics |= self._probe(groups, works[0], probe, rng)
             metrics["time/probe"] = time.perf_counter() - started
         if self.world is not None:
-            works += world_works(self.world, groups, situations or {}, self._seed, step)
+            told, figures = world_works(self.world, groups, situations or {}, self._seed, step)
+            works += told
+            metrics |= figures
+            metrics["world/target_tokens"] = float(sum(_answer_tokens(work) for work in works))
         if not works:
             return metrics
         for work in works:
@@ -384,17 +386,16 @@ class Learner:
         return self.passes.score(items, model, temperature)
 
     def prediction_losses(self, groups: Sequence[Group]) -> dict[str, float]:
-        """How well the environment's answers are foretold, in nats a token, with the world adapter at work.
+        """How well the environment's answers are foretold, in nats a token, with the world adapter at work if there is
+        a mode that trains it. One pass over the episodes, without gradients.
 
         Returns:
             ``prediction_loss``, and ``prediction_loss/NAME`` for each environment if there are several; nothing if
-            answers are not learnt from or there are none.
+            there are no answers.
         """
-        if self.world is None:
-            return {}
         answers = collect(groups, sampled=False, answers=True)
         names = np.asarray([groups[p].trajectories[g].environment for p, g in answers.episodes()])
-        with active_adapters(self.model, self.world.adapters):
+        with active_adapters(self.model, self.world.adapters if self.world is not None else None):
             each = self.score(answers.items(), temperature=1.0)
 
         def mean(losses: Sequence[np.ndarray]) -> float:
@@ -433,6 +434,12 @@ def _frozen_copy(model: Any) -> Any:
     frozen = copy.deepcopy(model, memo=dict(shared))
     frozen.requires_grad_(False)
     return frozen.eval()
+
+
+def _answer_tokens(work: Work) -> int:
+    """Tokens of the environment's answers that somebody learns."""
+    world = [objective for objective in work.objectives if isinstance(objective, ObservationLoss)]
+    return sum(int(objective.mask(work.batch).sum()) for objective in world)
 
 
 def _shown(name: str) -> str:

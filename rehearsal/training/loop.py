@@ -20,7 +20,7 @@ from rehearsal.diagnostics import Verdict
 from rehearsal.errors import CheckpointError
 from rehearsal.evaluation.held_out import Evaluation, evaluate
 from rehearsal.evaluation.probe import Prober
-from rehearsal.models.adapters import active_adapters, adapter_names, save_adapters
+from rehearsal.models.adapters import adapter_names, save_adapters
 from rehearsal.models.load import Policy, save_policy
 from rehearsal.rollout import Player, check_failures, rollout_metrics
 from rehearsal.training.batch import Batch, by_environment, kept_figures
@@ -41,7 +41,14 @@ from rehearsal.training.first_look import first_look
 from rehearsal.training.learner import Learner
 from rehearsal.training.monitor import Monitor
 from rehearsal.training.observer import Observer, SilentObserver
-from rehearsal.training.playing import make_processes, make_rollout, policy_of, processes_for, with_adapters
+from rehearsal.training.playing import (
+    cut_off_warning,
+    make_processes,
+    make_rollout,
+    policy_of,
+    processes_for,
+    with_adapters,
+)
 from rehearsal.training.recipe import Recipe
 from rehearsal.training.replay import Memory
 from rehearsal.training.runs import RunFolder
@@ -49,7 +56,7 @@ from rehearsal.training.storage import storage_errors
 from rehearsal.training.tasks import TaskSource
 from rehearsal.training.trackers import Tracker, make_trackers
 from rehearsal.training.trajectory_store import write_trajectories
-from rehearsal.training.world import world_model
+from rehearsal.training.world import world_of
 from rehearsal.trajectory import Group, all_trajectories, rewards_matrix
 from rehearsal.usage import Account, added
 
@@ -92,15 +99,7 @@ class Trainer:
             recipe.training,
             temperature=recipe.sampling.temperature,
             seed=recipe.seed,
-            world=world_model(
-                recipe.world.mode,
-                adapter_names(self.policy.model),
-                coefficient=recipe.world.coefficient,
-                learning_rate_ratio=recipe.world.learning_rate_ratio,
-                hindsight=recipe.world.hindsight,
-                updates=recipe.world.updates,
-                foreseeable=recipe.world.foreseeable,
-            ),
+            world=world_of(recipe.world, adapter_names(self.policy.model)),
         )
         self.monitor = Monitor(
             recipe.diagnostics, self.learner, self.policy.renderer, recipe.seed, recipe.agent.thinking
@@ -187,7 +186,8 @@ class Trainer:
             self.player, tasks, temperature=options.temperature, step=self.steps_done, on_episode=self.observer.episode
         )
         check_failures(result.groups, self.recipe.training.abort_failed_share)
-        result.figures.update(self.learner.prediction_losses(result.groups))
+        if self.learner.world is not None or self.recipe.diagnostics.prediction_loss:
+            result.figures.update(self.learner.prediction_losses(result.groups))
         result.figures.update(self.probe())
         result.figures.update(self.used())
         self.evaluations.append((self.steps_done, split, result.figures))
@@ -198,25 +198,20 @@ class Trainer:
         self._track({f"eval/{split}/{name}": value for name, value in result.figures.items()})
         self.observer.evaluation(self.steps_done, split, result.figures)
         if self.steps_done == 0:
-            self.look(result.groups)
+            self.look(result.groups, result.figures.get("cut_answers", 0.0))
         return result
 
-    def look(self, groups: list[Group]) -> None:
-        """Say so at once if the policy does nothing that its environment understands."""
+    def look(self, groups: list[Group], cut_answers: float) -> None:
+        """Say so at once if the policy does nothing that its environment understands, or is cut off."""
         assert self.policy is not None
-        sentence = first_look(groups, base=self.policy.source == "base")
-        if sentence is None:
-            return
-        if self.folder is not None and sentence not in self.folder.info.warnings:
-            self.folder.add_warning(sentence)
-        self.observer.warning(sentence)
+        self._warn(first_look(groups, base=self.policy.source == "base"))
+        self._warn(cut_off_warning(self.recipe.agent, cut_answers))
 
     def probe(self) -> dict[str, float]:
-        """What the policy knows of the world now, with the world adapter at work; told with the next step too."""
+        """What the policy knows of the world now, as it plays and is saved; told with the next step too."""
         if self.prober is not None:
             assert self.policy is not None
-            with active_adapters(self.policy.model, self.learner.world.adapters if self.learner.world else None):
-                found = self.prober.measure(self.policy.model)
+            found = self.prober.measure(self.policy.model)
             self._probed = {f"probe/{name}": value for name, value in found.items()}
         return self._probed if self.prober is not None else {}
 
@@ -307,7 +302,7 @@ class Trainer:
         self._track(figures)
         self.observer.step(self.steps_done, figures)
         if self.steps_done == 1 and not any(step == 0 for step, _, _ in self.evaluations):
-            self.look(batch.groups)
+            self.look(batch.groups, figures["train/cut_answers"])
 
     def save(self, spare: Path | None = None) -> None:
         """Write a checkpoint; older ones make room, but not the one to spare."""
@@ -422,6 +417,12 @@ class Trainer:
                 self.recipe.trackers, self.folder.path, self.recipe.model_dump(),
                 resume_step=self.steps_done or None, on_warning=self.folder.add_warning,
             )  # fmt: skip
+
+    def _warn(self, sentence: str | None) -> None:
+        if sentence is not None:
+            self.observer.warning(sentence)
+            if self.folder is not None:
+                self.folder.add_warning(sentence)
 
     def _track(self, metrics: Mapping[str, float]) -> None:
         for tracker in self.trackers:

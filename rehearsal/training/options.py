@@ -284,6 +284,10 @@ class DiagnosticsOptions(Options):
         default=0, ge=0,
         description="episodes in which gaps are made at each evaluation, to see what the policy knows of the world",
     )  # fmt: skip
+    prediction_loss: bool = Field(
+        default=False,
+        description="whether evaluations tell how well answers are foretold where nobody learns them (policy_only) too",
+    )
     stop_on: list[str] = Field(default_factory=list, description="verdicts that end the run")
     go_back_on: list[str] = Field(
         default_factory=list, description="verdicts that end the run with the last checkpoint from before they began"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rehearsal.models.adapters import adapter_names
 from rehearsal.models.packed import causal_lm
 from rehearsal.models.parallel import pack_workers
 from rehearsal.training.choices import check_verdicts, chosen
@@ -15,7 +16,8 @@ from rehearsal.training.optimiser import training_bytes
 from rehearsal.training.playing import make_rollout, make_toolkit, policy_of
 from rehearsal.training.recipe import Recipe
 from rehearsal.training.tasks import make_sampler, unlocked_tools, variants_of
-from rehearsal.training.world import MODE_TEXTS
+from rehearsal.training.works import parameter_sets
+from rehearsal.training.world import MODE_TEXTS, all_objectives, world_of
 
 _MIB = 2**20
 
@@ -35,6 +37,8 @@ def _planned(recipe: Recipe) -> tuple[dict[str, float], dict[str, str]]:
     check_verdicts(recipe.diagnostics)
     make_sampler(recipe)
     policy = policy_of(recipe)
+    adapters = adapter_names(policy.model)
+    parameter_sets(policy.model, all_objectives(algorithm, adapters, world_of(recipe.world, adapters)))
     rollout = make_rollout(recipe, policy)
     model = causal_lm(policy.model)
     config = model.config.get_text_config()
@@ -77,6 +81,11 @@ def describe_plan(recipe: Recipe) -> str:
             lines.append(f"a verdict that {what}: {', '.join(names)}")
     if recipe.world.mode != "policy_only":
         lines.append(f"world model, {recipe.world.mode}: {MODE_TEXTS[recipe.world.mode]}")
+    if recipe.agent.rehearse:
+        lines.append(
+            f"rehearsing: expected answers are written within the {recipe.agent.max_tokens_per_turn} tokens of an "
+            "answer (agent.max_tokens_per_turn); the first evaluation tells if many are cut off"
+        )
     lines += _tool_lines(recipe)
     lines += [f"{name}: {told}" for name, told in facts.items()]
     lines.append("")

@@ -88,15 +88,7 @@ class Recipe(Options):
             )
         if self.agent.rehearse and not self.agent.thinking:
             raise ValueError("agent.rehearse needs a thought to do it in: set agent.thinking to true")
-        if self.world.replay and not (self.agent.rehearse and self.world.mode != "policy_only"):
-            raise ValueError(
-                "world.replay replays what was rehearsed: set agent.rehearse, and a world.mode that learns"
-            )
-        if self.world.updates > 1 and (self.world.mode in ("policy_only", "shared") or not self.agent.rehearse):
-            raise ValueError(
-                "world.updates above 1 learns from what was rehearsed, in its own adapter: set agent.rehearse, and "
-                "world.mode to dual"
-            )
+        self._world_is_used()
         apart = self.world.mode in ("dual", "inactive", "placebo")
         if apart and self.adapters.world_rank == 0 and self.adapters.world_folder is None:
             raise ValueError(
@@ -144,6 +136,45 @@ class Recipe(Options):
         if self.training.minibatches > self.training.groups * self.training.group_size:
             raise ValueError("training.minibatches must not exceed the episodes of a step")
         return self
+
+    def _world_is_used(self) -> None:
+        """Refuse options of the world model that would do nothing."""
+        world, usual, rehearses = self.world, WorldOptions(), self.agent.rehearse
+        changed = {name for name in WorldOptions.model_fields if getattr(world, name) != getattr(usual, name)}
+        learns = world.mode != "policy_only"
+        if "replay" in changed and not (rehearses and learns):
+            raise ValueError(
+                "world.replay replays what was rehearsed: set agent.rehearse, and a world.mode that learns"
+            )
+        if "updates" in changed and (world.mode in ("policy_only", "shared") or not rehearses):
+            raise ValueError(
+                "world.updates above 1 learns from what was rehearsed, in its own adapter: set agent.rehearse, and "
+                "world.mode to dual"
+            )
+        for name in ("horizon", "hindsight"):
+            if name in changed and not (rehearses and learns):
+                raise ValueError(
+                    f"world.{name} is about learning what was rehearsed: set agent.rehearse, and a world.mode that "
+                    "learns, or leave it out"
+                )
+        if "replay_size" in changed and not world.replay:
+            raise ValueError(
+                "world.replay_size is the size of a memory that nothing is replayed from: set world.replay above 0, or "
+                "leave it out"
+            )
+        for name in ("coefficient", "foreseeable"):
+            if name in changed and not learns:
+                raise ValueError(
+                    f"world.{name} is about learning from answers: set a world.mode that learns, or leave it out"
+                )
+        own = world.mode in ("dual", "inactive", "placebo") or (
+            world.mode == "world_only" and bool(self.adapters.world_rank or self.adapters.world_folder)
+        )
+        if "learning_rate_ratio" in changed and not own:
+            raise ValueError(
+                f"world.learning_rate_ratio is the rate of a world adapter, and world.mode {world.mode} trains none "
+                "here: set world.mode to dual, or leave it out"
+            )
 
     def to_toml(self) -> str:
         """The resolved recipe as TOML, which :func:`resolve_recipe` reads back as the same recipe."""

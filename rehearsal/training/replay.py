@@ -73,7 +73,8 @@ class Replay:
             "situations": [
                 {
                     "token_ids": one.token_ids.tolist(), "first": one.first, "topic": one.topic,
-                    "environment": one.environment, "foretold": one.foretold,
+                    "environment": one.environment, "foretold": one.foretold, "meaning": one.meaning,
+                    "speaker": one.speaker,
                 }
                 for held in self._topics.values()
                 for one in held

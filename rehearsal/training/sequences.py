@@ -6,7 +6,7 @@ T tokens of a segment.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -87,37 +87,6 @@ def surprise_mask(segment: Segment, trajectory: Trajectory) -> np.ndarray:
     return answer_mask(segment) & ~known[segment.turns]
 
 
-def with_shuffled_answers(groups: Sequence[Group], rng: np.random.Generator) -> list[Group]:
-    """The same episodes with the environment's answers dealt out among them: a world model's placebo.
-
-    Each answer goes to the place of another one to the same turn, in the same environment, so that what is left to
-    learn is how answers look in general and not what an action leads to.
-    """
-    parts: dict[tuple[str, int], list[tuple[tuple[int, int, int], slice, np.ndarray]]] = {}
-    for p, group in enumerate(groups):
-        for g, trajectory in enumerate(group):
-            for i, segment in enumerate(trajectory.segments):
-                for turn, part in _answers(segment):
-                    held = parts.setdefault((trajectory.environment, turn), [])
-                    held.append(((p, g, i), part, segment.token_ids[part]))
-    changes: dict[tuple[int, int, int], list[tuple[slice, np.ndarray]]] = {}
-    for held in parts.values():
-        for number, (where, part, _) in zip(rng.permutation(len(held)), held, strict=True):
-            changes.setdefault(where, []).append((part, held[number][2]))
-    return [
-        Group(
-            [
-                replace(
-                    trajectory,
-                    segments=[_spliced(s, changes.get((p, g, i), [])) for i, s in enumerate(trajectory.segments)],
-                )
-                for g, trajectory in enumerate(group)
-            ]
-        )
-        for p, group in enumerate(groups)
-    ]
-
-
 def collect_situations(situations: Sequence[Hindsight]) -> Sequences:
     """Sequences whose targets are the true answers to what was rehearsed."""
     collected = Sequences()
@@ -135,40 +104,3 @@ def collect_situations(situations: Sequence[Hindsight]) -> Sequences:
         collected.turn_rewards.append(np.zeros(1))
         collected.cut_off.append(False)
     return collected
-
-
-def with_other_answers(situations: Sequence[Hindsight], rng: np.random.Generator) -> list[Hindsight]:
-    """The same situations with the answers dealt out among those of an environment: the placebo of rehearsing."""
-    places: dict[str, list[int]] = {}
-    for number, one in enumerate(situations):
-        places.setdefault(one.environment, []).append(number)
-    dealt = list(situations)
-    for own in places.values():
-        for number, other in zip(own, rng.permutation(own), strict=True):
-            one, answer = situations[number], situations[other].token_ids[situations[other].first :]
-            dealt[number] = replace(one, token_ids=np.concatenate([one.token_ids[: one.first], answer]))
-    return dealt
-
-
-def _answers(segment: Segment) -> list[tuple[int, slice]]:
-    """The runs of answer tokens, with the turn of each."""
-    marked_T = answer_mask(segment).astype(np.int8)
-    edges = np.flatnonzero(np.diff(marked_T, prepend=0, append=0))
-    return [(int(segment.turns[a]), slice(int(a), int(b))) for a, b in zip(edges[::2], edges[1::2], strict=True)]
-
-
-def _spliced(segment: Segment, changes: Sequence[tuple[slice, np.ndarray]]) -> Segment:
-    """The segment with some runs of tokens replaced by others, which may be longer or shorter."""
-    pieces: dict[str, list[np.ndarray]] = {"token_ids": [], "logprobs": [], "kinds": [], "turns": []}
-    position = 0
-    for part, token_ids in [*sorted(changes, key=lambda change: change[0].start), (slice(len(segment), None), None)]:
-        for name, into in pieces.items():
-            into.append(getattr(segment, name)[position : part.start])
-        if token_ids is not None:
-            n = len(token_ids)
-            pieces["token_ids"].append(token_ids)
-            pieces["logprobs"].append(np.full(n, np.nan, np.float32))
-            pieces["kinds"].append(np.full(n, Kind.OBSERVATION, np.int8))
-            pieces["turns"].append(np.full(n, segment.turns[part.start], np.int16))
-            position = part.stop
-    return Segment(**{name: np.concatenate(parts) for name, parts in pieces.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,13 +14,8 @@ from rehearsal.agents.rehearse import Hindsight
 from rehearsal.algorithms.batch import Objective, TokenBatch
 from rehearsal.errors import RecipeError
 from rehearsal.models.adapters import trained_parameters
-from rehearsal.training.sequences import (
-    Sequences,
-    collect,
-    collect_situations,
-    with_other_answers,
-    with_shuffled_answers,
-)
+from rehearsal.training.placebo import with_other_answers, with_shuffled_answers
+from rehearsal.training.sequences import Sequences, collect, collect_situations
 from rehearsal.training.world import WorldModel
 from rehearsal.trajectory import Group, Kind
 
@@ -61,7 +57,7 @@ def parameter_sets(model: Any, objectives: Sequence[Objective]) -> dict[str, lis
 
 def world_works(
     world: WorldModel, groups: Sequence[Group], situations: Mapping[str, Sequence[Hindsight]], seed: int, step: int
-) -> list[Work]:
+) -> tuple[list[Work], dict[str, float]]:
     """What a world model learns in passes of its own.
 
     Args:
@@ -72,18 +68,27 @@ def world_works(
         seed: with ``step``, of the cut into minibatches and of the placebo. The policy draws from another stream, so
             what it learns does not depend on whether there is a world model.
         step: number of the step.
+
+    Returns:
+        what it learns; and with a placebo ``NAME/stayed_true``, the share of the answers that say what they said before
+        they were dealt out.
     """
-    works = []
+    works: list[Work | None] = []
+    stayed: dict[str, float] = {}
     if world.apart:
         rng = np.random.default_rng([seed, step, 2])
-        told = with_shuffled_answers(groups, rng) if world.shuffled else groups
+        told = groups
+        if world.shuffled:
+            told, stayed[world.objective.name] = with_shuffled_answers(groups, rng, world.foreseeable)
         works.append(_world_work(collect(told, False, True, world.foreseeable), world, world.objective, rng))
     for number, (name, some) in enumerate(situations.items()):
         rng = np.random.default_rng([seed, step, 3 + number])
-        answers = collect_situations(with_other_answers(some, rng) if world.shuffled else some)
+        if world.shuffled:
+            some, stayed[name] = with_other_answers(some, rng)
         objective = replace(world.objective, name=name, coefficient=world.hindsight)
-        works.append(_world_work(answers, world, objective, rng))
-    return [work for work in works if work is not None]
+        works.append(_world_work(collect_situations(some), world, objective, rng))
+    figures = {f"{name}/stayed_true": share for name, share in stayed.items() if not math.isnan(share)}
+    return [work for work in works if work is not None], figures
 
 
 def _world_work(sequences: Sequences, world: WorldModel, objective: Objective, rng: np.random.Generator) -> Work | None:

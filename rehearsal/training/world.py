@@ -11,6 +11,7 @@ from rehearsal.algorithms.observation import ObservationLoss
 from rehearsal.algorithms.presets import Algorithm
 from rehearsal.errors import RecipeError
 from rehearsal.models.adapters import POLICY, WORLD
+from rehearsal.training.options import WorldOptions
 
 WorldMode = Literal["policy_only", "shared", "dual", "inactive", "placebo", "world_only"]
 WORLD_MODES: tuple[str, ...] = get_args(WorldMode)
@@ -63,14 +64,33 @@ def policy_parameters(adapters: Sequence[str]) -> str:
     return POLICY if POLICY in adapters else "all"
 
 
-def policy_objectives(algorithm: Algorithm, adapters: Sequence[str]) -> tuple[Objective, ...]:
-    """The algorithm's objectives with the parameters that they update in a model with these adapters."""
+def policy_objectives(
+    algorithm: Algorithm, adapters: Sequence[str], world: WorldModel | None = None
+) -> tuple[Objective, ...]:
+    """The algorithm's objectives with the parameters that they update in a model with these adapters; none in a mode
+    in which the policy does not learn."""
+    if world is not None and not world.policy:
+        return ()
     own = policy_parameters(adapters)
     # Objectives are dataclasses, which their protocol cannot say.
     return tuple(
         replace(cast(Any, objective), parameters=own) if objective.parameters == "all" else objective
         for objective in algorithm.objectives
     )
+
+
+def all_objectives(algorithm: Algorithm, adapters: Sequence[str], world: WorldModel | None) -> tuple[Objective, ...]:
+    """What is learnt in a model with these adapters: the policy's objectives, and that of the world model."""
+    own = policy_objectives(algorithm, adapters, world)
+    return own if world is None else (*own, world.objective)
+
+
+def world_of(options: WorldOptions, adapters: Sequence[str]) -> WorldModel | None:
+    """What the options of a recipe mean for a model with these adapters; see :func:`world_model`."""
+    return world_model(
+        options.mode, adapters, coefficient=options.coefficient, learning_rate_ratio=options.learning_rate_ratio,
+        hindsight=options.hindsight, updates=options.updates, foreseeable=options.foreseeable,
+    )  # fmt: skip
 
 
 def world_model(

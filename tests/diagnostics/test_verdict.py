@@ -105,6 +105,7 @@ SICK: dict[str, dict[str, Callable[[int], float]]] = {
     "success_fell": {"train__success": late(0.6, 0.3)},
     "sure_and_worse": {"signal__self_certainty": late(2.0, 3.0), "train__reward": risen_and_fallen},
     "foreign_world": {"probe__perplexity": late(1.5, 40.0)},
+    "nothing_to_foretell": {"world__target_tokens": late(900.0, 0.0)},
     "tool_abandoned": {"train__tools__calculator__used": late(0.6, 0.05), "train__success": lambda i: 0.4},
 }  # fmt: skip
 

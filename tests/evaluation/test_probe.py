@@ -33,6 +33,35 @@ def test_several_environments_have_figures_of_their_own(taught_folder: Path) -> 
     assert len(probe_tables(figures)) == 6
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("bandit", "bandit is a recipe and no policy; try `rehearsal {} base --recipe bandit`."),
+        ("repair", "repair is an environment and no policy; try `rehearsal {} base --environment.name repair`."),
+    ],
+)
+def test_a_recipe_is_no_policy(
+    name: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from rehearsal.cli import main
+
+    # A hub must not be asked at all.
+    monkeypatch.setattr("rehearsal.evaluation.run.load_policy", lambda *_, **__: pytest.fail("the name was looked for"))
+    monkeypatch.chdir(tmp_path)
+    for command in ("probe", "eval"):
+        assert main([command, name]) == 2
+        assert told.format(command) in capsys.readouterr().err
+    # A folder of that name is a folder.
+    (tmp_path / name).mkdir()
+
+    def loaded(*_: object, **__: object) -> None:
+        raise RecipeError("it was looked into")
+
+    monkeypatch.setattr("rehearsal.evaluation.run.load_policy", loaded)
+    with pytest.raises(RecipeError, match="it was looked into"):
+        probe_policy(name)
+
+
 def test_wrong_numbers_are_told(taught_folder: Path) -> None:
     with pytest.raises(RecipeError, match="at least one episode"):
         probe_policy(taught_folder, overrides=LAKE, count=0)

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rehearsal.errors import ModelError
+from rehearsal.models import load
 from rehearsal.models.load import base_folder, load_policy, pick_device, save_policy
 
 
@@ -165,3 +166,91 @@ def test_devices() -> None:
 def test_a_gpu_that_is_not_there() -> None:
     with pytest.raises(ModelError, match=r'no CUDA device that PyTorch can use; set model\.device to "cpu"'):
         pick_device("cuda")
+
+
+# Names that are not folders
+
+
+class Hub:
+    """Stands for the hub: answers once, and counts how often it is asked."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.asked: list[str] = []
+
+    def __call__(self, url: str, **_: Any) -> None:
+        self.asked.append(url)
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Exception | None], Hub]:
+    import huggingface_hub
+
+    def make(error: Exception | None) -> Hub:
+        stand_in = Hub(error)
+        monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", stand_in)
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+        # Nothing behind the question may be reached in a test.
+        monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", lambda name: pytest.fail(f"{name} was asked for"))
+        return stand_in
+
+    return make
+
+
+def answer(status: int) -> Any:
+    import huggingface_hub.errors as errors
+
+    kind = errors.RepositoryNotFoundError if status == 404 else errors.HfHubHTTPError
+    return kind.__new__(kind)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ConnectionError("no route"), "the hub, where it could be a name, does not answer (ConnectionError)"),
+        (TimeoutError(), "the hub, where it could be a name, does not answer (TimeoutError)"),
+        (answer(404), "the hub has none of that name"),
+    ],
+)
+def test_a_name_that_nobody_knows_is_asked_for_once(
+    error: Exception, told: str, hub: Callable[[Exception | None], Hub]
+) -> None:
+    asked = hub(error)
+    with pytest.raises(ModelError) as raised:
+        load_policy("no-such-model")
+    assert told in str(raised.value)
+    assert str(raised.value).count(". ") == 0
+    assert len(asked.asked) == 1
+
+
+@pytest.mark.parametrize("error", [None, answer(500)])
+def test_where_there_may_be_one_the_loader_is_asked(
+    error: Exception | None, hub: Callable[[Exception | None], Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub(error)
+
+    def loader(name: str) -> None:
+        raise OSError(f"{name}: the loader was asked")
+
+    monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", loader)
+    with pytest.raises(ModelError, match="the loader was asked"):
+        load_policy("somebody/some-model")
+
+
+def test_what_is_in_the_cache_needs_no_hub(
+    hub: Callable[[Exception | None], Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked = hub(ConnectionError())
+
+    def loader(name: str) -> None:
+        raise OSError("the loader was asked")
+
+    monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", loader)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "/cache/config.json")
+    with pytest.raises(ModelError, match="the loader was asked"):
+        load_policy("somebody/some-model")
+    assert asked.asked == []

@@ -101,6 +101,9 @@ def test_the_environment_itself_agrees(
         assert situation is not None
         assert renderer.decode(situation.token_ids[situation.first :]) == branch.observation
         assert situation.environment == name
+        # For a placebo: who says it, and what it means, where that is told apart from the words.
+        assert bool(situation.meaning) == (name == "helpdesk")
+        assert branch.observation.startswith(situation.speaker)
 
 
 def test_a_branch_is_in_the_tokens_of_an_episode(rollout_of: Callable[..., Rollout], renderer: Any) -> None:

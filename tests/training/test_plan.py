@@ -121,3 +121,18 @@ def test_what_does_not_fit_is_told_before_anything_runs(taught_folder: Path, tmp
         memory_plan(recipe_of(taught_folder, engine__memory_gib=1e-6))
     with pytest.raises(RecipeError, match=r"raise it to \d+ or more"):
         memory_plan(recipe_of(taught_folder, agent__max_context=40))
+
+
+def test_a_plan_refuses_objectives_that_the_run_would(taught_folder: Path) -> None:
+    changes = {"adapters__policy_rank": 4, "algorithm__options__parameters": "world"}
+    with pytest.raises(ModelError, match='no adapter "world"'):
+        describe_plan(recipe_of(taught_folder, **changes))
+    changes = {"world__mode": "world_only", "adapters__world_rank": 4, "adapters__policy_rank": 0}
+    assert "world model, world_only" in describe_plan(recipe_of(taught_folder, **changes))
+
+
+def test_a_plan_says_that_rehearsing_takes_room(taught_folder: Path) -> None:
+    changes = {"agent__thinking": True, "agent__max_tokens_per_turn": 13}
+    assert "rehearsing" not in describe_plan(recipe_of(taught_folder, **changes))
+    told = describe_plan(recipe_of(taught_folder, agent__rehearse=True, agent__max_context=500, **changes))
+    assert "rehearsing: expected answers are written within the 13 tokens of an answer" in told

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from rehearsal.agents.rehearse import Hindsight
 from rehearsal.algorithms.presets import preset
 from rehearsal.errors import ModelError, RecipeError
+from rehearsal.evaluation.probe import Prober
 from rehearsal.models.adapters import (
     POLICY,
     WORLD,
@@ -28,17 +29,18 @@ from rehearsal.models.adapters import (
     add_adapters,
     trained_parameters,
 )
-from rehearsal.models.load import _compute_activations_again
+from rehearsal.models.load import _compute_activations_again, load_policy, save_policy
 from rehearsal.rollout import Task
 from rehearsal.training.learner import Learner
 from rehearsal.training.loop import Trainer
 from rehearsal.training.observer import SilentObserver
 from rehearsal.training.options import TrainingOptions
+from rehearsal.training.placebo import with_other_answers, with_shuffled_answers
 from rehearsal.training.playing import make_processes, make_rollout, policy_of
 from rehearsal.training.recipe import Recipe, resolve_recipe
 from rehearsal.training.run import train
 from rehearsal.training.runs import RunFolder
-from rehearsal.training.sequences import answer_mask, collect, surprise_mask, with_other_answers, with_shuffled_answers
+from rehearsal.training.sequences import answer_mask, collect, surprise_mask
 from rehearsal.training.world import WORLD_MODES, WorldMode, world_model
 from rehearsal.trajectory import Group, Kind, Segment
 
@@ -49,8 +51,9 @@ MakeGroups = Callable[..., list[Group]]
 def build(tiny_qwen3: Callable[..., Any]) -> Callable[..., Any]:
     """Makes a model whose adapters do something; those of the policy are the same with and without the other."""
 
-    def make(policy: int = 3, world: int = 5) -> Any:
-        model = add_adapters(tiny_qwen3(initializer_range=0.2), AdapterSettings(policy, world, targets="all-linear"))
+    def make(policy: int = 3, world: int = 5, dtype: torch.dtype = torch.float32) -> Any:
+        base = tiny_qwen3(initializer_range=0.2).to(dtype)
+        model = add_adapters(base, AdapterSettings(policy, world, targets="all-linear"))
         with torch.no_grad():
             for name in adapter_names(model):
                 generator = torch.Generator().manual_seed(len(name))
@@ -108,6 +111,52 @@ def test_with_an_inactive_world_adapter_the_policy_is_that_without(
         assert two["world/prediction_loss"] > 0
     assert same(weights(alone, POLICY), weights(both, POLICY))
     assert moved(before, weights(both, WORLD))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_so_it_is_over_a_base_in_bfloat16(
+    autocast: bool, build: Callable[..., Any], make_groups: MakeGroups
+) -> None:  # fmt: skip
+    alone, both = build(3, 0, torch.bfloat16), build(3, 5, torch.bfloat16)
+    assert next(both.get_base_model().parameters()).dtype == torch.bfloat16
+    activate(both, (POLICY,))
+    groups = make_groups(alone)
+    policy_only = learner_of(alone, "policy_only", autocast=autocast)
+    inactive = learner_of(both, "inactive", autocast=autocast)
+    before = {name: weights(both, name) for name in (POLICY, WORLD)}
+    for step in range(3):
+        one, two = policy_only.step(groups, step), inactive.step(groups, step, situations=rehearsed(groups))
+        assert one["policy/grad_norm"] == two["policy/grad_norm"] > 0
+        assert two["world/prediction_loss"] > 0
+    assert same(weights(alone, POLICY), weights(both, POLICY))
+    assert moved(before[POLICY], weights(both, POLICY))
+    assert moved(before[WORLD], weights(both, WORLD))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_no_loss_reaches_the_parameters_of_the_other(
+    autocast: bool, dtype: torch.dtype, build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    def after(coefficient: float = 1.0, scale: float = 1.0, **changes: Any) -> tuple[dict[str, float], Any]:
+        model = build(3, 5, dtype)
+        learner = learner_of(model, "dual", coefficient=coefficient, autocast=autocast, **changes)
+        return learner.step(make_groups(model), 0, scale=scale, situations=rehearsed(make_groups(model))), model
+
+    # Not clipped: a gradient that leaks would be seen in its whole size.
+    plain, model = after(max_grad_norm=1e9)
+    louder_world, world_model_ = after(1000.0, max_grad_norm=1e9)
+    louder_policy, policy_model = after(scale=1000.0, max_grad_norm=1e9)
+    assert louder_world["policy/grad_norm"] == plain["policy/grad_norm"] > 0
+    assert louder_world["world/grad_norm"] > 100 * plain["world/grad_norm"] > 0
+    assert same(weights(model, POLICY), weights(world_model_, POLICY))
+    assert louder_policy["world/grad_norm"] == plain["world/grad_norm"]
+    assert louder_policy["policy/grad_norm"] > 100 * plain["policy/grad_norm"]
+    assert same(weights(model, WORLD), weights(policy_model, WORLD))
+    # And where one has nothing to learn, its gradient is nothing, to the last bit.
+    silent, still = after(scale=0.0)
+    assert silent["policy/grad_norm"] == 0.0 < silent["world/grad_norm"]
+    assert same(weights(still, POLICY), weights(build(3, 5, dtype), POLICY))
 
 
 def plain_step(model: Any, groups: list[Group], rate: float, ratio: float, max_norm: float) -> None:
@@ -227,6 +276,108 @@ def test_without_adapters_all_parameters_learn(
     assert losses[-1] < losses[0] - 0.1
 
 
+@pytest.mark.parametrize("mode", ["policy_only", "inactive"])
+def test_evaluations_tell_the_loss_of_a_control_that_asks(mode: str, taught_folder: Path) -> None:
+    changes: dict[str, Any] = {"world__mode": mode, "training__steps": 1}
+    trainers = [
+        Trainer(recipe_of(taught_folder, diagnostics__prediction_loss=asked, **changes)) for asked in (False, True)
+    ]
+    for trainer in trainers:
+        trainer.run()
+    silent, asked = ([figures for _, _, figures in trainer.evaluations] for trainer in trainers)
+    assert all("prediction_loss" in figures for figures in asked)
+    assert all(("prediction_loss" in figures) == (mode == "inactive") for figures in silent)
+    # To be asked changes nothing that is learnt; what ends an episode is told all the same.
+    one, two = (trainer.policy.model for trainer in trainers)  # type: ignore[union-attr]
+    assert same(weights(one, POLICY), weights(two, POLICY))
+    assert asked[0]["success"] == silent[0]["success"]
+
+
+def test_the_control_is_scored_on_the_same_words_as_the_others(taught_folder: Path) -> None:
+    told = {}
+    for mode in ("policy_only", "inactive", "dual"):
+        trainer = Trainer(recipe_of(taught_folder, world__mode=mode, diagnostics__prediction_loss=True))
+        told[mode] = trainer.evaluate("validation", 4).figures["prediction_loss"]  # type: ignore[union-attr]
+        trainer.close()
+    # A fresh world adapter changes nothing yet.
+    assert told["policy_only"] == pytest.approx(told["inactive"], rel=1e-5)
+    assert told["policy_only"] == pytest.approx(told["dual"], rel=1e-5)
+
+
+def test_a_probe_measures_the_policy_that_is_saved(taught_folder: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(
+        taught_folder, world__mode="inactive", diagnostics__probes=6, training__steps=1,
+        world__learning_rate_ratio=30.0,
+    )  # fmt: skip
+    trainer = Trainer(recipe)
+    trainer.run()
+    assert trainer.policy is not None
+    last = trainer.evaluations[-1][2]
+    policy_only = Trainer(recipe_of(taught_folder, world__mode="policy_only", diagnostics__probes=6,
+                                    training__steps=1, adapters__world_rank=0))  # fmt: skip
+    policy_only.run()
+    other = policy_only.evaluations[-1][2]
+    names = [name for name in last if name.startswith("probe/")]
+    assert names
+    assert {name: last[name] for name in names} == {name: other[name] for name in names}
+    # The world adapter would have said something else.
+    activate(trainer.policy.model, (POLICY, WORLD))
+    assert trainer.probe()["probe/perplexity"] != last["probe/perplexity"]
+    activate(trainer.policy.model, (POLICY,))
+    save_policy(trainer.policy.model, trainer.policy.tokenizer, tmp_path / "policy")
+    saved = Prober(recipe, trainer.policy.renderer, 6).measure(load_policy(tmp_path / "policy", device="cpu").model)
+    assert saved["perplexity"] == pytest.approx(last["probe/perplexity"], rel=1e-4)
+
+
+def test_a_world_without_news_is_told_of(taught_folder: Path) -> None:
+    watch = Figures()
+    recipe = recipe_of(
+        taught_folder, world__mode="dual", world__foreseeable=False, training__steps=1, evaluation__episodes=0
+    )
+    trainer = Trainer(recipe, observer=watch)
+    summary = trainer.run()
+    assert watch.steps[0]["world/target_tokens"] == 0.0
+    assert summary["verdicts"] == ["nothing_to_foretell"]
+    (verdict,) = trainer.monitor.watch.verdicts
+    assert "world.foreseeable" in verdict.text()
+
+
+@pytest.mark.parametrize("mode", ["dual", "shared", "inactive", "world_only", "policy_only"])
+def test_the_tokens_to_be_foretold_are_counted(
+    mode: WorldMode, build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    model = build(3, 0) if mode == "shared" else build()
+    groups = make_groups(model)
+    answers = sum(int(answer_mask(t.segments[0]).sum()) for group in groups for t in group)
+    told = learner_of(model, mode).step(groups, 0)
+    assert told.get("world/target_tokens") == (None if mode == "policy_only" else answers)
+
+
+class Warnings(SilentObserver):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def warning(self, sentence: str) -> None:
+        self.said.append(sentence)
+
+
+@pytest.mark.parametrize("evaluated", [4, 0])
+@pytest.mark.parametrize("rehearse", [True, False])
+def test_a_rehearsal_without_room_is_told_of(
+    rehearse: bool, evaluated: int, taught_folder: Path, tmp_path: Path
+) -> None:
+    watch = Warnings()
+    recipe = recipe_of(
+        taught_folder, agent__thinking=True, agent__rehearse=rehearse, agent__max_tokens_per_turn=3,
+        training__steps=2, evaluation__episodes=evaluated, diagnostics__every=0,
+    )  # fmt: skip
+    result = train(recipe, output=tmp_path / "run", observer=watch)
+    found = RunFolder.open(result.path).info.warnings
+    assert found == watch.said
+    assert [said.partition(" of the answers")[0] for said in found] == (["100%"] if rehearse else [])
+    assert not rehearse or "raise agent.max_tokens_per_turn" in found[0]
+
+
 def test_a_shared_loss_is_weighted(tiny_qwen3: Callable[..., Any], make_groups: MakeGroups) -> None:
     norms = []
     for coefficient in (None, 0.05, 0.5):
@@ -260,7 +411,14 @@ def test_prediction_losses_are_told_by_environment(build: Callable[..., Any], ma
     assert set(told) == {"prediction_loss", "prediction_loss/made-up", "prediction_loss/another"}
     low, high = sorted(told[f"prediction_loss/{name}"] for name in ("made-up", "another"))
     assert low < told["prediction_loss"] < high
-    assert learner_of(build(3, 0), "policy_only").prediction_losses(groups) == {}
+
+
+def test_the_control_is_scored_as_the_others_are(build: Callable[..., Any], make_groups: MakeGroups) -> None:
+    model = build(3, 0)
+    groups = make_groups(model)
+    (told,) = learner_of(model, "policy_only").prediction_losses(groups).values()
+    # Before anything is learnt policy_only and shared are the same model.
+    assert told == learner_of(model, "shared").prediction_losses(groups)["prediction_loss"] > 0
 
 
 @pytest.mark.parametrize("mode", [mode for mode in WORLD_MODES if mode != "policy_only"])
@@ -296,7 +454,8 @@ def test_rewards_alone_leave_a_world_adapter_as_it_is(build: Callable[..., Any],
 
 def test_answers_are_dealt_out_within_their_turn(build: Callable[..., Any], make_groups: MakeGroups) -> None:
     groups = make_groups(build(), groups=6)
-    shuffled = with_shuffled_answers(groups, np.random.default_rng(0))
+    shuffled, stayed = with_shuffled_answers(groups, np.random.default_rng(0))
+    assert stayed == 0.0
 
     def told(some: list[Group]) -> list[bytes]:
         return [s.token_ids[answer_mask(s)].tobytes() for group in some for t in group for s in t.segments]
@@ -330,7 +489,7 @@ def test_answers_of_different_lengths_change_places(build: Callable[..., Any], m
             trajectory.segments = [stretched]
     lengths = set()
     for seed in range(5):
-        shuffled = with_shuffled_answers(groups, np.random.default_rng(seed))
+        shuffled, _ = with_shuffled_answers(groups, np.random.default_rng(seed))
         lengths.add(tuple(int(answer_mask(t.segments[0]).sum()) for group in shuffled for t in group))
         assert all(np.isfinite(t.segments[0].logprobs[t.segments[0].sampled_mask]).all() for g in shuffled for t in g)
     assert len(lengths) > 1
@@ -567,6 +726,10 @@ def situations_of(groups: list[Group], count: int = 6) -> list[Hindsight]:
     return made
 
 
+def rehearsed(groups: list[Group]) -> dict[str, list[Hindsight]]:
+    return {"hindsight": situations_of(groups)}
+
+
 @pytest.mark.parametrize("mode", ["dual", "inactive", "world_only", "shared"])
 def test_what_was_rehearsed_is_learnt_with_the_true_answer(
     mode: WorldMode, build: Callable[..., Any], make_groups: MakeGroups
@@ -626,13 +789,15 @@ def test_further_updates_move_the_world_adapter_alone(
 
 def test_a_placebo_learns_the_answers_of_others(build: Callable[..., Any], make_groups: MakeGroups) -> None:
     situations = situations_of(make_groups(build()))
-    dealt = with_other_answers(situations, np.random.default_rng(0))
+    dealt, stayed = with_other_answers(situations, np.random.default_rng(0))
 
     def answers(some: list[Hindsight]) -> list[bytes]:
         return [one.token_ids[one.first :].tobytes() for one in some]
 
     assert answers(dealt) != answers(situations)
     assert sorted(answers(dealt)) == sorted(answers(situations))
+    assert stayed == 0.0
+    assert all(a != b for a, b in zip(answers(dealt), answers(situations), strict=True))
     assert all(np.array_equal(a.token_ids[:20], b.token_ids[:20]) for a, b in zip(dealt, situations, strict=True))
 
 
@@ -643,6 +808,45 @@ def test_a_run_that_rehearses_and_replays(taught_folder: Path, tmp_path: Path) -
     }  # fmt: skip
     result = train(recipe_of(taught_folder, **changes), output=tmp_path / "run", observer=SilentObserver())
     assert "rehearse/predictions" in RunFolder.open(result.path).metrics().rows[-1]
+
+
+REHEARSING = {"agent.rehearse": True, "agent.thinking": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"world.mode": "shared", "world.learning_rate_ratio": 5}, "world.mode shared trains none"),
+        ({"world.mode": "world_only", "world.learning_rate_ratio": 5}, "world.mode world_only trains none"),
+        ({"world.learning_rate_ratio": 5}, "world.mode policy_only trains none"),
+        ({"world.horizon": 5, **REHEARSING}, "world.horizon is about learning what was rehearsed"),
+        ({"world.hindsight": 0.5, **REHEARSING}, "world.hindsight is about learning what was rehearsed"),
+        ({"world.mode": "dual", "world.horizon": 5}, "world.horizon is about learning what was rehearsed"),
+        ({"world.mode": "dual", "world.hindsight": 0.5}, "world.hindsight is about learning what was rehearsed"),
+        ({"world.mode": "dual", "world.replay_size": 5, **REHEARSING}, "set world.replay above 0"),
+        ({"world.foreseeable": False}, "world.foreseeable is about learning from answers"),
+        ({"world.coefficient": 0.5}, "world.coefficient is about learning from answers"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        resolve_recipe("frozenlake", changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"world.mode": "world_only", "world.learning_rate_ratio": 5, "adapters.world_rank": 8},
+        {"world.mode": "dual", "world.learning_rate_ratio": 5, "world.foreseeable": False, "world.coefficient": 2},
+        {"world.mode": "shared", "world.horizon": 5, "world.hindsight": 0.5, **REHEARSING},
+        {"world.mode": "dual", "world.replay": 4, "world.replay_size": 5, **REHEARSING},
+        # What is as it always is, is no mistake: a resolved recipe says everything.
+        {"world.learning_rate_ratio": 1, "world.horizon": 0, "world.hindsight": 1, "world.replay_size": 2048},
+    ],
+)
+def test_options_that_do_something_are_taken(changes: dict[str, Any]) -> None:
+    recipe = resolve_recipe("frozenlake", changes)
+    assert resolve_recipe(recipe) == recipe
 
 
 def test_replay_without_rehearsals_is_refused(taught_folder: Path) -> None:
