@@ -1,7 +1,8 @@
-"""Worlds that look like known ones and in which moves go elsewhere than they say.
+"""Worlds that look like known ones and in which Left goes right and Right goes left.
 
 The shipped base knows what a move does on the lake and in Sokoban: there is little left that the answers of these
-environments could teach it. Here every move is turned, and nobody says so. All else, the splits too, is as it was.
+environments could teach it. Here two moves of four are turned, and nobody says so; with all four an untrained policy
+hardly ever succeeds, and rewards alone have nothing to begin with. All else, the splits too, is as it was.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 from rehearsal.environments.frozenlake import FrozenLake
 from rehearsal.environments.sokoban import Sokoban
 
-TURNED = {"Left": "Right", "Right": "Left", "Up": "Down", "Down": "Up"}
+TURNED = {"Left": "Right", "Right": "Left", "Up": "Up", "Down": "Down"}
 """Where a move goes. Its own inverse: what a plan of true moves is called is read off the same table."""
 
 

@@ -2,9 +2,9 @@
 
     python experiments/world_model_rl.py [--only lake] [--seeds 5] [--workers 2] [--threads 1] [--quick]
 
-FrozenLake 4x4 where one move of five slips, and Sokoban 6x6 with one box, both with moves that go elsewhere than they
-say (:mod:`experiments.turned`): the base that ships has met the plain ones, and foretold most of what they answer word
-for word before any training, so they had little left to teach. Every arm has low-rank adapters of 64 ranks in total
+FrozenLake 4x4 where one move of five slips, and Sokoban 6x6 with one box, both with Left and Right exchanged
+(:mod:`experiments.turned`): the base that ships has met the plain ones and foretells most of what they answer word for
+word before any training, so they have little left to teach it. Every arm has low-rank adapters of 64 ranks in total
 over that base, plays the same number of episodes with the same seeds of tasks and noise, with the same limits of tokens
 whether it rehearses or not, and is judged before, on the way and at the end on one set of held-out tasks.
 
