@@ -28,7 +28,7 @@ WORLD_OF_THE_BASE, MET = 1, 100
 """The companies that the base was trained with."""
 SERVED = 0.8
 """Share of the matters of a company that have to be settled."""
-TESTED = (0, 1, 2, 3, 4, 6, 8, 12, 20, 40, 80)
+TESTED = (0, 1, 2, 3, 4, 6, 8, 12, 20, 40, 60)
 """Episodes with each company after which it is tested."""
 GUESSED = 3
 """Facts that somebody brings who brings the same everywhere: as many as can be gathered."""

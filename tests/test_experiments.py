@@ -252,14 +252,16 @@ def test_what_an_agent_foretold_is_compared_with_what_is_wanted() -> None:
 
 def test_one_stubborn_company_does_not_decide() -> None:
     companies = companies_of.training_companies(companies_of.NEW)
-    steps = {"new": 80, "changed": 40}
-    foretold = [0.0] * 80
+    steps = {"new": 60, "changed": 40}
+    foretold = [0.0] * 60
     shares = dict.fromkeys(helpdesk_figures.SHARES, 0.5)
+
+    guessed = companies_of.guessable(companies, {})
+    stubborn = next(place for place, company in enumerate(companies) if company not in guessed)
 
     def cell(quick: int) -> dict[str, Any]:
         calls: list[int | None] = [quick] * len(companies)
-        counts = [c for c in range(len(companies)) if companies[c] not in companies_of.guessable(companies, {})]
-        calls[counts[0]] = None
+        calls[stubborn] = None
         phase = {"calls": calls, "start": [0.0] * len(companies), "foretold": foretold}
         return {"new": phase, "changed": phase, **shares}
 
