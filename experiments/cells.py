@@ -1,5 +1,7 @@
 """An experiment is a grid of cells (arm, seed). Each is stored as it finishes, so an interrupted grid goes on where it
-stopped, on any machine; a cell's file says which recipe made it, and one made by another recipe is not taken for it."""
+stopped, on any machine; a cell's file says which settings made it, and one made by others is not taken for it. So
+whatever decides what a cell finds belongs into its settings: digests of the base and the recipe, constants of the
+script, the words of an environment."""
 
 from __future__ import annotations
 
@@ -68,5 +70,11 @@ def run_cells(
     return {name: done[name] for name in cells}
 
 
+def digest(content: Any) -> str:
+    """Digest of JSON values, for the settings of cells that depend on more than their settings say: the constants of a
+    script, the words of an environment."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
 def _fingerprint(settings: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return digest(settings)

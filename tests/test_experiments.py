@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,17 +17,22 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments import collapse, filtering, helpdesk, main_job, tool_use, tool_use_arms, world_model_rl  # noqa: E402
-from experiments.cells import run_cells  # noqa: E402
+from experiments import collapse, filtering, helpdesk, helpdesk_figures, main_job  # noqa: E402
+from experiments import helpdesk_companies as companies_of  # noqa: E402
+from experiments import tool_use, tool_use_arms, world_model_rl  # noqa: E402
+from experiments.cells import digest, run_cells  # noqa: E402
+from experiments.turned import TURNED  # noqa: E402
 from rehearsal.agents.toolbox import Toolbox  # noqa: E402
 from rehearsal.algorithms.filters import make_filter  # noqa: E402
 from rehearsal.algorithms.presets import preset  # noqa: E402
 from rehearsal.diagnostics import Thresholds  # noqa: E402
+from rehearsal.environments import helpdesk_words as words  # noqa: E402
 from rehearsal.environments import make  # noqa: E402
 from rehearsal.environments.check import check_env  # noqa: E402
+from rehearsal.training.loop import Trainer  # noqa: E402
 from rehearsal.training.recipe import resolve_recipe  # noqa: E402
 from rehearsal.training.tasks import TaskSource  # noqa: E402
-from rehearsal.trajectory import Group, StopReason, ToolCall, Trajectory, Turn  # noqa: E402
+from rehearsal.trajectory import Group, Prediction, StopReason, ToolCall, Trajectory, Turn  # noqa: E402
 
 
 def run(fall: int | None, sign: int | None, steps: int = 50) -> list[dict[str, float]]:
@@ -154,49 +160,162 @@ def test_cells_are_stored_as_they_finish(tmp_path: Path) -> None:
     assert stored["fast"] < stored["slow"]
 
 
+def test_what_a_cell_depends_on_beside_its_settings_has_a_digest() -> None:
+    assert digest({"words": ["call"]}) == digest({"words": ["call"]}) != digest({"words": ["ring"]})
+    world = companies_of.world_digest()
+    with mock.patch.dict(words.PHRASES, {"pin": ("the pin",)}):
+        assert companies_of.world_digest() != world
+    assert companies_of.world_digest() == world
+
+
 def test_the_arms_of_the_help_desk_are_recipes() -> None:
     names = {arm: resolve_recipe(None, {**helpdesk.COMMON, **changes}) for arm, changes in helpdesk.ARMS.items()}
     for arm, recipe in names.items():
         ranks = recipe.adapters.policy_rank + recipe.adapters.world_rank
-        assert ranks == 64, f"{arm} has as many parameters as the others"
+        assert ranks == (32 if arm == "policy_only_32" else 64), arm
         make(recipe.environment.name, **recipe.environment.params)
-    assert names["placebo"].agent.rehearse == names["dual_rehearse"].agent.rehearse is True
-    assert names["placebo"].world.mode == "placebo"
+    assert names["policy_only_32"].adapters.policy_rank == names["inactive"].adapters.policy_rank
+    ours, placebo = names["dual_rehearse"].world.model_dump(), names["placebo"].world.model_dump()
+    assert placebo == {**ours, "mode": "placebo"}, "nothing but the answers differs"
+    assert ours["updates"] > 1, "once is not enough to know what was said once"
+    assert names["rehearse_only"].agent == names["placebo"].agent == names["dual_rehearse"].agent
+    assert {helpdesk.STEPS["new"], helpdesk.STEPS["changed"]} <= set(companies_of.TESTED)
 
 
 def test_only_companies_of_the_training_split_are_called_that_the_base_has_not_met() -> None:
-    met = {make("helpdesk", world=helpdesk.WORLD_OF_THE_BASE).unwrapped.company(i).name for i in range(helpdesk.MET)}
-    for span in (helpdesk.LEAD_IN, helpdesk.NEW, helpdesk.MANY):
+    met = {
+        make("helpdesk", world=companies_of.WORLD_OF_THE_BASE).unwrapped.company(i).name
+        for i in range(companies_of.MET)
+    }
+    for span in (companies_of.LEAD_IN, companies_of.NEW, companies_of.MANY):
         env = make("helpdesk")
-        called = helpdesk.training_companies(span)
+        called = companies_of.training_companies(span)
         assert {env.unwrapped.company(index).split for index in called} == {"train"}
         assert not met & {env.unwrapped.company(index).name for index in called}
         assert 0.7 * len(span) <= len(called) <= 0.8 * len(span) + 1
 
 
+def test_a_company_is_tested_with_every_kind_of_matter_on_every_day() -> None:
+    env = make("helpdesk")
+    for company in companies_of.training_companies(companies_of.NEW):
+        seen = []
+        for task in companies_of.matters_of(company):
+            env.reset(seed=task.seed, options=dict(task.options))
+            assert env.describe()["company"] == env.unwrapped.company(company).name
+            seen.append((env.describe()["matter"], env.describe()["day"]))
+        for part, values in zip(zip(*seen, strict=True), (words.MATTERS, words.DAYS), strict=True):
+            assert sorted(part) == sorted(values)
+
+
 def test_a_person_needs_few_calls() -> None:
-    companies = helpdesk.training_companies(helpdesk.NEW)[:8]
-    new, changed = helpdesk.person(companies, 0)
-    assert len(new) == len(changed) == 8
-    assert 1.0 <= np.mean(new) < 2.0, "what was said once is known"
+    companies = companies_of.training_companies(companies_of.NEW)
+    new, changed = companies_of.person(companies, 0)
+    assert len(new) == len(changed) == len(companies)
+    # What was said once is known; some of it is said on some days alone.
+    assert 1.0 <= np.mean(new) < 3.0
+    assert np.median(new) == 1.0
     # Some want less than before: what is known of them still serves.
     assert 0.5 <= np.mean(changed) < 3.0
-    assert helpdesk.person(companies, 0) == (new, changed)
+    assert companies_of.person(companies, 0) == (new, changed)
 
 
-def test_episodes_to_a_level_lie_between_the_tests() -> None:
+def test_companies_that_a_guess_serves_tell_nothing() -> None:
+    companies = companies_of.training_companies(companies_of.NEW)
+    guessed = companies_of.guessable(companies, {})
+    assert 0 < len(guessed) < len(companies) * 0.7
+    env = make("helpdesk")
+    wanted = {fact for index in guessed for fact in env.company(index).requirement.always}
+    assert len(wanted) <= companies_of.GUESSED
+    assert guessed != companies_of.guessable(companies, companies_of.CHANGED)
+    runs = [{"start": [0.0, 0.9, 0.0, 0.2]}, {"start": [0.0, 0.0, 0.6, 1.0]}]
+    assert helpdesk_figures.counted([50, 51, 52, 53], runs, {50}) == [2], "no guess, and no arm before its first call"
+
+
+def test_a_company_is_served_where_two_tests_running_say_so() -> None:
+    record = helpdesk.Record([1, 2, 3, 4])
+    record.add(0, [0.8, 0.2, 0.0, 0.6])
+    record.add(2, [0.4, 0.8, 0.0, 1.0])  # the first was luck
+    record.add(4, [0.8, 1.0, 0.0, 1.0])
+    assert record.unserved == [1, 3]
+    record.add(6, [1.0, 0.8])
+    assert record.calls == [4, 2, None, 2], "a single test at the end dates nothing"
+
+
+def test_what_an_agent_foretold_is_compared_with_what_is_wanted() -> None:
+    def episode(text: str, *executed: str) -> Trajectory:
+        first = Turn("", executed=list(executed), predictions=[Prediction(("call",), text, 5)])
+        return Trajectory("helpdesk", 0, turns=[first], success=False)
+
+    found = helpdesk.outcome_of(episode("Clerk: We need your PIN code and the card.", "ask pin"), ("card", "pin"))
+    assert found == helpdesk.Outcome(settled=False, gathered=False, foretold=True)
+    found = helpdesk.outcome_of(episode("Clerk: We need a pinboard.", "ask pin", "look up card"), ("card", "pin"))
+    assert found == helpdesk.Outcome(settled=False, gathered=True, foretold=False)
+    silent = Trajectory("helpdesk", 0, turns=[Turn("", predictions=[Prediction(("ask pin",), "the pin", 5)])])
+    assert helpdesk.outcome_of(silent, ("pin",)).foretold is None, "what a customer says is no company's wish"
+
+
+def test_one_stubborn_company_does_not_decide() -> None:
+    companies = companies_of.training_companies(companies_of.NEW)
+    steps = {"new": 60, "changed": 40}
+    foretold = [0.0] * 60
+    shares = dict.fromkeys(helpdesk_figures.SHARES, 0.5)
+
+    guessed = companies_of.guessable(companies, {})
+    stubborn = next(place for place, company in enumerate(companies) if company not in guessed)
+
+    def cell(quick: int) -> dict[str, Any]:
+        calls: list[int | None] = [quick] * len(companies)
+        calls[stubborn] = None
+        phase = {"calls": calls, "start": [0.0] * len(companies), "foretold": foretold}
+        return {"new": phase, "changed": phase, **shares}
+
+    played = {"dual_rehearse-0": cell(2), "dual_rehearse-1": cell(4), "policy_only-0": cell(40), "placebo-0": cell(40)}
+    played |= {"policy_only-1": cell(40), "placebo-1": cell(6)}
+    arms = {"dual_rehearse": 2, "policy_only": 2, "placebo": 2}
+    figures = helpdesk_figures.figures_of(played, arms, companies, steps)
+    assert figures["dual_rehearse_new_calls"] == 3.0
+    assert figures["dual_rehearse_new_mean_calls"] > 6.0, "the bound of what was tried counts in the mean"
+    assert figures["policy_only_new_calls"] == 40.0
+    assert figures["placebo_minus_dual_rehearse_new_mean_calls_low"] > 0
+    assert 0 < figures["new_companies_counted"] < len(companies)
+    assert figures["dual_rehearse_new_foretold_after_4"] == 0.0
+    assert "dual_rehearse_changed_foretold_after_40" not in figures
+
+
+def test_a_level_is_reached_where_a_curve_stays_at_it() -> None:
     curve = [[0.0, 0.2], [100.0, 0.4], [200.0, 0.8]]
     assert world_model_rl.episodes_to(curve, 0.6) == pytest.approx(150.0)
     assert world_model_rl.episodes_to(curve, 0.4) == pytest.approx(100.0)
-    assert world_model_rl.episodes_to(curve, 0.1) == 0.0
+    assert math.isnan(world_model_rl.episodes_to(curve, 0.1)), "nothing was learnt on the way to it"
     assert math.isnan(world_model_rl.episodes_to(curve, 0.9))
+    lucky = [[0.0, 0.2], [100.0, 0.7], [200.0, 0.4], [300.0, 0.8]]
+    assert world_model_rl.episodes_to(lucky, 0.6) == pytest.approx(250.0)
     mean = world_model_rl.mean_curve([{"curve": curve}, {"curve": [[0.0, 0.4], [100.0, 0.6]]}])
     assert [point[0] for point in mean] == [0.0, 100.0, 200.0]
     assert [point[1] for point in mean] == pytest.approx([0.3, 0.5, 0.8])
+    assert world_model_rl.area(curve) == pytest.approx(0.45)
+
+
+def curves(*ends: float, start: float = 0.2) -> list[dict[str, Any]]:
+    """Runs that go straight to an end."""
+    return [{"curve": [[0.0, start], [50.0, (start + end) / 2], [100.0, end]]} for end in ends]
+
+
+def test_an_arm_is_held_to_a_part_of_what_rewards_alone_gain() -> None:
+    reference = curves(0.6, 0.6, 0.6)
+    assert world_model_rl.episodes_over(reference, reference) == pytest.approx(1.0)
+    # Level 0.5: after 75 episodes alone, after 37.5 where it is learnt twice as fast.
+    assert world_model_rl.episodes_over(curves(1.0, 1.0, 1.0), reference) == pytest.approx(0.5)
+    assert world_model_rl.episodes_over(curves(0.3, 0.3, 0.3), reference) == math.inf
+    assert math.isnan(world_model_rl.episodes_over(curves(1.0, start=0.55), reference)), "it started above"
+    assert math.isnan(world_model_rl.episodes_over(reference, curves(0.3, 0.3, 0.3))), "too little gain to be measured"
+    middle, low, high = world_model_rl.ratio_interval(curves(1.0, 0.9, 0.2), reference)
+    assert low < middle < high == math.inf, "some draws of seeds never get there"
 
 
 def test_the_arms_of_the_world_model_are_recipes() -> None:
     for environment in world_model_rl.ENVIRONMENTS.values():
+        limits = set()
         for arm, changes in world_model_rl.ARMS.items():
             recipe = resolve_recipe(
                 environment["recipe"], {**world_model_rl.COMMON, **environment["overrides"], **changes}
@@ -347,3 +466,46 @@ def test_every_goal_of_the_tools_has_its_figure(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(sys, "argv", ["tool_use.py", "--only", question, "--seeds", "1"])
         tool_use.main()
         assert reported["goals"] and all(name.startswith(question) for name in reported["goals"])
+
+
+            assert recipe.training.steps % recipe.evaluation.every == 0
+            assert recipe.evaluation.episodes == recipe.evaluation.validation_episodes
+            limits.add((recipe.agent.max_tokens_per_turn, recipe.agent.max_context))
+        assert len(limits) == 1
+    ours, placebo = (world_model_rl.ARMS[arm] for arm in ("dual_rehearse", "placebo_rehearse"))
+    assert placebo == {**ours, "world.mode": "placebo"}
+    assert ("dual_rehearse", "placebo_rehearse") in world_model_rl.PAIRS
+
+
+@pytest.mark.parametrize(("name", "plain"), [("TurnedLake", "frozenlake"), ("TurnedSokoban", "sokoban")])
+def test_turned_worlds_differ_in_where_moves_go_alone(name: str, plain: str) -> None:
+    made = f"experiments.turned:{name}"
+    assert check_env(make(made)).ok
+    turned, other = make(made), make(plain)
+    for seed in range(10):
+        assert turned.reset(seed=seed)[0] == other.reset(seed=seed)[0]
+        plan = turned.oracle() or []
+        assert [TURNED[move] for move in plan] == other.oracle()
+        for move in plan:
+            seen, _, over, _, info = turned.step(move)
+            assert seen == other.step(TURNED[move])[0]
+            assert info["foreseeable"] is False
+        assert over
+        assert info["success"]
+    assert turned.instructions == other.instructions
+    assert any(TURNED[move] != move for move in TURNED)
+    assert sorted(TURNED) == sorted(TURNED.values())
+    assert all(TURNED[TURNED[move]] == move for move in TURNED)
+
+
+def test_an_arm_is_judged_by_the_same_tasks_whenever_it_is_judged() -> None:
+    asked: list[tuple[str, int]] = []
+    trainer = world_model_rl.Judged.__new__(world_model_rl.Judged)
+    trainer.steps_done = 0
+    with mock.patch.object(Trainer, "evaluate", lambda self, split, episodes: asked.append((split, episodes))):
+        trainer.evaluate("test", 8)
+        trainer.steps_done = 2
+        trainer.evaluate("validation", 8)
+        trainer.steps_done, trainer.goes_on = 0, True
+        trainer.evaluate("test", 8)
+    assert asked == [("test", 8), ("test", 8)], "one that goes on has been judged already"

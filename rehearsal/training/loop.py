@@ -421,7 +421,7 @@ class Trainer:
     def _warn(self, sentence: str | None) -> None:
         if sentence is not None:
             self.observer.warning(sentence)
-            if self.folder is not None:
+            if self.folder is not None and sentence not in self.folder.info.warnings:
                 self.folder.add_warning(sentence)
 
     def _track(self, metrics: Mapping[str, float]) -> None:
