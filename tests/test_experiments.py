@@ -17,9 +17,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments import collapse, filtering, helpdesk, helpdesk_figures, main_job  # noqa: E402
+from experiments import (  # noqa: E402  # noqa: E402
+    collapse,
+    filtering,
+    helpdesk,
+    helpdesk_figures,
+    main_job,
+    tool_use,
+    tool_use_arms,
+    world_model_rl,
+)
 from experiments import helpdesk_companies as companies_of  # noqa: E402
-from experiments import tool_use, tool_use_arms, world_model_rl  # noqa: E402
 from experiments.cells import digest, run_cells  # noqa: E402
 from experiments.turned import TURNED  # noqa: E402
 from rehearsal.agents.toolbox import Toolbox  # noqa: E402
@@ -322,6 +330,47 @@ def test_the_arms_of_the_world_model_are_recipes() -> None:
             )
             assert recipe.adapters.policy_rank + recipe.adapters.world_rank == 64, arm
             assert 0 < environment["first"] < recipe.training.steps
+            assert recipe.training.steps % recipe.evaluation.every == 0
+            assert recipe.evaluation.episodes == recipe.evaluation.validation_episodes
+            limits.add((recipe.agent.max_tokens_per_turn, recipe.agent.max_context))
+        assert len(limits) == 1
+    ours, placebo = (world_model_rl.ARMS[arm] for arm in ("dual_rehearse", "placebo_rehearse"))
+    assert placebo == {**ours, "world.mode": "placebo"}
+    assert ("dual_rehearse", "placebo_rehearse") in world_model_rl.PAIRS
+
+
+@pytest.mark.parametrize(("name", "plain"), [("TurnedLake", "frozenlake"), ("TurnedSokoban", "sokoban")])
+def test_turned_worlds_differ_in_where_moves_go_alone(name: str, plain: str) -> None:
+    made = f"experiments.turned:{name}"
+    assert check_env(make(made)).ok
+    turned, other = make(made), make(plain)
+    for seed in range(10):
+        assert turned.reset(seed=seed)[0] == other.reset(seed=seed)[0]
+        plan = turned.oracle() or []
+        assert [TURNED[move] for move in plan] == other.oracle()
+        for move in plan:
+            seen, _, over, _, info = turned.step(move)
+            assert seen == other.step(TURNED[move])[0]
+            assert info["foreseeable"] is False
+        assert over
+        assert info["success"]
+    assert turned.instructions == other.instructions
+    assert any(TURNED[move] != move for move in TURNED)
+    assert sorted(TURNED) == sorted(TURNED.values())
+    assert all(TURNED[TURNED[move]] == move for move in TURNED)
+
+
+def test_an_arm_is_judged_by_the_same_tasks_whenever_it_is_judged() -> None:
+    asked: list[tuple[str, int]] = []
+    trainer = world_model_rl.Judged.__new__(world_model_rl.Judged)
+    trainer.steps_done = 0
+    with mock.patch.object(Trainer, "evaluate", lambda self, split, episodes: asked.append((split, episodes))):
+        trainer.evaluate("test", 8)
+        trainer.steps_done = 2
+        trainer.evaluate("validation", 8)
+        trainer.steps_done, trainer.goes_on = 0, True
+        trainer.evaluate("test", 8)
+    assert asked == [("test", 8), ("test", 8)], "one that goes on has been judged already"
 
 
 def test_the_arms_of_the_tools_are_recipes() -> None:
@@ -466,46 +515,3 @@ def test_every_goal_of_the_tools_has_its_figure(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(sys, "argv", ["tool_use.py", "--only", question, "--seeds", "1"])
         tool_use.main()
         assert reported["goals"] and all(name.startswith(question) for name in reported["goals"])
-
-
-            assert recipe.training.steps % recipe.evaluation.every == 0
-            assert recipe.evaluation.episodes == recipe.evaluation.validation_episodes
-            limits.add((recipe.agent.max_tokens_per_turn, recipe.agent.max_context))
-        assert len(limits) == 1
-    ours, placebo = (world_model_rl.ARMS[arm] for arm in ("dual_rehearse", "placebo_rehearse"))
-    assert placebo == {**ours, "world.mode": "placebo"}
-    assert ("dual_rehearse", "placebo_rehearse") in world_model_rl.PAIRS
-
-
-@pytest.mark.parametrize(("name", "plain"), [("TurnedLake", "frozenlake"), ("TurnedSokoban", "sokoban")])
-def test_turned_worlds_differ_in_where_moves_go_alone(name: str, plain: str) -> None:
-    made = f"experiments.turned:{name}"
-    assert check_env(make(made)).ok
-    turned, other = make(made), make(plain)
-    for seed in range(10):
-        assert turned.reset(seed=seed)[0] == other.reset(seed=seed)[0]
-        plan = turned.oracle() or []
-        assert [TURNED[move] for move in plan] == other.oracle()
-        for move in plan:
-            seen, _, over, _, info = turned.step(move)
-            assert seen == other.step(TURNED[move])[0]
-            assert info["foreseeable"] is False
-        assert over
-        assert info["success"]
-    assert turned.instructions == other.instructions
-    assert any(TURNED[move] != move for move in TURNED)
-    assert sorted(TURNED) == sorted(TURNED.values())
-    assert all(TURNED[TURNED[move]] == move for move in TURNED)
-
-
-def test_an_arm_is_judged_by_the_same_tasks_whenever_it_is_judged() -> None:
-    asked: list[tuple[str, int]] = []
-    trainer = world_model_rl.Judged.__new__(world_model_rl.Judged)
-    trainer.steps_done = 0
-    with mock.patch.object(Trainer, "evaluate", lambda self, split, episodes: asked.append((split, episodes))):
-        trainer.evaluate("test", 8)
-        trainer.steps_done = 2
-        trainer.evaluate("validation", 8)
-        trainer.steps_done, trainer.goes_on = 0, True
-        trainer.evaluate("test", 8)
-    assert asked == [("test", 8), ("test", 8)], "one that goes on has been judged already"
