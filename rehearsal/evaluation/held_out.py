@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from rehearsal.agents.play import check_reset
+from rehearsal.environments.base import TextEnv
 from rehearsal.evaluation.categories import category_figures, token_figures
 from rehearsal.evaluation.samples import sample_figures
 from rehearsal.evaluation.statistics import mean_interval, wilson_interval
@@ -19,7 +21,49 @@ from rehearsal.trajectory import Group, Trajectory
 
 def held_out_tasks(seed: int, split: str, count: int) -> list[Task]:
     """The held-out tasks of a seed: the first ones do not depend on how many are asked for."""
-    return [Task(stream_key(seed, "held-out", split, i) % 2**31, split) for i in range(count)]
+    return list(itertools.islice(held_out_stream(seed, split), count))
+
+
+def held_out_stream(seed: int, split: str) -> Iterator[Task]:
+    """The same without end."""
+    return (Task(stream_key(seed, "held-out", split, i) % 2**31, split) for i in itertools.count())
+
+
+class DistinctTasks:
+    """Tells tasks that were met from new ones, by what an environment calls them in ``info["task"]``.
+
+    Of 256 draws from a few thousand small levels dozens are repetitions, which make no result surer. One that does not
+    name its tasks, or is not ``fast``, is not asked: whatever it draws counts as new. When there seem to be no more new
+    ones, all may come again.
+
+    Args:
+        env: that the tasks are for; it is reset for each.
+    """
+
+    def __init__(self, env: TextEnv) -> None:
+        self._env = env
+        self._met: set[str] = set()
+        self._in_vain = 0
+
+    def take(self, task: Task) -> bool:
+        """Whether a task is to be played; it counts as met then."""
+        if not self._env.fast:
+            return True
+        try:
+            returned = self._env.reset(seed=task.seed, options={**task.options, "split": task.split})
+            key = check_reset(self._env, returned)[1].get("task")
+        except Exception:
+            return True  # whoever plays it will say what is wrong
+        if key is None:
+            return True
+        if key in self._met:
+            self._in_vain += 1
+            if self._in_vain <= 50 + 2 * len(self._met):
+                return False
+            self._met.clear()
+        self._in_vain = 0
+        self._met.add(key)
+        return True
 
 
 def held_out_picks(seed: int, split: str, size: int | None) -> Iterator[Mapping[str, Any]]:

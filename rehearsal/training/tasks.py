@@ -17,7 +17,7 @@ from rehearsal.algorithms.curriculum import ByDifficulty, Draw, Fresh, Mixture, 
 from rehearsal.environments.base import TextEnv
 from rehearsal.environments.registry import check_names, make
 from rehearsal.errors import EnvironmentFault, RecipeError
-from rehearsal.evaluation.held_out import held_out_picks, held_out_tasks
+from rehearsal.evaluation.held_out import DistinctTasks, held_out_picks, held_out_stream
 from rehearsal.generation.sampling import stream_key
 from rehearsal.rollout import Task, tasks_of_step
 from rehearsal.training.options import AgentOptions, CurriculumOptions
@@ -140,7 +140,7 @@ class TaskSource:
         self.sampler = make_sampler(recipe)
         self._locked = locked_tools(recipe)
         self._drawn: list[Draw] = []
-        self._sizes: dict[tuple[int, str], int | None] = {}
+        self._held_out: dict[tuple[int, str, int], list[Task]] = {}
 
     def of_step(self, step: int, count: int, first: int = 0) -> list[Task]:
         """The tasks of a training step: a function of seed, step and what the sampler has learned.
@@ -202,33 +202,39 @@ class TaskSource:
         present one.
 
         Where an environment counts its tasks, each is there once, so there may be fewer than ``count`` of them. In a
-        mixture the others go on when the tasks of one are used up.
+        mixture the others go on when the tasks of one are used up. Where it draws and names them, none is there twice
+        as long as there are others.
 
         Raises:
             RehearsalError: for an environment that cannot be made.
         """
+        if (seed, split, count) not in self._held_out:
+            with contextlib.ExitStack() as opened:
+                self._held_out[seed, split, count] = self._draw_held_out(seed, split, count, opened)
+        return [replace(task, locked=self.locked) for task in self._held_out[seed, split, count]]
+
+    def _draw_held_out(self, seed: int, split: str, count: int, opened: contextlib.ExitStack) -> list[Task]:
         last = len(self.variants) - 1
         playing = deque(range(last + 1) if self._mixed else [last])
-        picks = {part: held_out_picks(seed, split, self._size(part, split)) for part in playing}
+        envs = {part: opened.enter_context(contextlib.closing(self.variants[part].make())) for part in playing}
+        sizes = {part: env.task_count(split) for part, env in envs.items()}
+        picks = {part: held_out_picks(seed, split, size) for part, size in sizes.items()}
+        fresh = {part: DistinctTasks(envs[part]) for part, size in sizes.items() if not size}
         tasks: list[Task] = []
-        for task in held_out_tasks(seed, split, count):
+        for task in held_out_stream(seed, split):
             options = None
             while options is None and playing:
                 options = next(picks[playing[0]], None)
                 if options is None:
                     playing.popleft()
-            if options is None:
+            if options is None or len(tasks) == count:
                 break
-            tasks.append(replace(task, environment=playing[0], options=options, locked=self.locked))
-            playing.rotate(-1)
+            part = playing[0]
+            task = replace(task, environment=part, options=options)
+            if part not in fresh or fresh[part].take(task):
+                tasks.append(task)
+                playing.rotate(-1)
         return tasks
-
-    def _size(self, part: int, split: str) -> int | None:
-        """How many tasks a split of an environment has, if that is told."""
-        if (part, split) not in self._sizes:
-            with contextlib.closing(self.variants[part].make()) as env:
-                self._sizes[part, split] = env.task_count(split)
-        return self._sizes[part, split]
 
 
 def success_share(group: Group) -> float:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rehearsal.cli import main
 from rehearsal.environments import check_env, make
 from rehearsal.environments.proposals import Proposals
 from rehearsal.errors import RecipeError
+from rehearsal.evaluation.held_out import held_out_tasks
 from rehearsal.evaluation.run import evaluate_mint, evaluate_policy
 from rehearsal.rollout import Task
 from rehearsal.training.loop import Trainer
@@ -138,3 +140,26 @@ def test_a_run_judges_itself_by_each_task_once(sums: dict[str, Any], taught_fold
         trainer.close()
     assert found is not None
     assert len({group.trajectories[0].task for group in found.groups}) == len(found.groups) == 7
+
+
+def test_drawn_tasks_are_different_as_long_as_there_are_others() -> None:
+    source = TaskSource(resolve_recipe({"environment": {"name": "frozenlake"}}))
+    tasks = source.held_out(123, "test", 128)
+    env = make("frozenlake")
+
+    def keys(some: Sequence[Task]) -> list[str]:
+        return [env.reset(seed=task.seed, options={"split": "test"})[1]["task"] for task in some]
+
+    assert len(set(keys(tasks))) == len(tasks) == 128
+    assert len(set(keys(held_out_tasks(123, "test", 128)))) < 128, "drawn without a look, some come twice"
+    assert source.held_out(123, "test", 40) == tasks[:40]
+    assert TaskSource(resolve_recipe({"environment": {"name": "frozenlake"}})).held_out(123, "test", 128) == tasks
+
+
+def test_few_tasks_come_again_evenly() -> None:
+    recipe = resolve_recipe({"environment": {"name": "frozenlake", "params": {"size": 2, "frozen": 1.0}}})
+    tasks = TaskSource(recipe).held_out(0, "train", 60)
+    env = make("frozenlake", size=2, frozen=1.0)
+    met = Counter(env.reset(seed=task.seed, options={"split": "train"})[1]["task"] for task in tasks)
+    assert len(tasks) == 60
+    assert max(met.values()) - min(met.values()) <= 1
