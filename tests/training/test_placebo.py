@@ -63,7 +63,7 @@ def test_as_few_stay_true_as_can_be(meanings: list[int], speakers: list[int], se
 
 def test_every_answer_gets_everywhere() -> None:
     # A rotation would have no true answers either, but a company would always hear the same other one.
-    got = [set() for _ in range(4)]
+    got: list[set[int]] = [set() for _ in range(4)]
     for seed in range(200):
         dealt, _ = deal([0, 1, 2, 3], [["all"] * 4], np.random.default_rng(seed))
         for place, number in enumerate(dealt):
