@@ -127,7 +127,10 @@ def with_other_answers(situations: Sequence[Hindsight], rng: np.random.Generator
     meanings = [
         (one.environment, one.meaning or answer.tobytes()) for one, answer in zip(situations, answers, strict=True)
     ]
-    pools = [[(one.environment, one.speaker) for one in situations], [one.environment for one in situations]]
+    pools: list[list[Hashable]] = [
+        [(one.environment, one.speaker) for one in situations],
+        [one.environment for one in situations],
+    ]
     dealt, stayed = deal(meanings, pools, rng)
     return [
         replace(one, token_ids=np.concatenate([one.token_ids[: one.first], answers[number]]))
