@@ -83,7 +83,7 @@ COMMON: dict[str, Any] = {
     "engine.processes": 1, "adapters.policy_rank": 32, "adapters.world_rank": 32,
 }  # fmt: skip
 ALONE = {"adapters.policy_rank": 64, "adapters.world_rank": 0}
-REHEARSE: dict[str, Any] = {"agent.rehearse": True, "world.horizon": 8, "world.replay": 32, "world.updates": 8}
+REHEARSE: dict[str, Any] = {"agent.rehearse": True, "world.horizon": 8, "world.replay": 16, "world.updates": 16}
 ARMS: dict[str, dict[str, Any]] = {
     "policy_only": {"world.mode": "policy_only", **ALONE},
     "shared": {"world.mode": "shared", **ALONE},

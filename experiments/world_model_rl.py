@@ -45,23 +45,25 @@ from rehearsal.evaluation.statistics import mean_interval
 from rehearsal.training.loop import Trainer
 
 COMMON: dict[str, Any] = {
-    "training.steps": 16, "training.groups": 16, "training.schedule": "constant", "training.learning_rate": 3e-3,
-    "evaluation.every": 4, "evaluation.episodes": 128, "evaluation.validation_episodes": 128,
+    "training.steps": 12, "training.schedule": "constant", "training.learning_rate": 1.5e-3,
+    "evaluation.every": 3, "evaluation.episodes": 128, "evaluation.validation_episodes": 128,
     "diagnostics.every": 0, "diagnostics.gradients_every": 0, "engine.processes": 1,
     "adapters.policy_rank": 32, "adapters.world_rank": 32,
 }  # fmt: skip
 ENVIRONMENTS: dict[str, dict[str, Any]] = {
     "lake": {
-        "recipe": "frozenlake", "first": 4,
+        "recipe": "frozenlake", "first": 3,
         "overrides": {
+            "training.groups": 32,
             "environment.name": "experiments.turned:TurnedLake", "environment.params.slip": 0.2,
             "agent.max_tokens_per_turn": 160, "agent.max_context": 1280,
         },
     },
     "sokoban": {
-        "recipe": "sokoban", "first": 4,
+        "recipe": "sokoban", "first": 3,
         "overrides": {
-            "environment.name": "experiments.turned:TurnedSokoban", "environment.params.max_solution": 6,
+            "training.groups": 16, "agent.max_turns": 4,
+            "environment.name": "experiments.turned:TurnedSokoban", "environment.params.max_solution": 4,
             "agent.max_tokens_per_turn": 224, "agent.max_context": 1792,
         },
     },
