@@ -374,7 +374,10 @@ def test_a_rehearsal_without_room_is_told_of(
     result = train(recipe, output=tmp_path / "run", observer=watch)
     found = RunFolder.open(result.path).info.warnings
     assert found == watch.said
-    assert [said.partition(" of the answers")[0] for said in found] == (["100%"] if rehearse else [])
+    # That an agent that is always cut off never acts is told beside it.
+    told = [said for said in found if not said.startswith("The policy wrote no legal action")]
+    assert len(found) == len(told) + 1
+    assert [said.partition(" of the answers")[0] for said in told] == (["100%"] if rehearse else [])
     assert not rehearse or "raise agent.max_tokens_per_turn" in found[0]
 
 
