@@ -29,7 +29,7 @@ def eval_command(options: argparse.Namespace) -> int:
         for row in part.rows:
             table.add_row(*(escape(cell) for cell in row))
         console.print(table)
-    tasks = round(figures["tasks"])
+    tasks = round(figures.get("tasks", options.episodes))
     if tasks < options.episodes:
         console.print(
             f"The {options.split} split has {tasks:,} tasks; each was played, instead of {options.episodes:,}."
