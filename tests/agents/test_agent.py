@@ -115,7 +115,7 @@ def test_a_free_text_reaches_the_environment_whole(chatml_renderer: ChatRenderer
     game = Game(chatml_renderer, one, Essay())
     game.act("if a", "b: print('<answer>')")
     assert game.env.stepped == ["if a || b: print('<answer>')"]
-    assert not +game.agent.counters
+    assert not game.agent.counters["surplus_actions"] and not game.agent.counters["format_errors"]
     several = Game(chatml_renderer, LIMITS, Essay())
     several.act("a", "b")
     assert several.env.stepped == ["a", "b"]
