@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
@@ -14,14 +14,28 @@ from rehearsal.generation.sampling import SamplingParams
 from rehearsal.generation.session import Sampled
 from rehearsal.trajectory import SampleStop
 
-if TYPE_CHECKING:
-    from rehearsal.generation.local import LocalEngine
+class Host(Protocol):
+    """What a session asks of its engine."""
+
+    max_context: int
+
+    def submit(self, session: LocalSession) -> None:
+        """Sample for a session, which waits for it."""
+
+    def withdraw(self, session: LocalSession) -> None:
+        """Stop sampling for a session; it keeps its place and what is computed of its context."""
+
+    def share(self, parent: LocalSession, child: LocalSession) -> None:
+        """Let a fork take over its parent's keys and values."""
+
+    def release(self, session: LocalSession) -> None:
+        """Free what a session holds; it is closed."""
 
 
 class LocalSession:
     """A session of the local engine; see :class:`rehearsal.generation.session.Session`."""
 
-    def __init__(self, engine: LocalEngine, key: int, adapters: tuple[str, ...] | None = None) -> None:
+    def __init__(self, engine: Host, key: int, adapters: tuple[str, ...] | None = None) -> None:
         self._engine = engine
         self.key = key
         self.adapters = adapters
