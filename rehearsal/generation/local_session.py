@@ -14,6 +14,7 @@ from rehearsal.generation.sampling import SamplingParams
 from rehearsal.generation.session import Sampled
 from rehearsal.trajectory import SampleStop
 
+
 class Host(Protocol):
     """What a session asks of its engine."""
 
