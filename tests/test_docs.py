@@ -247,7 +247,7 @@ def check_command(block: Block, given: list[str]) -> None:
         rest = [*dotted, *rest]
     except SystemExit:
         pytest.fail(f"{block}: the command line does not take: rehearsal {shlex.join(given)}")
-    assert given[0] in ("train", "eval", "probe", "play", "report", "diagnose", "envs", "recipes", "check", "base")
+    assert given[0] in cli_options()
     if rest:
         assert options.takes_dotted, f"{block}: rehearsal {given[0]} does not take {rest[0]}"
     dotted = dotted_options(rest)

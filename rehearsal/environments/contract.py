@@ -117,7 +117,7 @@ def _info_faults(where: str, info: object) -> Iterator[Fault]:
         if value is not None and not isinstance(value, str):
             yield _info_fault(where, key, f"must be a string, not {told(value)}")
         elif value is not None and (bad := bad_text(value)):
-            yield Fault("unicode", f'info["{key}"] of {where} is {bad}.', ends=False)
+            yield Fault("unicode", f'{where} returned {bad} as info["{key}"].', ends=False)
     for key in FLAGS:
         if info.get(key) is not None and not is_flag(info[key]):
             yield _info_fault(where, key, f"must be True or False, not {told(info[key])}")

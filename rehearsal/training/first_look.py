@@ -42,7 +42,9 @@ def first_look(groups: Sequence[Group], *, base: bool = False) -> str | None:
         example = _commonest([_answer(turn) for turn in unreadable])
         advice = "begin with a model that keeps the answer format, such as an instruction-tuned one"
     if base:
-        advice += "; the base model knows the built-in environments alone, and another one is given by --model.path"
+        # Where it babbles, more room would only make it babble longer.
+        known = "the base model knows the built-in environments alone, and another one is given by --model.path"
+        advice = known if len(unreadable) > len(idle) / 2 else f"{advice}; {known}"
     steps = len(turns) - len(idle)
     stepped = "never stepped" if steps == 0 else f"stepped in {steps} of them alone"
     return (

@@ -340,7 +340,7 @@ BREAKS: dict[str, tuple[Any, str]] = {
     ),
     "state is no Unicode": (
         lambda env: ("x", {"state": "\udcff"}) if env.steps == 0 else ("x", 0.0, False, False, {"state": "\udcff"}),
-        r'info\["state"\] of Walk.*text that is not valid Unicode',
+        r'returned text that is not valid Unicode .*as info\["state"\]',
     ),
     "raises what is no Unicode": (raises(ValueError("no \udcff")), r"raised ValueError: no \?\."),
 }

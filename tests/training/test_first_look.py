@@ -84,6 +84,8 @@ def test_episodes_that_failed_say_nothing_of_the_policy() -> None:
 def test_the_base_model_is_named() -> None:
     said = first_look(episodes(*[illegal()] * 10), base=True)
     assert said is not None and "the base model knows the built-in environments alone" in said
+    said = first_look(episodes(*[unreadable("<think>Aougavea", SampleStop.LENGTH)] * 10), base=True)
+    assert said is not None and "the base model knows" in said and "max_tokens_per_turn" not in said
 
 
 class Foreign(TextEnv):
