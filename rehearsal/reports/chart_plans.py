@@ -98,6 +98,11 @@ PLANS: dict[str, list[Plan]] = {
             evaluated="prediction_loss",
         ),
         Plan(
+            "Answers to learn from",
+            "Tokens of answers that the world model learned in a step. At 0 it stands still.",
+            {"world/target_tokens": "tokens"},
+        ),
+        Plan(
             "Gaps filled",
             "Share of gaps in held-out episodes that the policy fills right: what comes of an action, which action "
             "lies between two states, which is the best.",

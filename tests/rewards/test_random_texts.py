@@ -46,7 +46,7 @@ PIECES = st.sampled_from(
 TEXTS = st.one_of(st.text(st.characters(codec=None, exclude_categories=())), st.lists(PIECES, max_size=25).map("".join))
 INSTRUCTIONS = [
     ("keywords:existence", {"keywords": ["yes", "x"]}),
-    ("keywords:forbidden_words", {"forbidden_words": ["the", "("]}),
+    ("keywords:forbidden_words", {"forbidden_words": ["the", "moon"]}),
     ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "at least"}),
     ("change_case:capital_word_frequency", {"capital_frequency": 1, "capital_relation": "at least"}),
     ("startend:end_checker", {"end_phrase": "Answer: x"}),
