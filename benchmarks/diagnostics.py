@@ -45,7 +45,7 @@ def main() -> int:
     trainer.run()
     rows = trainer.history
     total = sum(row["time/step"] for row in rows)
-    probed = [row for row in rows if "gradient/policy/norm" in row and "information/first/prompts" in row]
+    probed = [row for row in rows if "gradient/policy/norm" in row]
     informed = [row for row in rows if "information/first/prompts" in row and row not in probed]
     plain = [row for row in rows if row not in probed and row not in informed]
 
