@@ -74,7 +74,8 @@ class Lookup(EpisodeEnv):
             given = {"hops": hops, "world": world, "people": people}
             for name, value in given.items():
                 if value != _INVENTED[name]:
-                    raise RecipeError(f"With documents of your own, {name} has no meaning; leave it out.")
+                    also = ", also in curriculum.stages (of the recipe lookup, for one)" if name == "hops" else ""
+                    raise RecipeError(f"With documents of your own, {name} has no meaning; leave it out{also}.")
         self._files = None if documents is None else (str(documents), None if questions is None else str(questions))
         self._library = None if self._files is None else read_library(*self._files)
 
