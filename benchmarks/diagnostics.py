@@ -60,7 +60,9 @@ def main() -> int:
         "steps": len(rows),
         "steps_with_information": len(informed),
         "steps_with_gradients": len(probed),
-        "prompts": statistics.mean(row["information/first/prompts"] for row in (*informed, *probed)),
+        "prompts": statistics.mean(
+            row["information/first/prompts"] for row in rows if "information/first/prompts" in row
+        ),
         "seconds_a_step": total / len(rows),
     }
     result = report("diagnostics", figures, {"share": "<= 0.1"}, [options.seed], options.quick)
