@@ -19,6 +19,20 @@ def hint(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(known) or 'none'}."
 
 
+def secret_named(variable: str, what: str, error: type[RehearsalError]) -> str:
+    """What an environment variable holds that must not stand in a recipe, such as a key.
+
+    Args:
+        variable: its name.
+        what: it is to hold, for the message.
+        error: raised, with one sentence, where it holds nothing.
+    """
+    secret = os.environ.get(variable, "").strip()
+    if not secret:
+        raise error(f"The environment variable {variable} is not set; put {what} into it.")
+    return secret
+
+
 def import_named(target: str, what: str, error: type[RehearsalError]) -> Any:
     """What ``package.module:Class`` stands for, a class or anything else; modules in the present folder are found too.
 

@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "rehearsal"
 
 FLOORS = {
     "errors": 0,
-    "files": 0,
     "naming": 0,
     "parsing": 0,
+    "texts": 0,
     "usage": 0,
     "trajectory": 1,
     "environments": 1,

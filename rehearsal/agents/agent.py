@@ -28,11 +28,11 @@ from rehearsal.agents.play import PlayResult, check_reset, play_actions
 from rehearsal.agents.protocol import THINK_CLOSE, Protocol
 from rehearsal.agents.rehearse import PREDICT_OPEN
 from rehearsal.agents.toolbox import Toolbox, ToolResult
-from rehearsal.agents.tools import clean_text
 from rehearsal.agents.transcript import TranscriptBuilder
 from rehearsal.environments.base import TextEnv
 from rehearsal.errors import RecipeError
 from rehearsal.models.chat import ChatRenderer, Piece, Rendered
+from rehearsal.texts import clean_text
 from rehearsal.trajectory import Kind, SampleStop, StopReason, ToolCall, Turn
 
 __all__ = ["Agent", "Limits", "PlayResult", "TranscriptBuilder", "check_reset", "play_actions"]

@@ -15,13 +15,13 @@ from typing import Protocol
 
 from rehearsal.agents.agent import Agent
 from rehearsal.agents.play import PlayResult
-from rehearsal.agents.tools import clean_text
 from rehearsal.environments.base import TextEnv
 from rehearsal.environments.proposals import Proposals
 from rehearsal.rewards.answers import normalise
 from rehearsal.rewards.judge import quoted
 from rehearsal.rewards.judge_client import JudgeClient
 from rehearsal.rewards.mathematics import last_number
+from rehearsal.texts import clean_text
 from rehearsal.trajectory import SampleStop
 
 _LONGEST = 600

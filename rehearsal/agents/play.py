@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 from rehearsal.agents.protocol import Protocol
 from rehearsal.agents.toolbox import Toolbox, ToolResult
 from rehearsal.environments.base import TextEnv
-from rehearsal.environments.contract import Fault, bad_text, printable, reset_faults, step_faults, told
+from rehearsal.environments.contract import Fault, bad_text, reset_faults, step_faults, told
 from rehearsal.errors import EnvironmentFault
+from rehearsal.texts import clean_text
 from rehearsal.trajectory import ToolCall, Turn, info_success
 
 T = TypeVar("T")
@@ -185,7 +186,7 @@ def _guarded(env: TextEnv, what: str, call: Callable[[], T]) -> T:
     try:
         return call()
     except Exception as error:
-        said = printable(" ".join(str(error).split())[:200])
+        said = clean_text(" ".join(str(error).split())[:200])
         said = f": {said}" if said else ""
         raise EnvironmentFault(f"{_name(env)}.{what} raised {type(error).__name__}{said}.") from error
 

@@ -16,9 +16,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rehearsal.agents.tools import ArgumentError, Tool, ToolFailure, as_tool, clean_text, patience, result_text
+from rehearsal.agents.tools import ArgumentError, Tool, ToolFailure, as_tool, patience, result_text
 from rehearsal.environments.base import TextEnv
 from rehearsal.errors import EnvironmentFault, RecipeError, RehearsalError, ToolError
+from rehearsal.texts import clean_text
 from rehearsal.trajectory import ToolCall
 from rehearsal.usage import merged
 

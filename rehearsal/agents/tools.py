@@ -31,10 +31,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, ValidationError, create_model
 from pydantic.errors import PydanticSchemaGenerationError
 
-from rehearsal.environments.tooling import ToolFailure, clean_text
+from rehearsal.environments.tooling import ToolFailure
 from rehearsal.errors import ToolError
+from rehearsal.texts import clean_text
 
-__all__ = ["ArgumentError", "Tool", "ToolFailure", "as_tool", "clean_text", "patience", "result_text",
+__all__ = ["ArgumentError", "Tool", "ToolFailure", "as_tool", "patience", "result_text",
            "tool_from"]  # fmt: skip
 
 patience: ContextVar[float | None] = ContextVar("patience", default=None)

@@ -149,7 +149,7 @@ class GymTextAdapter(TextEnv):
         """Give the inner environment other luck. Its wrappers, if there are any, draw from the same generator."""
         inner = self._inner.unwrapped
         if isinstance(inner, TextEnv):
-            inner.draw_luck(chance)
+            inner.draw_luck(chance)  # it may have luck from elsewhere than np_random
         if isinstance(inner.np_random, np.random.Generator):
             inner.np_random = np.random.default_rng([int(inner.np_random.integers(2**32)), chance])
 

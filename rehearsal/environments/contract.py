@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from rehearsal.texts import clean_text
+
 TEXTS = ("task", "topic", "category", "state", "meaning", "split")
 """What is text in ``info``, where it is told."""
 FLAGS = ("success", "effective", "foreseeable")
@@ -85,17 +87,12 @@ def bad_text(text: str) -> str:
     return ""
 
 
-def printable(text: str) -> str:
-    """The text with a question mark for whatever cannot be written down."""
-    return text.encode(errors="replace").decode()
-
-
 def told(value: object) -> str:
     """A value and its type, short enough for a sentence."""
     if value is None:
         return "None"
     try:
-        text = printable(" ".join(repr(value).split()))
+        text = clean_text(" ".join(repr(value).split()))
     except Exception:  # a broken __repr__ must not hide what is wrong
         text = "..."
     return f"{text if len(text) <= 60 else text[:57] + '...'} of type {type(value).__name__}"

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rehearsal.environments.tooling import clean_text
 from rehearsal.errors import ToolError
-from rehearsal.files import open_text, stem_of, suffix_of
+from rehearsal.texts import clean_text, open_text, stem_of, suffix_of
 
 SUFFIXES = (".txt", ".md")
 """Files of a folder that are documents."""

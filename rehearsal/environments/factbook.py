@@ -18,7 +18,7 @@ from rehearsal.environments.corpus import Document
 from rehearsal.environments.lookup_world import Question
 from rehearsal.environments.splits import content_split
 from rehearsal.errors import RecipeError
-from rehearsal.files import open_text
+from rehearsal.texts import open_text
 
 _TAG = re.compile(r"<[^>]*>")
 _LONGEST_NAME = 60

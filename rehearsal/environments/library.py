@@ -14,10 +14,10 @@ from rehearsal.environments.factbook import is_factbook, read_factbook
 from rehearsal.environments.lookup_world import Question
 from rehearsal.environments.splits import content_split
 from rehearsal.errors import RecipeError, RehearsalError
-from rehearsal.files import suffix_of
 from rehearsal.rewards.answers import prompt_key, reference_texts
 from rehearsal.rewards.tasks import load_tasks
 from rehearsal.rewards.verifier import Task, VerificationError
+from rehearsal.texts import suffix_of
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from rehearsal.evaluation.samples import compare, success_by_task
 from rehearsal.generation.remote import RemoteEngine
 from rehearsal.models.load import Policy, load_policy
 from rehearsal.rollout import Rollout, check_failures
-from rehearsal.training.checkpoint import checkpoints, load_checkpoint, restore_weights
+from rehearsal.training.checkpoint import load_checkpoint, restore_weights, standing_checkpoints
 from rehearsal.training.playing import answer_protocol, episode_limits, make_rollout, make_toolkit, policy_of
 from rehearsal.training.recipe import Recipe, built_in_recipes, resolve_recipe
 from rehearsal.training.runs import RunFolder
@@ -170,7 +170,9 @@ def _tasks_of(recipe: Recipe, policy: str | Path | None) -> TaskSource:
     source = TaskSource(recipe)
     if not isinstance(source.sampler, Staged):
         return source
-    saved = checkpoints(Path(policy) / "checkpoints") if policy is not None else []
+    saved: list[Path] = []
+    if policy is not None and (Path(policy) / "run.json").is_file():
+        saved = standing_checkpoints(RunFolder.open(policy))
     state = load_checkpoint(saved[-1])[1]["tasks"] if saved else {}
     if "stage" in state:
         source.sampler.load_state_dict(state)
@@ -216,8 +218,9 @@ def load_for_evaluation(
     recipe = resolve_recipe(recipe, overrides)
     trained = folder / "policy"
     # The policy folder is written when a run ends; one that was stopped and resumed since has newer checkpoints.
-    ended = is_run and trained.is_dir() and RunFolder.open(folder).info.status != "running"
-    unfinished = checkpoints(folder / "checkpoints") if is_run and not ended else []
+    run = RunFolder.open(folder) if is_run else None
+    ended = run is not None and trained.is_dir() and run.info.status != "running"
+    unfinished = standing_checkpoints(run) if run is not None and not ended else []
     if is_run and not ended and not unfinished:
         raise ModelError(f"{folder} has neither a policy nor a checkpoint yet; let the run get on first.")
     if unfinished:

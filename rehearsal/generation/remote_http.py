@@ -10,7 +10,6 @@ import asyncio
 import datetime
 import email.utils
 import json
-import os
 import random
 import re
 import time
@@ -22,6 +21,7 @@ import httpx
 
 from rehearsal.errors import GenerationError
 from rehearsal.generation.session import EngineStats
+from rehearsal.naming import secret_named
 
 LONGEST_WAIT = 300.0
 """Seconds. A server that asks for a longer pause (Retry-After) is told to the user instead of waited for."""
@@ -120,11 +120,7 @@ class Transport:
         if self.max_retries < 0:
             raise GenerationError(f"max_retries must be 0 or more, not {self.max_retries}.")
         if self.api_key_env is not None:
-            self._key = os.environ.get(self.api_key_env, "").strip()
-            if not self._key:
-                raise GenerationError(
-                    f"The environment variable {self.api_key_env} is not set; put the server's API key into it."
-                )
+            self._key = secret_named(self.api_key_env, "the server's API key", GenerationError)
 
     async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The server's JSON answer to ``body``.

@@ -16,6 +16,8 @@ from rehearsal.models.packed import PackedPlan, Span
 
 # A shorter common prefix is not worth the bookkeeping in attention.
 _MIN_PREFIX = 16
+# A smaller pack has too few tokens that share a prompt to be worth a worker of its own.
+_LEAST_TOKENS = 1024
 
 
 @dataclass
@@ -156,13 +158,30 @@ def _pack(items: Sequence[PackItem], members: list[int], share: bool, device: to
 
 
 def make_packs(
-    items: Sequence[PackItem], max_tokens: int, *, share_prefixes: bool = True, device: torch.device | str = "cpu"
-) -> list[Pack]:
+    items: Sequence[PackItem], max_tokens: int, *, share_prefixes: bool = True, device: torch.device | str = "cpu",
+    workers: int = 1,
+) -> list[Pack]:  # fmt: skip
     """Cut sequences into packs of at most ``max_tokens``, in order, never splitting one.
 
     A sequence longer than that gets a pack of its own. Nothing is dropped and nothing repeated.
+
+    Args:
+        items: the sequences.
+        max_tokens: of a pack.
+        share_prefixes: whether a prefix that neighbours of one group have in common is packed once.
+        device: of the packs.
+        workers: how many packs are worked on at the same time. Packs are made smaller where that keeps them all at work
+            to the end.
     """
-    packs: list[Pack] = []
+    cuts = _cut(items, max_tokens, share_prefixes)
+    if len(cuts) % workers:
+        cuts = _evened(items, max_tokens, share_prefixes, cuts, len(cuts) + workers - len(cuts) % workers)
+    return [_pack(items, members, share_prefixes, device) for members in cuts]
+
+
+def _cut(items: Sequence[PackItem], max_tokens: int, share_prefixes: bool) -> list[list[int]]:
+    """The members of each pack."""
+    cuts: list[list[int]] = []
     members: list[int] = []
     # Tokens of the pack up to the last run of neighbours of one group, and that run.
     before = 0
@@ -174,10 +193,25 @@ def make_packs(
         else:
             longer, behind = _Run.of(item.token_ids), before + (0 if run is None else run.packed)
         if members and behind + longer.packed > max_tokens:
-            packs.append(_pack(items, members, share_prefixes, device))
+            cuts.append(members)
             members, longer, behind = [], _Run.of(item.token_ids), 0
         members.append(i)
         before, run = behind, longer
     if members:
-        packs.append(_pack(items, members, share_prefixes, device))
-    return packs
+        cuts.append(members)
+    return cuts
+
+
+def _evened(
+    items: Sequence[PackItem], max_tokens: int, share_prefixes: bool, cuts: list[list[int]], most: int
+) -> list[list[int]]:  # fmt: skip
+    """``cuts``, or smaller ones: those of the smallest budget that makes at most ``most`` packs."""
+    low, high = min(_LEAST_TOKENS, max_tokens), max_tokens
+    while high - low > _LEAST_TOKENS // 8:
+        budget = (low + high) // 2
+        smaller = _cut(items, budget, share_prefixes)
+        if len(smaller) <= most:
+            cuts, high = smaller, budget
+        else:
+            low = budget
+    return cuts

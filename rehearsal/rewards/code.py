@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 import threading
 import time
@@ -39,6 +38,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rehearsal.errors import RewardError, SandboxError
+from rehearsal.naming import secret_named
 from rehearsal.parsing import ALONE, parse_python
 from rehearsal.rewards import code_judge
 from rehearsal.rewards.answers import ANSWER
@@ -327,9 +327,7 @@ def _with_key(api_key_env: str | None) -> dict[str, str]:
     """The headers of requests to a service."""
     if api_key_env is None:
         return {}
-    key = os.environ.get(api_key_env, "").strip()
-    if not key:
-        raise RewardError(f"The environment variable {api_key_env} is not set; put the sandbox service's key into it.")
+    key = secret_named(api_key_env, "the sandbox service's key", RewardError)
     return {"Authorization": f"Bearer {key}"}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import random
 import sqlite3
 import threading
@@ -19,6 +18,7 @@ import httpx
 
 from rehearsal import usage
 from rehearsal.errors import RewardError
+from rehearsal.naming import secret_named
 from rehearsal.rewards.verifier import VerificationError
 
 LONGEST_WAIT = 120.0
@@ -95,11 +95,7 @@ class JudgeClient:
         self.model = model
         self._key = ""
         if api_key_env is not None:
-            self._key = os.environ.get(api_key_env, "").strip()
-            if not self._key:
-                raise RewardError(
-                    f"The environment variable {api_key_env} is not set; put the judge's API key into it."
-                )
+            self._key = secret_named(api_key_env, "the judge's API key", RewardError)
         self._max_retries = max_retries
         self._backoff = backoff
         self._prices = prices

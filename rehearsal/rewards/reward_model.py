@@ -10,6 +10,7 @@ from typing import Any
 from rehearsal.errors import RewardError
 from rehearsal.rewards.answers import without_thought
 from rehearsal.rewards.verifier import Failure, Score, Task, VerificationError
+from rehearsal.texts import clean_text
 
 
 class RewardModel:
@@ -103,9 +104,9 @@ class RewardModel:
         answer = completion if self._with_thought else without_thought(completion)
         if getattr(self._tokenizer, "chat_template", None):
             chat = [{"role": "user", "content": task.prompt}, {"role": "assistant", "content": answer}]
-            text = _clean(self._tokenizer.apply_chat_template(chat, tokenize=False))
+            text = clean_text(self._tokenizer.apply_chat_template(chat, tokenize=False))
             return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        return list(self._tokenizer(_clean(f"{task.prompt}\n\n{answer}"))["input_ids"])
+        return list(self._tokenizer(clean_text(f"{task.prompt}\n\n{answer}"))["input_ids"])
 
     def _refused(self, tokens: list[int]) -> Failure | None:
         if not tokens:
@@ -115,11 +116,6 @@ class RewardModel:
                 "error", f"A text of {len(tokens)} tokens is too long for a reward model of {self._longest}."
             )
         return None
-
-
-def _clean(text: str) -> str:
-    """Without halves of surrogate pairs, which no tokenizer takes."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _label(config: Any, label: int | str | None, folder: str | Path) -> int:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rehearsal.errors import RewardError
-from rehearsal.files import find_file, open_text, stem_of, suffix_of
 from rehearsal.rewards.answers import prompt_key
 from rehearsal.rewards.verifier import Task
+from rehearsal.texts import find_file, open_text, stem_of, suffix_of
 
 _SUFFIXES = (".jsonl", ".json", ".ndjson")
 

@@ -19,12 +19,16 @@ class HungError(Exception):
     """The environment did not answer in time."""
 
 
-class OddError(Exception):
-    """Carries what a coroutine or a future cannot: StopIteration, SystemExit and their like."""
+class CarriedError(Exception):
+    """Carries what somebody else's code has raised."""
 
     def __init__(self, raised: BaseException) -> None:
         super().__init__(str(raised))
         self.raised = raised
+
+
+class OddError(CarriedError):
+    """Carries what a coroutine or a future cannot: StopIteration, SystemExit and their like."""
 
 
 def _contained(function: Callable[[], T]) -> T:

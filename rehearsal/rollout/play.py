@@ -20,13 +20,13 @@ from rehearsal.agents.play import check_reset, check_words, play_actions
 from rehearsal.agents.protocol import Protocol as AnswerProtocol
 from rehearsal.agents.toolbox import Toolkit
 from rehearsal.environments.base import TextEnv
-from rehearsal.environments.contract import printable
 from rehearsal.environments.luck import reset_with_luck
 from rehearsal.errors import GenerationError, RecipeError, RehearsalError
 from rehearsal.generation.sampling import SamplingParams, stream_key
 from rehearsal.generation.session import Engine, Session
 from rehearsal.models.chat import ChatRenderer, Rendered
-from rehearsal.rollout.places import HungError, OddError, Place, run_coroutine, together
+from rehearsal.rollout.places import CarriedError, HungError, Place, run_coroutine, together
+from rehearsal.texts import clean_text
 from rehearsal.trajectory import Group, StopReason, Trajectory, Turn, info_success
 from rehearsal.usage import merged
 
@@ -321,7 +321,7 @@ class Rollout:
                 try:
                     turn = await self._answer(agent, session, sampling)
                 except UnreadableError as error:
-                    self._failed(episode, error.raised, "The agent's answer could not be read")
+                    self._failed(episode, error, "The agent's answer could not be read")
                     break
 
                 def act(turn: Any = turn) -> Any:
@@ -395,7 +395,7 @@ class Rollout:
             return await place.call(function, seconds)
 
     def _failed(self, episode: Episode, error: BaseException, where: str) -> None:
-        if isinstance(error, OddError):
+        if isinstance(error, CarriedError):
             error = error.raised
         if isinstance(error, HungError):
             episode.trajectory.stop_reason = StopReason.TIMEOUT
@@ -403,20 +403,16 @@ class Rollout:
             return
         episode.trajectory.stop_reason = StopReason.ERROR
         if isinstance(error, RehearsalError):
-            episode.trajectory.error = printable(str(error))
+            episode.trajectory.error = clean_text(str(error))
         else:
-            said = printable(" ".join(str(error).split())[:200])
+            said = clean_text(" ".join(str(error).split())[:200])
             # A method raises; what is told in a sentence has it for its reason.
             joined = f"{where}:" if " " in where else f"{where} raised"
             episode.trajectory.error = f"{joined} {type(error).__name__}{': ' + said if said else ''}."
 
 
-class UnreadableError(Exception):
+class UnreadableError(CarriedError):
     """Carries what an agent raised that could not read an answer: that is its own episode's trouble."""
-
-    def __init__(self, raised: Exception) -> None:
-        super().__init__(str(raised))
-        self.raised = raised
 
 
 @contextlib.contextmanager

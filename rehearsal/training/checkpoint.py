@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rehearsal.errors import CheckpointError
+from rehearsal.training.runs import RunFolder
 from rehearsal.training.storage import storage_errors
 
 _NAME = re.compile(r"step_(\d+)")
@@ -124,6 +125,24 @@ def checkpoints(folder: Path) -> list[Path]:
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
+
+
+def standing_checkpoints(run: RunFolder) -> list[Path]:
+    """The checkpoints of a run up to where it stands, oldest first: of one that went back on a verdict not those that
+    it went back from.
+
+    Raises:
+        CheckpointError: if the one that it went back to is gone.
+    """
+    found, back = checkpoints(run.path / "checkpoints"), run.info.went_back_to
+    if back is None:
+        return found
+    if back not in map(step_of, found):
+        raise CheckpointError(
+            f"{run.path} went back to its step {back}, whose checkpoint is not there any more; put it back, or begin "
+            "a new run."
+        )
+    return [path for path in found if step_of(path) <= back]
 
 
 def step_of(checkpoint: Path) -> int:

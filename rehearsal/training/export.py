@@ -14,6 +14,7 @@ from rehearsal.training.checkpoint import (
     checkpoints,
     load_checkpoint,
     restore_weights,
+    standing_checkpoints,
     step_of,
     tensor_errors,
     trainable_weights,
@@ -35,7 +36,7 @@ def export_policy(
     Args:
         run: its folder.
         folder: to write; it must not exist yet, or be empty.
-        step: after how many steps; the newest checkpoint if None.
+        step: after how many steps; None for the newest checkpoint, or the one that the run went back to on a verdict.
         policy: the model that the run began with, where it was given in Python and ``model.path`` does not name it.
 
     Returns:
@@ -46,8 +47,7 @@ def export_policy(
         ModelError: if the model that the run began with cannot be loaded.
     """
     run, folder = Path(run), Path(folder)
-    RunFolder.open(run)
-    checkpoint = _checkpoint(run, step)
+    checkpoint = _checkpoint(RunFolder.open(run), step)
     with storage_errors(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder} exists already and is not an empty folder; choose another name.")
@@ -79,14 +79,14 @@ def export_policy(
     return folder
 
 
-def _checkpoint(run: Path, step: int | None) -> Path:
-    found = checkpoints(run / "checkpoints")
+def _checkpoint(run: RunFolder, step: int | None) -> Path:
+    found = checkpoints(run.path / "checkpoints")
     if not found:
-        raise CheckpointError(f"{run} has no checkpoint yet; let the run get on first.")
+        raise CheckpointError(f"{run.path} has no checkpoint yet; let the run get on first.")
     if step is None:
-        return found[-1]
+        return standing_checkpoints(run)[-1]
     for checkpoint in found:
         if step_of(checkpoint) == step:
             return checkpoint
     there = ", ".join(str(step_of(checkpoint)) for checkpoint in found)
-    raise CheckpointError(f"{run} has no checkpoint of step {step}; there are those of {there}.")
+    raise CheckpointError(f"{run.path} has no checkpoint of step {step}; there are those of {there}.")

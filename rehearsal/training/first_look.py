@@ -1,15 +1,19 @@
-"""Does the policy do anything at all that its environment understands? Asked once, where a run begins."""
+"""What is wrong with the first episodes of a run, if anything: nothing done that its environment understands, or no
+room for the answers."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 
+from rehearsal.training.options import AgentOptions
 from rehearsal.trajectory import Group, SampleStop, Turn, all_trajectories
 
 _NEARLY_ALL = 0.95
 _FEWEST_TURNS = 4
 _MAX_QUOTED = 60
+_MANY_CUT = 0.05
+"""A share of cut-off answers above which rehearsing has too little room."""
 
 
 def first_look(groups: Sequence[Group], *, base: bool = False) -> str | None:
@@ -50,6 +54,23 @@ def first_look(groups: Sequence[Group], *, base: bool = False) -> str | None:
     return (
         f'The policy wrote no legal action in {len(idle)} of {len(turns)} turns, such as "{example}"; your environment '
         f"was {stepped}; {advice}."
+    )
+
+
+def cut_off_warning(agent: AgentOptions, share: float) -> str | None:
+    """A sentence about a policy that rehearses and has too little room for it, if it has: its format has then little
+    chance to be learnt, and the reward punishes rehearsing.
+
+    Args:
+        agent: of the recipe.
+        share: of the answers that were cut off.
+    """
+    if not agent.rehearse or share <= _MANY_CUT:
+        return None
+    return (
+        f"{100 * share:.0f}% of the answers were cut off after {agent.max_tokens_per_turn} tokens, since a rehearsal "
+        "writes the expected answer too: raise agent.max_tokens_per_turn (FrozenLake 4x4 takes about 160, Sokoban 6x6 "
+        "about 224), and agent.max_context with it."
     )
 
 

@@ -250,7 +250,7 @@ class Learner:
         wanted = self._wanted(work.objectives, mini)
         packs = make_packs(
             [mini_items[i] for i in wanted], self.options.pack_tokens, share_prefixes=self.options.share_prefixes,
-            device=self.device,
+            device=self.device, workers=self._workers,
         )  # fmt: skip
         names = list(dict.fromkeys(objective.parameters for objective in work.objectives))
         trained = [list(self._trained[name]) for name in names]

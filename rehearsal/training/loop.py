@@ -31,18 +31,18 @@ from rehearsal.training.checkpoint import (
     remove_partial,
     restore_weights,
     save_checkpoint,
+    standing_checkpoints,
     state_errors,
     step_of,
     tensor_errors,
     trainable_weights,
 )
 from rehearsal.training.choices import chosen
-from rehearsal.training.first_look import first_look
+from rehearsal.training.first_look import cut_off_warning, first_look
 from rehearsal.training.learner import Learner
 from rehearsal.training.monitor import Monitor
 from rehearsal.training.observer import Observer, SilentObserver
 from rehearsal.training.playing import (
-    cut_off_warning,
     make_processes,
     make_rollout,
     policy_of,
@@ -322,11 +322,7 @@ class Trainer:
         """Take up the newest checkpoint of the folder, if there is one, or the one that the run went back to on a
         verdict. Nothing is written."""
         assert self.folder is not None and self.policy is not None
-        found = checkpoints(self.folder.path / "checkpoints")
-        back = self.folder.info.went_back_to
-        if back is not None:
-            found = [path for path in found if step_of(path) <= back] or found
-        if found:
+        if found := standing_checkpoints(self.folder):
             weights, state = load_checkpoint(found[-1])
             restore_weights(self.policy.model, weights, found[-1])
             with state_errors(found[-1]):

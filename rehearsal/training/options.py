@@ -269,10 +269,7 @@ class DiagnosticsOptions(Options):
     every: int = Field(default=4, ge=0, description="steps between measurements of prompt-thought information; 0: none")
     prompts: int = Field(default=32, ge=2, description="prompts that thoughts are scored under, at most")
     max_share: float = Field(
-        default=0.1,
-        gt=0,
-        le=1,
-        description="the most of a step's passes that such a measurement may cost",
+        default=0.1, gt=0, le=1, description="the most of a step's passes that such a measurement may cost"
     )
     gradients_every: int = Field(
         default=10, ge=0, description="steps between looks at gradients of single groups; 0 for none"

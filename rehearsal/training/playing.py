@@ -24,15 +24,12 @@ from rehearsal.generation.sampling import SamplingParams
 from rehearsal.models.adapters import POLICY, WORLD, AdapterSettings, activate, add_adapters, load_adapter
 from rehearsal.models.load import Policy, load_policy, save_policy
 from rehearsal.rollout import ProcessRollout, Rollout, may_share
-from rehearsal.training.options import AgentOptions
 from rehearsal.training.recipe import Recipe
 from rehearsal.training.tasks import unlocked_tools, variants_of
 
 _MANY_EPISODES = 4000
 """A process takes seconds to begin, which fewer episodes than these do not pay for."""
 _MOST_PROCESSES = 16
-_MANY_CUT = 0.05
-"""A share of cut-off answers above which rehearsing has too little room."""
 DEFAULT_TOOL_TURNS = 8
 """Turns for tool calls where neither turns nor calls are limited."""
 
@@ -76,23 +73,6 @@ def with_adapters(model: Any, recipe: Recipe) -> Any:
     if recipe.world.mode == "inactive":
         activate(model, (POLICY,))
     return model
-
-
-def cut_off_warning(agent: AgentOptions, share: float) -> str | None:
-    """A sentence about a policy that rehearses and has too little room for it, if it has: its format has then little
-    chance to be learnt, and the reward punishes rehearsing.
-
-    Args:
-        agent: of the recipe.
-        share: of the answers that were cut off.
-    """
-    if not agent.rehearse or share <= _MANY_CUT:
-        return None
-    return (
-        f"{100 * share:.0f}% of the answers were cut off after {agent.max_tokens_per_turn} tokens, since a rehearsal "
-        "writes the expected answer too: raise agent.max_tokens_per_turn (FrozenLake 4x4 takes about 160, Sokoban 6x6 "
-        "about 224), and agent.max_context with it."
-    )
 
 
 def answer_protocol(recipe: Recipe) -> AnswerProtocol:

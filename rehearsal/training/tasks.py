@@ -209,32 +209,32 @@ class TaskSource:
             RehearsalError: for an environment that cannot be made.
         """
         if (seed, split, count) not in self._held_out:
-            with contextlib.ExitStack() as opened:
-                self._held_out[seed, split, count] = self._draw_held_out(seed, split, count, opened)
+            self._held_out[seed, split, count] = self._draw_held_out(seed, split, count)
         return [replace(task, locked=self.locked) for task in self._held_out[seed, split, count]]
 
-    def _draw_held_out(self, seed: int, split: str, count: int, opened: contextlib.ExitStack) -> list[Task]:
+    def _draw_held_out(self, seed: int, split: str, count: int) -> list[Task]:
         last = len(self.variants) - 1
         playing = deque(range(last + 1) if self._mixed else [last])
-        envs = {part: opened.enter_context(contextlib.closing(self.variants[part].make())) for part in playing}
-        sizes = {part: env.task_count(split) for part, env in envs.items()}
-        picks = {part: held_out_picks(seed, split, size) for part, size in sizes.items()}
-        fresh = {part: DistinctTasks(envs[part]) for part, size in sizes.items() if not size}
-        tasks: list[Task] = []
-        for task in held_out_stream(seed, split):
-            options = None
-            while options is None and playing:
-                options = next(picks[playing[0]], None)
-                if options is None:
-                    playing.popleft()
-            if options is None or len(tasks) == count:
-                break
-            part = playing[0]
-            task = replace(task, environment=part, options=options)
-            if part not in fresh or fresh[part].take(task):
-                tasks.append(task)
-                playing.rotate(-1)
-        return tasks
+        with contextlib.ExitStack() as opened:
+            envs = {part: opened.enter_context(contextlib.closing(self.variants[part].make())) for part in playing}
+            sizes = {part: env.task_count(split) for part, env in envs.items()}
+            picks = {part: held_out_picks(seed, split, size) for part, size in sizes.items()}
+            fresh = {part: DistinctTasks(envs[part]) for part, size in sizes.items() if not size}
+            tasks: list[Task] = []
+            for task in held_out_stream(seed, split):
+                options = None
+                while options is None and playing:
+                    options = next(picks[playing[0]], None)
+                    if options is None:
+                        playing.popleft()
+                if options is None or len(tasks) == count:
+                    break
+                part = playing[0]
+                task = replace(task, environment=part, options=options)
+                if part not in fresh or fresh[part].take(task):
+                    tasks.append(task)
+                    playing.rotate(-1)
+            return tasks
 
 
 def success_share(group: Group) -> float:

@@ -84,6 +84,22 @@ def test_the_budget_is_kept(items: list[PackItem], budget: int, share: bool) -> 
             assert pack.saved_tokens == 0
 
 
+def test_packs_are_made_smaller_to_keep_all_workers_at_work() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(100, 400, size=90)
+    items = [PackItem(rng.integers(0, 500, n).astype(np.int32), np.array([n - 1]), i) for i, n in enumerate(lengths)]
+    for workers in (1, 2, 3, 4, 8):
+        packs = make_packs(items, 4096, workers=workers)
+        assert [number for pack in packs for number in pack.items] == list(range(len(items)))
+        assert max(pack.n_tokens for pack in packs) <= 4096
+        assert len(packs) % workers == 0
+        # In rounds of as many as there are workers; each takes as long as its largest.
+        slowest = sum(max(pack.n_tokens for pack in packs[i : i + workers]) for i in range(0, len(packs), workers))
+        assert slowest <= 1.15 * sum(lengths) / workers
+    # Too little to be worth a second worker.
+    assert len(make_packs(items[:3], 4096, workers=8)) == 1
+
+
 @settings(deadline=None, max_examples=80)
 @given(items=item_lists(), share=st.booleans())
 def test_positions_are_those_of_the_sequence(items: list[PackItem], share: bool) -> None:

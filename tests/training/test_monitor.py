@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from rehearsal.diagnostics import RULES, Verdict, judge, thought_of_turn
-from rehearsal.errors import RecipeError
+from rehearsal.errors import CheckpointError, RecipeError
 from rehearsal.training import monitor as monitor_module
+from rehearsal.training.checkpoint import standing_checkpoints
+from rehearsal.training.export import export_policy
 from rehearsal.training.loop import Trainer
 from rehearsal.training.observer import SilentObserver
 from rehearsal.training.plan import describe_plan
@@ -217,7 +220,16 @@ def test_a_run_may_go_back_on_a_verdict(
     assert RunFolder.open(tmp_path / "back").info.warnings == [
         "The policy is that of step 2, the last checkpoint before the verdict began."
     ]
-    # Resumed it goes on from there, and not from where it had come to.
+    # What is exported is the policy that the run has, not that of its newest checkpoint.
+    saved = AutoModelForCausalLM.from_pretrained(export_policy(tmp_path / "back", tmp_path / "exported"))
+    for (name, one), (_, other) in zip(saved.named_parameters(), two.policy.model.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    # Resumed it goes on from there, and not from where it had come to; not from elsewhere if that is gone.
+    kept = standing_checkpoints(RunFolder.open(tmp_path / "back"))[-1]
+    kept.rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="went back to its step 2, whose checkpoint is not there"):
+        train(output=tmp_path / "back", resume=True, overrides={"diagnostics.go_back_on": []})
+    (tmp_path / "elsewhere").rename(kept)
     further = train(
         output=tmp_path / "back", resume=True, overrides={"diagnostics.go_back_on": [], "checkpoint.keep": 9}
     )

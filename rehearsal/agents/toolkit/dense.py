@@ -17,9 +17,9 @@ import numpy as np
 
 from rehearsal.environments.corpus import Document
 from rehearsal.environments.reading import parts_of
-from rehearsal.environments.tooling import clean_text
 from rehearsal.errors import ToolError
 from rehearsal.models.encoder import Encoder
+from rehearsal.texts import clean_text
 
 _VERSION = "1"
 _KEPT = 2

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rehearsal.agents.toolkit.dense import DenseIndex
 from rehearsal.environments.corpus import Corpus, Document, Hit
-from rehearsal.environments.tooling import clean_text
+from rehearsal.texts import clean_text
 
 DEPTH = 100
 """Documents of each ranking that are joined, at least."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rehearsal.environments.sokoban.rules import Level
 from rehearsal.errors import RecipeError
-from rehearsal.files import open_text, suffix_of
+from rehearsal.texts import open_text, suffix_of
 
 _SYMBOLS = frozenset("#.$*@+ -_")
 

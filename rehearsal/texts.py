@@ -1,4 +1,4 @@
-"""Text files, compressed or not."""
+"""Text: what of it can be written down, and files of it, compressed or not."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import TextIO
 
 COMPRESSED = ".gz"
+
+
+def clean_text(text: str) -> str:
+    """With a question mark for each half of a surrogate pair, which no file and no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def suffix_of(path: Path) -> str:
