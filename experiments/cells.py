@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,11 @@ def run_cells(
 
     Returns:
         what ``play`` returned, by name.
+
+    Raises:
+        RuntimeError: if a cell failed; all others are played and stored first.
     """
+    made_by = commit()
     done: dict[str, dict[str, Any]] = {}
     missing: list[str] = []
     for name, settings in cells.items():
@@ -52,21 +57,32 @@ def run_cells(
             file = folder / experiment / f"{name}.json"
             file.parent.mkdir(parents=True, exist_ok=True)
             content = {
-                "fingerprint": _fingerprint(cells[name]), "settings": dict(cells[name]), "commit": commit(),
+                "fingerprint": _fingerprint(cells[name]), "settings": dict(cells[name]), "commit": made_by,
                 "device": describe_device(torch.device("cpu")), "figures": figures,
             }  # fmt: skip
             file.with_suffix(".partial").write_text(json.dumps(content, indent=1) + "\n")
             file.with_suffix(".partial").rename(file)
 
+    failed: dict[str, Exception] = {}
+
+    def end(name: str, result: Callable[[], dict[str, Any]]) -> None:
+        try:
+            store(name, result())
+        except Exception as problem:
+            failed[name] = problem
+            print(name, "failed:", repr(problem), flush=True)
+
     if workers == 1:
         for name in missing:
-            store(name, play(cells[name]))
+            end(name, partial(play, cells[name]))
     else:
         with ProcessPoolExecutor(workers) as pool:
             names = {pool.submit(play, cells[name]): name for name in missing}
             # As they finish, not in order: a slow cell must not keep the others from being stored.
             for future in as_completed(names):
-                store(names[future], future.result())
+                end(names[future], future.result)
+    if failed:
+        raise RuntimeError(f"these cells failed: {', '.join(failed)}") from next(iter(failed.values()))
     return {name: done[name] for name in cells}
 
 

@@ -14,15 +14,18 @@ in every phase:
 4. changed: those companies in a new revision in which most of them want something else, counted as in phase 2.
 
 A test is a matter of each kind, each on another day, played without chance (temperature 0). A company is served once
-80% of its matters are settled in two tests running; counted are the calls before the first of them. The main figure is
-the median over companies, since one stubborn company decides a mean. Companies that somebody serves who brings the same
-three facts everywhere, or that an arm serves before its first call, tell nothing about learning and count for no arm.
+80% of its matters are settled in two tests running; counted are the calls before the first of them. Tests are far apart
+after many calls, so what an arm is compared with counts with one call more than at the last test that it failed. The
+main figure is the median over companies, since one stubborn company decides a mean. Companies that somebody serves who
+brings the same three facts everywhere, or whom an arm or the person serves before the first call, tell nothing about
+learning and count for no arm.
 
 Arms: rewards alone; one set of parameters for both (ECHO); an adapter each (dual); dual with rehearsal; rehearsal with
-rewards alone (rehearse_only); dual with rehearsal on answers that were dealt out among episodes (placebo). With one
-seed besides: rewards alone with the rank that the policy has in dual, and a world adapter that is trained and not used,
-which must leave the same policy bit for bit. The measure of what can be done is a scripted person who remembers what
-was said once.
+rewards alone (rehearse_only); dual with rehearsal on answers that were dealt out among episodes (placebo). What follows
+from what the agent was shown ("Ready: PIN.") is nobody's target. With one seed besides: dual with rehearsal and no
+replay (rehearse_once); rewards alone with the rank that the policy has in dual; and a world adapter that is trained and
+not used, which must leave the same policy bit for bit. The measure of what can be done is a scripted person who
+remembers what was said once.
 
 Every call of a company is on a matter of its own, so rewards are not compared within groups: the policy learns by
 REINFORCE++, whose baseline is that of the step. Companies whose names the base has met in another world are left out.
@@ -59,7 +62,7 @@ from experiments.helpdesk_companies import (
     world_digest,
 )
 from experiments.helpdesk_figures import figures_of
-from experiments.policies import base_fingerprint
+from experiments.policies import base_fingerprint, resolved
 from rehearsal.environments import make
 from rehearsal.environments.helpdesk_words import FACTS, GATHER, MATTERS, REACH
 from rehearsal.generation.sampling import SamplingParams
@@ -82,19 +85,22 @@ COMMON: dict[str, Any] = {
     "evaluation.episodes": 0, "evaluation.every": 0, "diagnostics.every": 0, "diagnostics.gradients_every": 0,
     "engine.processes": 1, "adapters.policy_rank": 32, "adapters.world_rank": 32,
 }  # fmt: skip
+HEARD = {"world.foreseeable": False}
 ALONE = {"adapters.policy_rank": 64, "adapters.world_rank": 0}
 REHEARSE: dict[str, Any] = {"agent.rehearse": True, "world.horizon": 8, "world.replay": 16, "world.updates": 16}
 ARMS: dict[str, dict[str, Any]] = {
     "policy_only": {"world.mode": "policy_only", **ALONE},
-    "shared": {"world.mode": "shared", **ALONE},
-    "dual": {"world.mode": "dual"},
-    "dual_rehearse": {"world.mode": "dual", **REHEARSE},
+    "shared": {"world.mode": "shared", **ALONE, **HEARD},
+    "dual": {"world.mode": "dual", **HEARD},
+    "dual_rehearse": {"world.mode": "dual", **REHEARSE, **HEARD},
     "rehearse_only": {"world.mode": "policy_only", "agent.rehearse": True, **ALONE},
-    "placebo": {"world.mode": "placebo", **REHEARSE},
+    "placebo": {"world.mode": "placebo", **REHEARSE, **HEARD},
     "policy_only_32": {"world.mode": "policy_only", "adapters.world_rank": 0},
-    "inactive": {"world.mode": "inactive"},
+    "rehearse_once": {"world.mode": "dual", "agent.rehearse": True, "world.horizon": 8, **HEARD},
+    "inactive": {"world.mode": "inactive", **HEARD},
 }
-SEEDS = {"policy_only_32": 1, "inactive": 1}
+ALL_SEEDS = 5
+SEEDS = {"policy_only_32": 1, "rehearse_once": 1, "inactive": 1}
 """Arms that are played with fewer seeds than the others."""
 ENDS_AFTER_NEW = ("inactive",)
 """By then a policy that is not that of ``policy_only_32`` has shown it."""
@@ -195,7 +201,8 @@ def play(settings: Mapping[str, Any]) -> dict[str, Any]:
     figures["prepared"] = len(prepared)
     figures["new"] = meet(desk, new, steps["new"])
     figures["before"] = statistics.mean(figures["new"]["start"])
-    note("new_at_the_end", desk, new)
+    prepared = [one.settled for one in note("new_at_the_end", desk, new) if one.gathered]
+    figures["ceiling_at_the_end"] = statistics.mean(prepared) if prepared else None
     figures["policy"] = _digest_of_policy(desk)
     if not settings["ends_after_new"]:
         first, last = settings["many"]
@@ -229,7 +236,8 @@ def meet(desk: Desk, companies: Sequence[int], steps: int) -> dict[str, list[Any
     """Play companies for a number of steps, and test those that are not served yet on the way.
 
     Returns:
-        ``calls``: what each company took until it was served, None where so many steps did not do; ``start``: share of
+        ``calls``: what each company took until it was served, None where so many steps did not do; ``failed``: the
+        calls before the last test that it failed, None where it failed none; ``start``: share of
         its matters settled before the first call; ``foretold``: for each step the share of its episodes whose wanted
         facts were foretold, so the first one is of companies that were never called.
     """
@@ -242,7 +250,7 @@ def meet(desk: Desk, companies: Sequence[int], steps: int) -> dict[str, list[Any
             shares, _ = desk.test(record.unserved)
             record.add(step, shares)
             start = start or shares
-    return {"calls": record.calls, "start": start, "foretold": list(desk.foretold[-steps:])}
+    return {"calls": record.calls, "failed": record.failed, "start": start, "foretold": list(desk.foretold[-steps:])}
 
 
 class Record:
@@ -251,6 +259,7 @@ class Record:
     def __init__(self, companies: Sequence[int]) -> None:
         self.companies = list(companies)
         self._since: dict[int, int] = {}
+        self._failed: dict[int, int] = {}
         self._served: set[int] = set()
 
     @property
@@ -263,11 +272,17 @@ class Record:
         """Calls until each company was served; None for those that are not."""
         return [self._since[company] if company in self._served else None for company in self.companies]
 
+    @property
+    def failed(self) -> list[int | None]:
+        """Calls before the last test that each company failed; None for those that failed none."""
+        return [self._failed.get(company) for company in self.companies]
+
     def add(self, calls: int, shares: Sequence[float]) -> None:
         """The shares of matters settled of the companies that are not served yet, after so many calls."""
         for company, share in zip(self.unserved, shares, strict=True):
             if share < SERVED:
                 self._since.pop(company, None)
+                self._failed[company] = calls
             elif company in self._since:
                 self._served.add(company)
             else:
@@ -277,7 +292,7 @@ class Record:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=sorted(ARMS), action="append", help="arms; all if left out")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=ALL_SEEDS)
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run")
     parser.add_argument("--quick", action="store_true", help="one seed, few companies and steps, stored nowhere")
@@ -287,7 +302,7 @@ def main() -> int:
     steps = {"lead_in": 1, "new": 2, "many": 1, "changed": 1} if options.quick else STEPS
     spans = {"lead_in": LEAD_IN, "new": NEW, "many": MANY}
     if options.quick:
-        spans = {"lead_in": range(0, 10), "new": range(50, 60), "many": range(75, 85)}
+        spans = {"lead_in": range(0, 10), "new": range(400, 410), "many": range(75, 85)}
     common = {
         "threads": options.threads, "base": base_fingerprint(), "steps": steps, "world": world_digest(),
         "served": SERVED, "tested": TESTED, "lot": LOT, "changed": CHANGED,
@@ -296,6 +311,7 @@ def main() -> int:
     cells = {
         f"{arm}-{seed}": {
             **common, "seed": seed, "ends_after_new": arm in ENDS_AFTER_NEW, "overrides": {**COMMON, **ARMS[arm]},
+            "resolved": resolved(None, {**COMMON, **ARMS[arm]}),
         }
         for seed in range(max(arms.values()))
         for arm in arms
@@ -311,14 +327,19 @@ def main() -> int:
         goals["inactive_is_policy_only_32"] = ">= 1"
     if {"dual_rehearse", "policy_only", "placebo"} <= set(arms):
         ours = figures["dual_rehearse_new_calls"]
-        figures["calls_over_policy_only"] = ours / figures["policy_only_new_calls"]
+        figures["calls_over_policy_only"] = ours / figures["policy_only_new_calls_at_least"]
         figures["calls_over_person"] = ours / figures["person_new_calls"]
-        figures["placebo_calls_over_policy_only"] = figures["placebo_new_calls"] / figures["policy_only_new_calls"]
+        placebo = figures["placebo_new_calls_at_least"]
+        figures["placebo_calls_over_policy_only"] = placebo / figures["policy_only_new_calls"]
+        figures["placebo_calls_over_person"] = placebo / figures["person_new_calls"]
         goals |= {
             "calls_over_policy_only": "<= 0.1", "calls_over_person": "<= 3.0",
-            "placebo_calls_over_policy_only": ">= 0.1", "placebo_minus_dual_rehearse_new_mean_calls_low": ">= 0.0",
+            "placebo_calls_over_policy_only": ">= 0.1", "placebo_calls_over_person": ">= 3.0",
+            "placebo_minus_dual_rehearse_new_mean_calls_low": ">= 0.01",
         }  # fmt: skip
-    result = report("helpdesk", figures, {} if options.quick else goals, list(range(max(arms.values()))), options.quick)
+    partial = bool(options.only) or options.seeds < ALL_SEEDS
+    seeds = list(range(max(arms.values())))
+    result = report("helpdesk", figures, {} if options.quick else goals, seeds, options.quick or partial)
     return 0 if result["holds"] else 1
 
 

@@ -19,8 +19,8 @@ from rehearsal.generation.sampling import stream_key
 from rehearsal.rollout import Task
 
 LEAD_IN = range(0, 50)
-NEW = range(50, 75)
-MANY = range(75, 325)
+MANY = range(75, 345)
+NEW = range(400, 430)
 """Indices of companies; of ten that follow each other eight are in the training split, and only those are called."""
 LOT = 50
 """Indices of one lot of phase 3."""

@@ -8,34 +8,40 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.helpdesk_companies import CHANGED, SERVED, TESTED, guessable, person
-from rehearsal.evaluation.statistics import mean_interval
+from experiments.intervals import told
 
 SHARES = (
-    "lead_in", "ceiling", "before", "new_at_the_end", "remembered", "last_lot", "changed_before", "changed_at_the_end",
+    "lead_in", "ceiling", "before", "new_at_the_end", "ceiling_at_the_end",
+    "remembered", "last_lot", "changed_before", "changed_at_the_end",
 )  # fmt: skip
 """Shares of matters settled that a cell tells, see :mod:`experiments.helpdesk`."""
 COMPARED = ("placebo", "rehearse_only", "dual", "policy_only")
 """Arms that ``dual_rehearse`` is compared with, seed by seed."""
 
 
-def counted(companies: Sequence[int], runs: Sequence[Mapping[str, Any]], guessed: set[int]) -> list[int]:
-    """Places of the companies that count: nobody serves them by a guess, and no arm before its first call."""
+def counted(
+    companies: Sequence[int], runs: Sequence[Mapping[str, Any]], guessed: set[int], person_took: Sequence[int]
+) -> list[int]:
+    """Places of the companies that count: nobody serves them by a guess, and neither an arm nor the person before the
+    first call."""
     return [
         place
         for place, company in enumerate(companies)
-        if company not in guessed and all(run["start"][place] < SERVED for run in runs)
+        if company not in guessed and person_took[place] and all(run["start"][place] < SERVED for run in runs)
     ]
+
+
+def _at_least(run: Mapping[str, Any], place: int, most: int) -> float:
+    """The fewest calls that a company can have taken: one more than at the last test that it failed."""
+    if run["calls"][place] is None:
+        return most
+    failed = run["failed"][place]
+    return 0 if failed is None else failed + 1
 
 
 def _mean(values: Iterable[float]) -> float:
     each = [float(value) for value in values]
     return statistics.mean(each) if each else math.nan
-
-
-def interval(name: str, values: Sequence[float]) -> dict[str, float]:
-    """A mean over seeds with its interval, as figures."""
-    mean, low, high = mean_interval(values)
-    return {name: mean, f"{name}_low": low, f"{name}_high": high}
 
 
 def figures_of(
@@ -60,11 +66,14 @@ def figures_of(
             for seed in range(count)
             if phase in (run := played[f"{arm}-{seed}"])
         }
-        places = [
-            counted(companies, [run for (_, own), run in runs.items() if own == seed], guessed) for seed in range(seeds)
-        ]
+        places = []
+        for seed in range(seeds):
+            # The arms that have a run of every seed, so that the companies do not depend on who was played once.
+            compared = [run for (arm, own), run in runs.items() if own == seed and arms[arm] == seeds]
+            places.append(counted(companies, compared, guessed, people[seed][number]))
         figures[f"{phase}_guess_served"] = len(guessed) / len(companies)
         figures[f"{phase}_companies_counted"] = _mean(len(own) for own in places)
+        figures[f"{phase}_companies_counted_fewest"] = min(len(own) for own in places)
         own = [[people[seed][number][place] for place in places[seed]] for seed in range(seeds)]
         figures[f"person_{phase}_calls"] = _mean(_median(each) for each in own)
         figures[f"person_{phase}_mean_calls"] = _mean(_mean(each) for each in own)
@@ -77,7 +86,11 @@ def figures_of(
             each = [[runs[arm, seed]["calls"][place] for place in places[seed]] for seed in range(count)]
             means[arm] = [_mean(most if took is None else took for took in of_seed) for of_seed in each]
             medians = [_median([most if took is None else took for took in of_seed]) for of_seed in each]
-            figures |= interval(f"{arm}_{phase}_calls", medians) | interval(f"{arm}_{phase}_mean_calls", means[arm])
+            figures |= told(f"{arm}_{phase}_calls", medians) | told(f"{arm}_{phase}_mean_calls", means[arm])
+            least = [
+                _median([_at_least(runs[arm, seed], place, most) for place in places[seed]]) for seed in range(count)
+            ]
+            figures[f"{arm}_{phase}_calls_at_least"] = _mean(least)
             figures[f"{arm}_{phase}_served"] = _mean(_mean(took is not None for took in of_seed) for of_seed in each)
             for calls in TESTED:
                 shares = [runs[arm, seed]["foretold"][calls] for seed in range(count)] if calls < most else [None]
@@ -86,12 +99,12 @@ def figures_of(
         for arm in COMPARED:
             if arm in means and "dual_rehearse" in means:
                 pairs = zip(means[arm], means["dual_rehearse"], strict=True)
-                figures |= interval(f"{arm}_minus_dual_rehearse_{phase}_mean_calls", [a - b for a, b in pairs])
+                figures |= told(f"{arm}_minus_dual_rehearse_{phase}_mean_calls", [a - b for a, b in pairs])
     for arm, count in arms.items():
         own_runs = [played[f"{arm}-{seed}"] for seed in range(count)]
         for name in SHARES:
             if all(run.get(name) is not None for run in own_runs):
-                figures |= interval(f"{arm}_{name}", [run[name] for run in own_runs])
+                figures |= told(f"{arm}_{name}", [run[name] for run in own_runs])
     return figures
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
+from experiments.cells import digest
+
 
 def base_fingerprint() -> str:
     """Digest of the shipped base's weights."""
@@ -21,6 +23,13 @@ def origin(recipe: str) -> dict[str, str]:
     return {"base": base_fingerprint(), "recipe_file": hashlib.blake2b(text, digest_size=6).hexdigest()}
 
 
+def resolved(recipe: str | None, overrides: Mapping[str, Any]) -> str:
+    """Digest of a recipe with all of its options, so that a cell is not taken for one with another default."""
+    from rehearsal.training.recipe import resolve_recipe
+
+    return digest(resolve_recipe(recipe, overrides).model_dump(mode="json"))
+
+
 def train_cell(settings: Mapping[str, Any], kind: Any = None, policy: Any = None) -> tuple[Any, dict[str, Any]]:
     """One training run.
 
@@ -31,7 +40,8 @@ def train_cell(settings: Mapping[str, Any], kind: Any = None, policy: Any = None
 
     Returns:
         the trainer, and figures: held-out success before and after with its interval, seconds, updates, episodes played
-        and those that the policy learned from.
+        and those that the policy learned from. ``seconds`` go by the clock, ``cpu_seconds`` by what the processor has
+        spent in this process, whatever else it had to do.
     """
     import torch
 
@@ -41,11 +51,12 @@ def train_cell(settings: Mapping[str, Any], kind: Any = None, policy: Any = None
     torch.set_num_threads(int(settings["threads"]))
     recipe = resolve_recipe(settings["recipe"], {"seed": settings["seed"], **settings["overrides"]})
     trainer = (kind or Trainer)(recipe, policy=policy)
-    began = time.monotonic()
+    began, worked = time.monotonic(), time.process_time()
     trainer.run()
     held_out = [figures for _, split, figures in trainer.evaluations if split == "test"]
     figures: dict[str, Any] = {
         "seconds": time.monotonic() - began,
+        "cpu_seconds": time.process_time() - worked,
         "learning_seconds": sum(row.get("time/learning", 0.0) for row in trainer.history),
         "updates": sum(row["policy/updates"] for row in trainer.history),
         "episodes": sum(row["train/episodes"] for row in trainer.history),

@@ -36,10 +36,10 @@ ENTROPY = 0.02
 LORA = {"adapters.policy_rank": 32, "adapters.world_rank": 32, "training.learning_rate": 3e-3}
 
 UNRELIABLE = "experiments.tool_use_arms:Unreliable"
-_LOCKED = {
+LADDER: dict[str, Any] = {
     "curriculum.name": "staged", "curriculum.stages": [{"digits": 1}, {"tools": [UNRELIABLE]}],
-    # Never within the first part: it is locked until it is mended.
-    "curriculum.threshold": 1.0,
+    # Of four steps. Whether the tool works by then it cannot know.
+    "curriculum.threshold": 0.7, "curriculum.window": 64, "curriculum.patience": 64,
 }  # fmt: skip
 
 
@@ -63,7 +63,7 @@ ARMS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "abandoned_working": ("calculate", _phases(_WORKS)),
     "abandoned_broken": ("calculate", _phases()),
     "abandoned_exploration": ("calculate", _phases(both={"algorithm.options.entropy_coefficient": ENTROPY})),
-    "abandoned_curriculum": ("calculate", _phases(_LOCKED)),
+    "abandoned_curriculum": ("calculate", _phases(both=LADDER)),
     "abandoned_credit": ("calculate", _phases(both={"rewards.call": CREDIT})),
     "abandoned_working_lora": ("calculate", _phases(_WORKS, LORA)),
     "abandoned_broken_lora": ("calculate", _phases(both=LORA)),
@@ -77,6 +77,8 @@ TESTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """What is played before and after, by recipe: options by the beginning of the figures' names."""
 CURES = ("abandoned_exploration", "abandoned_curriculum", "abandoned_credit", "abandoned_world")
+WORKING = {"abandoned_world": "abandoned_working_lora"}
+"""What could be had by a cure; ``abandoned_working`` by those that are not named here."""
 PAIRS = (
     ("abandoned_broken", "abandoned_working"), ("abandoned_exploration", "abandoned_broken"),
     ("abandoned_curriculum", "abandoned_broken"), ("abandoned_credit", "abandoned_broken"),

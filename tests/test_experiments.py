@@ -29,6 +29,8 @@ from experiments import (  # noqa: E402  # noqa: E402
 )
 from experiments import helpdesk_companies as companies_of  # noqa: E402
 from experiments.cells import digest, run_cells  # noqa: E402
+from experiments.intervals import seeds_interval, told  # noqa: E402
+from experiments.policies import resolved  # noqa: E402
 from experiments.turned import TURNED  # noqa: E402
 from rehearsal.agents.toolbox import Toolbox  # noqa: E402
 from rehearsal.algorithms.filters import make_filter  # noqa: E402
@@ -168,6 +170,36 @@ def test_cells_are_stored_as_they_finish(tmp_path: Path) -> None:
     assert stored["fast"] < stored["slow"]
 
 
+def fall(settings: Mapping[str, Any]) -> dict[str, Any]:
+    if settings["falls"]:
+        raise ValueError("it fell")
+    return {"stands": True}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_cell_that_fails_keeps_no_other_from_being_stored(tmp_path: Path, workers: int) -> None:
+    cells = {f"{number}": {"falls": number in (0, 3)} for number in range(5)}
+    with pytest.raises(RuntimeError, match="these cells failed: "):
+        run_cells("x", cells, fall, tmp_path, workers)
+    assert sorted(file.stem for file in (tmp_path / "x").iterdir()) == ["1", "2", "4"]
+
+
+def test_an_interval_over_seeds_is_students() -> None:
+    mean, low, high = seeds_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (mean, low, high) == pytest.approx((3.0, 3 - 1.9632, 3 + 1.9632), abs=1e-4)
+    rng = np.random.default_rng(0)
+    held = [low <= 0 <= high for _, low, high in map(seeds_interval, rng.normal(size=(2000, 5)).tolist())]
+    assert 0.935 < np.mean(held) < 0.965
+    assert seeds_interval([0.5])[0] == 0.5 and math.isnan(seeds_interval([0.5])[1]), "one seed tells no spread"
+    assert all(math.isnan(value) for value in seeds_interval([]))
+    assert seeds_interval([0.0] * 12) == (0.0, 0.0, 0.0)
+
+
+def test_a_default_of_a_recipe_is_part_of_a_cell() -> None:
+    assert resolved("frozenlake", {}) == resolved("frozenlake", {"evaluation.episodes": 256})
+    assert resolved("frozenlake", {}) != resolved("frozenlake", {"evaluation.episodes": 128})
+
+
 def test_what_a_cell_depends_on_beside_its_settings_has_a_digest() -> None:
     assert digest({"words": ["call"]}) == digest({"words": ["call"]}) != digest({"words": ["ring"]})
     world = companies_of.world_digest()
@@ -185,6 +217,9 @@ def test_the_arms_of_the_help_desk_are_recipes() -> None:
     assert names["policy_only_32"].adapters.policy_rank == names["inactive"].adapters.policy_rank
     ours, placebo = names["dual_rehearse"].world.model_dump(), names["placebo"].world.model_dump()
     assert placebo == {**ours, "mode": "placebo"}, "nothing but the answers differs"
+    assert {name for name, recipe in names.items() if recipe.world.foreseeable} == {
+        name for name, recipe in names.items() if recipe.world.mode == "policy_only"
+    }
     assert ours["updates"] > 1, "once is not enough to know what was said once"
     assert names["rehearse_only"].agent == names["placebo"].agent == names["dual_rehearse"].agent
     assert {helpdesk.STEPS["new"], helpdesk.STEPS["changed"]} <= set(companies_of.TESTED)
@@ -235,8 +270,9 @@ def test_companies_that_a_guess_serves_tell_nothing() -> None:
     wanted = {fact for index in guessed for fact in env.company(index).requirement.always}
     assert len(wanted) <= companies_of.GUESSED
     assert guessed != companies_of.guessable(companies, companies_of.CHANGED)
-    runs = [{"start": [0.0, 0.9, 0.0, 0.2]}, {"start": [0.0, 0.0, 0.6, 1.0]}]
-    assert helpdesk_figures.counted([50, 51, 52, 53], runs, {50}) == [2], "no guess, and no arm before its first call"
+    runs = [{"start": [0.0, 0.9, 0.0, 0.2, 0.0]}, {"start": [0.0, 0.0, 0.6, 1.0, 0.0]}]
+    found = helpdesk_figures.counted([50, 51, 52, 53, 54], runs, {50}, [1, 1, 2, 1, 0])
+    assert found == [2], "no guess, and neither an arm nor the person before the first call"
 
 
 def test_a_company_is_served_where_two_tests_running_say_so() -> None:
@@ -247,6 +283,7 @@ def test_a_company_is_served_where_two_tests_running_say_so() -> None:
     assert record.unserved == [1, 3]
     record.add(6, [1.0, 0.8])
     assert record.calls == [4, 2, None, 2], "a single test at the end dates nothing"
+    assert record.failed == [2, 0, 4, 0]
 
 
 def test_what_an_agent_foretold_is_compared_with_what_is_wanted() -> None:
@@ -274,7 +311,8 @@ def test_one_stubborn_company_does_not_decide() -> None:
     def cell(quick: int) -> dict[str, Any]:
         calls: list[int | None] = [quick] * len(companies)
         calls[stubborn] = None
-        phase = {"calls": calls, "start": [0.0] * len(companies), "foretold": foretold}
+        failed = [quick - 2 if quick else None] * len(companies)
+        phase = {"calls": calls, "failed": failed, "start": [0.0] * len(companies), "foretold": foretold}
         return {"new": phase, "changed": phase, **shares}
 
     played = {"dual_rehearse-0": cell(2), "dual_rehearse-1": cell(4), "policy_only-0": cell(40), "placebo-0": cell(40)}
@@ -284,7 +322,10 @@ def test_one_stubborn_company_does_not_decide() -> None:
     assert figures["dual_rehearse_new_calls"] == 3.0
     assert figures["dual_rehearse_new_mean_calls"] > 6.0, "the bound of what was tried counts in the mean"
     assert figures["policy_only_new_calls"] == 40.0
-    assert figures["placebo_minus_dual_rehearse_new_mean_calls_low"] > 0
+    assert figures["dual_rehearse_new_calls_at_least"] == 2.0, "one more than at the last test that was failed"
+    difference = figures["placebo_minus_dual_rehearse_new_mean_calls"]
+    assert 10 < difference < 38
+    assert figures["placebo_minus_dual_rehearse_new_mean_calls_low"] < 0, "two seeds do not tell"
     assert 0 < figures["new_companies_counted"] < len(companies)
     assert figures["dual_rehearse_new_foretold_after_4"] == 0.0
     assert "dual_rehearse_changed_foretold_after_40" not in figures
@@ -317,8 +358,9 @@ def test_an_arm_is_held_to_a_part_of_what_rewards_alone_gain() -> None:
     assert world_model_rl.episodes_over(curves(0.3, 0.3, 0.3), reference) == math.inf
     assert math.isnan(world_model_rl.episodes_over(curves(1.0, start=0.55), reference)), "it started above"
     assert math.isnan(world_model_rl.episodes_over(reference, curves(0.3, 0.3, 0.3))), "too little gain to be measured"
-    middle, low, high = world_model_rl.ratio_interval(curves(1.0, 0.9, 0.2), reference)
+    middle, low, high, unmeasurable = world_model_rl.ratio_interval(curves(1.0, 0.9, 0.2), reference)
     assert low < middle < high == math.inf, "some draws of seeds never get there"
+    assert unmeasurable == 0.0
 
 
 def test_the_arms_of_the_world_model_are_recipes() -> None:
@@ -328,7 +370,8 @@ def test_the_arms_of_the_world_model_are_recipes() -> None:
             recipe = resolve_recipe(
                 environment["recipe"], {**world_model_rl.COMMON, **environment["overrides"], **changes}
             )
-            assert recipe.adapters.policy_rank + recipe.adapters.world_rank == 64, arm
+            ranks = recipe.adapters.policy_rank + recipe.adapters.world_rank
+            assert ranks == (32 if arm == "policy_only_32" else 64), arm
             assert 0 < environment["first"] < recipe.training.steps
             assert recipe.training.steps % recipe.evaluation.every == 0
             assert recipe.evaluation.episodes == recipe.evaluation.validation_episodes
@@ -396,8 +439,8 @@ def test_the_arms_of_the_tools_are_recipes() -> None:
     assert [recipe.world.mode for recipe in recipes["abandoned_placebo"]] == ["placebo", "placebo"]
     assert [TaskSource(recipe).locked for recipe in recipes["abandoned_curriculum"]] == [
         (tool_use_arms.UNRELIABLE,),
-        (),
-    ]
+        (tool_use_arms.UNRELIABLE,),
+    ], "how far it has come is taken from part to part"
 
 
 def test_a_call_pays_only_once_the_calculator_works() -> None:
@@ -446,9 +489,9 @@ def test_steps_to_half_do_not_lag() -> None:
 
 
 def test_a_seed_without_a_value_is_counted_and_spoils_no_mean() -> None:
-    figures = tool_use.told("x", [1.0, math.nan, 3.0])
+    figures = told("x", [1.0, math.nan, 3.0])
     assert figures["x"] == 2.0 and figures["x_unknown"] == 1.0
-    assert "x_unknown" not in tool_use.told("x", [1.0, 3.0])
+    assert "x_unknown" not in told("x", [1.0, 3.0])
 
 
 def _tool_run(called: str, solved: str, after: float = 0.5, used: float = 0.5) -> dict[str, Any]:
