@@ -7,6 +7,9 @@ that the policies stay alike. On a processor rehearsal plays in one process for 
 those wait while TRL works. TRL plays its turns as ``benchmarks/trl_side.py`` says and gets the fastest of several
 batch sizes for learning (``--trl-batch auto``).
 
+``ratio_at_full_rate`` says what would be left to gain: TRL's step over one of ours that generates as it does and learns
+its operations, counted by ``benchmarks/counting.py``, at the speed of a large matrix product in the same run.
+
 The goal is held to FrozenLake 4x4 as it is by default, 5 turns of up to 2 actions, 32 groups of 8 episodes.
 """
 
@@ -17,21 +20,26 @@ import contextlib
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.common import parser, ratio, report, say
+from benchmarks.common import parser, ratio, report, say, timed
+from benchmarks.counting import items_of, packed_counts, training_flops
 from benchmarks.setting import frozen_lake_recipe, model_folder
 from benchmarks.trl_side import TrlSeconds, model_copy, train_with_trl
 from rehearsal.training.loop import Trainer
 from rehearsal.training.recipe import Recipe
+from rehearsal.trajectory import Group
 
 GOAL = {"ratio": ">= 5"}
 BATCHES = (256, 64, 32, 16)
 """Episodes of one pass that are tried for TRL."""
+MATRIX = 2048
+"""Rows and columns of the product that learning is compared with."""
 
 
 @dataclass
@@ -45,6 +53,10 @@ class _OurStep:
     turns: int
     learned: float
     """Share of the episodes that had an advantage: the others need no gradient, and the learner leaves them out."""
+    flops: float
+    """Operations of its learning."""
+    product: float
+    """Seconds of a product of matrices after it."""
 
 
 class Ours:
@@ -53,6 +65,13 @@ class Ours:
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.trainer = Trainer(recipe, policy=model_copy(folder))
         self.log: list[_OurStep] = []
+        self._matrices = torch.randn(MATRIX, MATRIX), torch.randn(MATRIX, MATRIX)
+
+    def _flops(self, groups: Sequence[Group]) -> float:
+        """Operations of learning from groups, if each reads what its episodes have in common once."""
+        items = items_of(groups)
+        tokens, pairs = packed_counts(items, [range(len(items))], share=True)
+        return training_flops(self.trainer.policy.model, tokens, sum(len(item.targets) for item in items), pairs)
 
     def step(self, number: int = 0) -> None:
         """One training step; ``number`` is not used."""
@@ -65,13 +84,15 @@ class Ours:
         trainer.record(batch, figures, started, played)
         seconds = time.perf_counter() - started
         episodes = [trajectory for group in batch.groups for trajectory in group]
-        differing = [group.rewards.max() > group.rewards.min() for group in batch.groups for _ in group]
+        differing = [group for group in batch.groups if group.rewards.max() > group.rewards.min()]
+        product = min(timed(lambda: torch.mm(*self._matrices)) for _ in range(3))
         self.log.append(
             _OurStep(
                 seconds, played - started, figures.get("time/learning", 0.0), len(episodes),
                 sum(trajectory.n_sampled for trajectory in episodes),
                 sum(trajectory.n_tokens for trajectory in episodes),
-                sum(len(trajectory.turns) for trajectory in episodes), sum(differing) / len(episodes),
+                sum(len(trajectory.turns) for trajectory in episodes),
+                sum(len(group) for group in differing) / len(episodes), self._flops(differing), product,
             )
         )  # fmt: skip
 
@@ -98,6 +119,10 @@ def figures_of(ours: list[_OurStep], theirs: list[TrlSeconds], batch: int, proce
         **ratio([t.step for t in theirs], [o.step for o in ours]).figures("ratio"),
         **ratio([t.generation for t in theirs], [o.generation for o in ours]).figures("generation_ratio"),
         **ratio([t.step - t.generation for t in theirs], [o.learning for o in ours]).figures("learning_ratio"),
+        **ratio([t.step for t in theirs], [o.generation + o.flops / (2 * MATRIX**3 / o.product) for o in ours]).figures(
+            "ratio_at_full_rate"
+        ),
+        "learning_utilisation": median(o.flops / o.learning * o.product / (2 * MATRIX**3) for o in ours),
         "episodes_per_second": median(o.episodes / o.step for o in ours),
         "trl_episodes_per_second": median(t.episodes / t.step for t in theirs),
         "step_seconds": median(o.step for o in ours),
