@@ -228,7 +228,7 @@ def _serve(folder: Path) -> Iterator[str]:
             return Path(log.name).read_text(errors="replace")[-3000:]
 
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 480
             while True:
                 assert process.poll() is None, f"the server ended:\n{said()}"
                 assert time.monotonic() < deadline, f"the server did not start:\n{said()}"

@@ -122,12 +122,12 @@ def test_long_chains_of_signs() -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.text(alphabet="0123456789+-*/%().,e ^[]abcmosqrtfil", max_size=40) | st.text(max_size=20))
 def test_no_expression_breaks_the_calculator(expression: str) -> None:
-    start = time.process_time()
+    start = time.thread_time()
     with contextlib.suppress(ToolFailure):
         value = calculate(expression)
         assert isinstance(value, int) or math.isfinite(value)
         assert len(calculator(expression)) <= 1100
-    assert time.process_time() - start < 0.5
+    assert time.thread_time() - start < 2.5
 
 
 def test_the_calculator_as_a_tool() -> None:

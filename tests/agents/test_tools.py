@@ -280,7 +280,7 @@ def test_a_tool_that_hangs_is_left_and_the_next_call_is_told_so() -> None:
         leave.wait(20)
         return "late"
 
-    box = Toolbox([tool_from(hang), as_tool(forecast)], ToolLimits(timeout=0.05), own=["hang"])
+    box = Toolbox([tool_from(hang), as_tool(forecast)], ToolLimits(timeout=1.0), own=["hang"])
     start = time.perf_counter()
     results: list[Any] = []
     # Time limits hold off the main thread too.
@@ -289,12 +289,12 @@ def test_a_tool_that_hangs_is_left_and_the_next_call_is_told_so() -> None:
     thread.join()
     assert time.perf_counter() - start < 15
     assert (results[0].error, results[0].text) == ("timeout", "")
-    assert results[0].note == "hang took longer than 0.05 s and was left."
+    assert results[0].note == "hang took longer than 1 s and was left."
     assert call(box, "hang").error == "busy"
     assert box.disturbed
     assert call(box, "forecast", city="x").error == ""
     leave.set()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while box.disturbed and time.monotonic() < deadline:
         time.sleep(0.01)
     assert call(box, "hang").text == "late"

@@ -244,7 +244,7 @@ class TestFaults:
             return 500, ""
 
         server.script = [hang, ids_reply([3, 9])]
-        engine = engine_at(server, timeout=0.3)
+        engine = engine_at(server, timeout=2.0)
         assert run(sampled(engine)).token_ids.tolist() == [3, 9]
         release.set()
         assert engine.stats.retries == 1
@@ -728,6 +728,9 @@ class TestChat:
 class TestSessions:
     def test_no_more_requests_at_once_than_allowed(self, server: FakeServer) -> None:
         def slowly(_: dict[str, Any]) -> Reply:
+            deadline = time.monotonic() + 2  # for others to come
+            while server.most_busy < 2 and time.monotonic() < deadline:
+                time.sleep(0.01)
             time.sleep(0.02)
             return ids_reply([9])
 

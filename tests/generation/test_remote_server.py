@@ -43,7 +43,7 @@ class Served:
     tokenizer: Any
 
     def engine(self, **kwargs: Any) -> RemoteEngine:
-        settings = {"tokenizer": self.tokenizer, "prompts": "text", "timeout": 30.0, "max_retries": 1, **kwargs}
+        settings = {"tokenizer": self.tokenizer, "prompts": "text", "timeout": 120.0, "max_retries": 1, **kwargs}
         return RemoteEngine(self.url, self.name, **settings)
 
     def greedy(self, ids: list[int], params: SamplingParams = GREEDY) -> list[int]:
@@ -108,7 +108,7 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(main: Awaitable[Any]) -> Any:
     async def bounded() -> Any:
-        return await asyncio.wait_for(main, 60)
+        return await asyncio.wait_for(main, 300)
 
     return asyncio.run(bounded())
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "sandbox"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from mutants import KINDS, mutants
-from pools import below
+from pools import idle_processes
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -277,7 +277,7 @@ def test_a_sandbox_that_is_killed_from_outside_costs_nothing(verifier: CodeVerif
     loading = "```python\nimport time; time.sleep(1)\ndef double(n): return 2 * n\n```"
     for completion in ("    import time; time.sleep(0.6); return 2 * n\n", loading):
         restarts = pool.restarts
-        killer = threading.Timer(0.4, lambda: [os.kill(pid, signal.SIGKILL) for pid in sorted(below(pool))[:1]])
+        killer = threading.Timer(0.4, lambda: [os.kill(pid, signal.SIGKILL) for pid in idle_processes(pool)])
         killer.start()
         assert verifier.verify(completion, task).passed
         killer.join()

@@ -244,7 +244,9 @@ def test_a_server_that_is_slow_or_not_there(server: FakeServer) -> None:
 
 def test_a_pool_asks_side_by_side_and_counts_what_failed(server: FakeServer) -> None:
     def reply(text: str) -> str | Answer:
-        time.sleep(0.05)
+        deadline = time.monotonic() + 2  # for others to come
+        while server.most < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
         return (400, "too long") if "number 3." in text else decisions(True, True, False)
 
     server.reply = reply

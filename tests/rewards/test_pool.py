@@ -72,7 +72,7 @@ def test_what_goes_wrong_costs_only_itself(pool: VerifierPool, completion: str, 
     before = pool.counters["strange"].figures()
     started = time.monotonic()
     results = check(pool, *fine[:9], completion, *fine[9:])
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 60
     bad = results.pop(9)
     assert [result.evidence for result in results if isinstance(result, Score)] == fine
     assert isinstance(bad, Failure) and bad.kind == kind and message in bad.message
@@ -117,13 +117,20 @@ def test_a_task_that_cannot_be_sent_is_an_error(pool: VerifierPool) -> None:
     assert kinds(results) == ["error", "score"]
 
 
-def test_a_process_killed_from_outside_is_replaced(pool: VerifierPool) -> None:
-    before = pool.restarts
-    killer = threading.Timer(0.3, lambda: [os.kill(pid, 9) for pid in children_of(os.getpid())])
-    killer.start()
-    half = ["sleep 0.6", *["fine"] * 15]
-    assert kinds(check(pool, *half, *half)) == ["crash", *["score"] * 15] * 2
-    assert pool.restarts == before + 2
+def test_a_process_killed_from_outside_is_replaced() -> None:
+    with VerifierPool(Strange(), workers=2, timeout=60.0, chunk=1) as pool:
+        pool.wait_until_warm()
+        workers = [driver._worker for driver in pool._drivers]
+
+        def kill() -> None:
+            while any(worker.begun != 1 for worker in workers):  # until both are at their long check
+                time.sleep(0.01)
+            for worker in workers:
+                os.kill(worker._process.pid, 9)
+
+        threading.Thread(target=kill, daemon=True).start()
+        assert kinds(check(pool, *["sleep 50"] * 2, *["fine"] * 30)) == ["crash"] * 2 + ["score"] * 30
+        assert pool.restarts == 2
 
 
 def children_of(parent: int) -> list[int]:
@@ -151,7 +158,7 @@ def test_what_a_verifier_started_ends_with_it(tmp_path: Path, completion: str, k
         file = tmp_path / "pid"
         assert kinds(pool.verify([completion], [Task("x", reference=str(file))])) == [kind]
         child = int(file.read_text())
-        for _ in range(50):
+        for _ in range(300):
             if not is_alive(child):
                 break
             time.sleep(0.1)
@@ -198,7 +205,7 @@ def test_a_pool_gives_up_where_processes_never_start_again(tmp_path: Path) -> No
         begun = time.monotonic()
         with pytest.raises(RewardError, match="times in a row"):
             check(pool, "fine")
-        assert time.monotonic() - begun < 10.0, "nothing more is tried"
+        assert time.monotonic() - begun < 60.0, "nothing more is tried"
 
 
 def test_a_process_that_cannot_be_had_takes_no_work_from_the_others(tmp_path: Path) -> None:
@@ -266,8 +273,8 @@ def test_an_exception_does_not_wait_for_the_rest() -> None:
         thread.start()
         time.sleep(0.5)
         raise KeyboardInterrupt
-    thread.join(10)
-    assert time.monotonic() - started < 15
+    thread.join(60)
+    assert time.monotonic() - started < 60  # waiting for all would take 100
     assert "closed" in str(problems[0])
 
 
@@ -406,7 +413,7 @@ def test_verifiers_that_wait_run_in_threads_side_by_side() -> None:
     with VerifierPool(verifier, threads=8, thread_timeout=1.0) as pool:
         started = time.monotonic()
         results = check(pool, *[f"text {n}" for n in range(20)], "hang", "leave", "cannot", *["hang"] * 9)
-        assert time.monotonic() - started < 8
+        assert time.monotonic() - started < 25
         assert children_of(os.getpid()) == [] or not pool._drivers
     assert kinds(results) == ["score"] * 20 + ["timeout", "error", "error"] + ["timeout"] * 9
     assert [result.evidence for result in results if isinstance(result, Score)] == [f"text {n}" for n in range(20)]

@@ -504,20 +504,20 @@ def test_a_hanging_environment_costs_its_own_episodes(play: Callable[..., Rollou
         on_step=only(2, lambda env: release.wait(60) and None),
         fast=False,
     )
-    rollout = play(make_env, step_timeout=0.7)
+    rollout = play(make_env, step_timeout=2.0)
     began = time.monotonic()
     groups = rollout.play(tasks(5), 3)
     took = time.monotonic() - began
     release.set()
     # One timeout for the episodes that hang at the same time, and whatever the others take on a busy machine.
-    assert took < 20
+    assert took < 60
     for trajectory in groups[1]:
         assert trajectory.stop_reason == StopReason.TIMEOUT
-        assert trajectory.error == "Walk.reset took longer than 0.7 s."
+        assert trajectory.error == "Walk.reset took longer than 2 s."
         assert trajectory.turns == []
     hung = [trajectory for trajectory in groups[2] if trajectory.failed]
     assert hung
-    assert {trajectory.error for trajectory in hung} == {"Walk.step took longer than 0.7 s."}
+    assert {trajectory.error for trajectory in hung} == {"Walk.step took longer than 2 s."}
     assert all(math.isnan(trajectory.reward) for trajectory in hung)
     for p in (0, 3, 4):
         assert not any(trajectory.stop_reason in FAILED_STOPS for trajectory in groups[p])

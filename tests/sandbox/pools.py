@@ -52,7 +52,15 @@ def idle_processes(pool: InterpreterPool) -> set[int]:
     """Those of a pool without interpreters: whatever builds the wall, and the zygote."""
     if pool.isolation < Isolation.NAMESPACES:
         return set()
-    return set(sorted(below(pool))[:1])
+    return {pid for pid in below(pool) if parent_of(pid) == pool._zygote._process.pid}
+
+
+def parent_of(pid: int) -> int:
+    """The parent of a process; 0 once it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def is_zombie(pid: int) -> bool:
@@ -62,7 +70,7 @@ def is_zombie(pid: int) -> bool:
         return True
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if condition():

@@ -99,7 +99,7 @@ def test_a_hostile_program(pool: InterpreterPool, host: Host, program: Hostile) 
     with pool.interpreter() as episode:
         assert episode.run(host.names() + "kept = 'kept'").outcome is Outcome.FINISHED
         result = episode.run(program.source, seconds=program.seconds)
-        assert time.monotonic() - begun < program.seconds + 8, "it held up the host"
+        assert time.monotonic() - begun < program.seconds + 40, "it held up the host"
         succeeded = "HARM" in result.output
         assert succeeded == program.succeeds(pool.isolation), result
         assert len(result.output.encode()) <= 3 * SMALL.output_bytes

@@ -204,7 +204,7 @@ def start(run: Path, recipe: Recipe, tmp_path: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120.0) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 500.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.stdout and process.stdout.read()
@@ -240,7 +240,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(
         assert status == "running" or (status == "finished" and n_steps(run) == recipe.training.steps)
         assert not RunFolder.open(run).in_use
     process = start(run, recipe, tmp_path)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output
     assert_same_run(run, reference)
 
@@ -252,7 +252,7 @@ def test_sigterm_ends_a_run_in_order(uninterrupted: Callable[[str], tuple[Path, 
     process = start(run, recipe, tmp_path)
     wait_until(lambda: n_steps(run) >= 1, process)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output
     assert "Stopping after this step" in output
     info = RunFolder.open(run).info
