@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import parser, ratio, report, say, timed
-from benchmarks.counting import items_of, packed_counts, training_flops
+from benchmarks.counting import MATRIX, PRODUCT_FLOPS, items_of, packed_counts, training_flops
 from benchmarks.setting import frozen_lake_recipe, model_folder
 from benchmarks.trl_side import TrlSeconds, model_copy, train_with_trl
 from rehearsal.training.loop import Trainer
@@ -38,8 +38,6 @@ from rehearsal.trajectory import Group
 GOAL = {"ratio": ">= 5"}
 BATCHES = (256, 64, 32, 16)
 """Episodes of one pass that are tried for TRL."""
-MATRIX = 2048
-"""Rows and columns of the product that learning is compared with."""
 
 
 @dataclass
@@ -57,6 +55,11 @@ class _OurStep:
     """Operations of its learning."""
     product: float
     """Seconds of a product of matrices after it."""
+
+    @property
+    def at_full_rate(self) -> float:
+        """Seconds that its learning would take at the speed of the product."""
+        return self.flops / PRODUCT_FLOPS * self.product
 
 
 class Ours:
@@ -119,10 +122,8 @@ def figures_of(ours: list[_OurStep], theirs: list[TrlSeconds], batch: int, proce
         **ratio([t.step for t in theirs], [o.step for o in ours]).figures("ratio"),
         **ratio([t.generation for t in theirs], [o.generation for o in ours]).figures("generation_ratio"),
         **ratio([t.step - t.generation for t in theirs], [o.learning for o in ours]).figures("learning_ratio"),
-        **ratio([t.step for t in theirs], [o.generation + o.flops / (2 * MATRIX**3 / o.product) for o in ours]).figures(
-            "ratio_at_full_rate"
-        ),
-        "learning_utilisation": median(o.flops / o.learning * o.product / (2 * MATRIX**3) for o in ours),
+        **ratio([t.step for t in theirs], [o.generation + o.at_full_rate for o in ours]).figures("ratio_at_full_rate"),
+        "learning_utilisation": median(o.at_full_rate / o.learning for o in ours),
         "episodes_per_second": median(o.episodes / o.step for o in ours),
         "trl_episodes_per_second": median(t.episodes / t.step for t in theirs),
         "step_seconds": median(o.step for o in ours),

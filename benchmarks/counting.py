@@ -11,6 +11,10 @@ from rehearsal.models.packed import causal_lm
 from rehearsal.models.packing import PackItem, common_prefix
 from rehearsal.trajectory import Group
 
+MATRIX = 2048
+"""Rows and columns of the product of matrices whose speed learning is compared with."""
+PRODUCT_FLOPS = 2.0 * MATRIX**3
+
 
 def items_of(groups: Sequence[Group]) -> list[PackItem]:
     """The sequences of a step as the learner packs them."""

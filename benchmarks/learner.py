@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import forget_peak, in_own_process, interleaved, memory, parser, ratio, report, say
-from benchmarks.counting import items_of, packed_counts, training_flops
+from benchmarks.counting import MATRIX, PRODUCT_FLOPS, items_of, packed_counts, training_flops
 from benchmarks.setting import LEARNING_RATE, model_folder
 from rehearsal.agents.agent import Limits
 from rehearsal.agents.players import SkillMix, scripted_episode
@@ -43,7 +43,6 @@ from rehearsal.training.learner import Learner
 from rehearsal.training.options import TrainingOptions
 from rehearsal.trajectory import Group
 
-MATRIX = 2048
 VARIANTS = ("shared", "packed", "padded")
 """Packed with prefixes read once, packed without, padded."""
 
@@ -159,8 +158,7 @@ def utilisation(given: argparse.Namespace, folder: Path) -> dict[str, float]:
     }
     works["product"] = lambda: torch.mm(left, right)
     seconds = interleaved(works, given.repeats, warmup=1)
-    product = 2.0 * MATRIX**3
-    figures = {"product_gflops": product / statistics.median(seconds["product"]) / 1e9}
+    figures = {"product_gflops": PRODUCT_FLOPS / statistics.median(seconds["product"]) / 1e9}
     targets = sum(len(item.targets) for item in items)
     for name in ("shared", "packed"):
         share = name == "shared"
@@ -169,7 +167,7 @@ def utilisation(given: argparse.Namespace, folder: Path) -> dict[str, float]:
         flops = training_flops(policy.model, tokens, targets, pairs)
         speeds = [flops / s for s in seconds[name]]
         figures[f"{name}_gflops"] = statistics.median(speeds) / 1e9
-        figures |= ratio(speeds, [product / s for s in seconds["product"]]).figures(
+        figures |= ratio(speeds, [PRODUCT_FLOPS / s for s in seconds["product"]]).figures(
             "utilisation" if share else "utilisation_packed"
         )
     episodes = given.groups * given.group_size

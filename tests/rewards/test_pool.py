@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "sandbox"))
 
+from pools import children_of, is_zombie
 from strange import Broken, DiesAtStart, SlowStart, Strange, Unlucky
 
 from rehearsal.errors import RewardError
@@ -133,25 +135,6 @@ def test_a_process_killed_from_outside_is_replaced() -> None:
         assert pool.restarts == 2
 
 
-def children_of(parent: int) -> list[int]:
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
-                    found.append(int(folder.name))
-            except OSError:
-                continue
-    return found
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.mark.parametrize(("completion", "kind"), [("child", "timeout"), ("orphan", "crash")])
 def test_what_a_verifier_started_ends_with_it(tmp_path: Path, completion: str, kind: str) -> None:
     with VerifierPool(Strange(), workers=1, timeout=2.0) as pool:
@@ -159,10 +142,10 @@ def test_what_a_verifier_started_ends_with_it(tmp_path: Path, completion: str, k
         assert kinds(pool.verify([completion], [Task("x", reference=str(file))])) == [kind]
         child = int(file.read_text())
         for _ in range(300):
-            if not is_alive(child):
+            if is_zombie(child):
                 break
             time.sleep(0.1)
-        assert not is_alive(child)
+        assert is_zombie(child)
 
 
 def test_what_a_verifier_started_ends_with_a_process_that_ended_itself(tmp_path: Path) -> None:
@@ -176,7 +159,7 @@ def test_what_a_verifier_started_ends_with_a_process_that_ended_itself(tmp_path:
         assert isinstance(failure, Failure)
         assert "ended with code 5" in failure.message
         assert time.monotonic() - begun < 25.0
-        assert not is_alive(int(file.read_text()))
+        assert is_zombie(int(file.read_text()))
 
 
 def test_a_pool_recovers_from_processes_that_die_as_they_start(tmp_path: Path) -> None:
@@ -305,9 +288,9 @@ def test_processes_end_when_their_parent_is_killed() -> None:
     parent.wait()
     parent.stdout.close()
     deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and any(map(is_alive, workers)):
+    while time.monotonic() < deadline and not all(map(is_zombie, workers)):
         time.sleep(0.1)
-    assert not any(map(is_alive, workers))
+    assert all(map(is_zombie, workers))
 
 
 def test_catastrophic_patterns_are_stopped() -> None:

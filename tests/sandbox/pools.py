@@ -58,16 +58,26 @@ def idle_processes(pool: InterpreterPool) -> set[int]:
 def parent_of(pid: int) -> int:
     """The parent of a process; 0 once it is gone."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return int(_stat(pid)[1])
     except OSError:
         return 0
 
 
+def children_of(parent: int) -> list[int]:
+    """The processes that one has begun itself."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and parent_of(int(name)) == parent]
+
+
 def is_zombie(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return _stat(pid)[0] == "Z"
     except OSError:
         return True
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent and so on of a process; an OSError once it is gone."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
