@@ -140,7 +140,6 @@ class _Bucket:
     key_index: Tensor
     query_positions_nq: Tensor
     key_positions_nk: Tensor
-    rows: Tensor
     biases: dict[tuple[int | None, int, torch.dtype], Tensor] = field(default_factory=dict)
 
     def bias(self, window: int | None, shared: int, dtype: torch.dtype) -> Tensor:
@@ -169,11 +168,27 @@ class PackedPlan:
         for span in spans:
             offset = span.n_keys - (span.stop - span.start)
             self.positions_T[span.start : span.stop] = np.arange(offset, span.n_keys)
-        self._buckets = [self._bucket(part, device) for part in self._split(spans)]
-        rows = np.concatenate([np.arange(span.start, span.stop) for part in self._split(spans) for span in part])
-        if len(rows) != n_tokens:
-            raise ValueError(f"the spans cover {len(rows)} of {n_tokens} packed tokens; each must be covered once")
-        self._restore_T = torch.from_numpy(np.argsort(rows, kind="stable")).to(device)
+        parts = self._split(spans)
+        self._buckets = [self._bucket(part, device) for part in parts]
+        self._n_queries = [len(bucket.query_index) for bucket in self._buckets]
+        self._n_keys = [len(bucket.key_index) for bucket in self._buckets]
+        self._query_index = torch.cat([bucket.query_index for bucket in self._buckets])
+        self._key_index = torch.cat([bucket.key_index for bucket in self._buckets])
+        self._rows_T = torch.from_numpy(self._rows(parts)).to(device)
+
+    def _rows(self, parts: list[list[Span]]) -> np.ndarray:
+        """For each token of the pack its row among the padded queries of all buckets."""
+        rows_T = np.full(self.n_tokens, -1, dtype=np.int64)
+        covered = begin = 0
+        for spans in parts:
+            width = max(span.stop - span.start for span in spans)
+            for span in spans:
+                own = span.stop - span.start
+                rows_T[span.start : span.stop] = np.arange(begin, begin + own)
+                covered, begin = covered + own, begin + width
+        if covered != self.n_tokens or (rows_T < 0).any():
+            raise ValueError(f"the spans cover {covered} of {self.n_tokens} packed tokens; each must be covered once")
+        return rows_T
 
     def _split(self, spans: Sequence[Span]) -> list[list[Span]]:
         order = sorted(spans, key=lambda span: (span.n_keys, span.stop - span.start))
@@ -199,7 +214,6 @@ class PackedPlan:
         # A padded query sees the first key (a softmax needs one); a padded key is seen by no query.
         query_positions = np.zeros((n, q), np.int64)
         key_positions = np.full((n, k), np.iinfo(np.int64).max // 2, np.int64)
-        rows = []
         for i, span in enumerate(spans):
             own = span.stop - span.start
             query_index[i, :own] = np.arange(span.start, span.stop)
@@ -207,14 +221,13 @@ class PackedPlan:
             keys = [np.arange(start, stop) for start, stop in (*span.prefix, (span.start, span.stop))]
             key_index[i, : span.n_keys] = np.concatenate(keys)
             key_positions[i, : span.n_keys] = np.arange(span.n_keys)
-            rows.append(i * q + np.arange(own))
 
         def tensor(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(device)
 
         return _Bucket(
             n, tensor(query_index.reshape(-1)), tensor(key_index.reshape(-1)), tensor(query_positions),
-            tensor(key_positions), tensor(np.concatenate(rows)),
+            tensor(key_positions),
         )  # fmt: skip
 
     def attend(
@@ -227,18 +240,17 @@ class PackedPlan:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
+        # All buckets are gathered at once: the gradient of each gathering is as long as the pack.
+        queries = query_THD.index_select(0, self._query_index).split(self._n_queries)
+        keys = key_TGD.index_select(0, self._key_index).split(self._n_keys)
+        values = value_TGD.index_select(0, self._key_index).split(self._n_keys)
         outputs = []
-        for bucket in self._buckets:
-            query, key, value = (
-                x.index_select(0, index).view(bucket.n, -1, *x.shape[1:])
-                for x, index in (
-                    (query_THD, bucket.query_index), (key_TGD, bucket.key_index), (value_TGD, bucket.key_index),
-                )
-            )  # fmt: skip
+        for bucket, *parts in zip(self._buckets, queries, keys, values, strict=True):
+            query, key, value = (part.view(bucket.n, -1, *part.shape[1:]) for part in parts)
             bias = bucket.bias(window, query.shape[2] // key.shape[2], query.dtype)
             out_nqHD = attention(query, key, value, bias, scaling, softcap)
-            outputs.append(out_nqHD.flatten(0, 1).index_select(0, bucket.rows))
-        return torch.cat(outputs).index_select(0, self._restore_T)
+            outputs.append(out_nqHD.flatten(0, 1))
+        return torch.cat(outputs).index_select(0, self._rows_T)
 
 
 def causal_lm(model: Any) -> PreTrainedModel:
