@@ -18,7 +18,7 @@ from typing import Any
 
 from rehearsal.agents.tools import ArgumentError, Tool, ToolFailure, as_tool, patience, result_text
 from rehearsal.environments.base import TextEnv
-from rehearsal.errors import EnvironmentFault, RecipeError, RehearsalError, ToolError
+from rehearsal.errors import EnvironmentFault, RecipeError, RehearsalError, SandboxError, ToolError
 from rehearsal.texts import clean_text
 from rehearsal.trajectory import ToolCall
 from rehearsal.usage import merged
@@ -196,8 +196,8 @@ class Toolbox:
             if tool.fast:
                 return self._cut(result_text(tool.run(arguments)))
             return self._cut(_in_time(lambda: result_text(tool.run(arguments)), seconds))
-        except KeyboardInterrupt:
-            raise
+        except (KeyboardInterrupt, SandboxError):
+            raise  # that there is no sandbox is no doing of the agent
         except _Late as error:
             self._busy[tool.name] = error.done
             return ToolResult(note=f"{tool.name} took longer than {seconds:g} s and was left.", error="timeout")

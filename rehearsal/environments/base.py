@@ -58,6 +58,10 @@ class TextEnv(gym.Env[str, str]):
     """Whether a step takes microseconds, never blocks and never hangs. Such an environment is stepped in line (which
     makes a run exactly repeatable); any other runs in a thread with a time limit."""
 
+    step_seconds: float = 0.0
+    """The most seconds that a step takes by time limits that the environment keeps itself, such as those of a server or
+    a verifier, whatever it waits in. The harness gives it so much more before it calls the step hung."""
+
     max_turns: int = 5
     """How many turns an agent gets when nobody says otherwise."""
     max_actions_per_turn: int = 1

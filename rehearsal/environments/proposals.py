@@ -39,6 +39,7 @@ class Proposals(TextEnv):
         self.proposals = whole_number("proposals", proposals, 1, 100)
         self.name = inner.name
         self.fast = inner.fast
+        self.step_seconds = inner.step_seconds
         self.max_turns = inner.max_turns
         self.max_actions_per_turn = inner.max_actions_per_turn
         self.rejected: str | None = None

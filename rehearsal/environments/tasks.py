@@ -76,6 +76,8 @@ class VerifiedTasks(EpisodeEnv):
 
     name = "tasks"
     fast = False
+    step_seconds = 900.0
+    """Checks keep time limits of their own, and wait for one another where many answers come at once."""
     max_turns = 1
     max_actions_per_turn = 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from rehearsal.rewards.answers import without_thought
 from rehearsal.rewards.pool import VerifierPool
 from rehearsal.rewards.registry import verifier as make_verifier
 from rehearsal.rewards.verifier import Failure, Score, Task
-from rehearsal.trajectory import Group, Trajectory
+from rehearsal.trajectory import Group, Trajectory, Turn
 
 
 def best_of_figures(groups: Sequence[Group], scores: Sequence[Sequence[float | None]]) -> dict[str, float]:
@@ -79,12 +80,20 @@ def verify_episodes(
 def told(episode: Trajectory) -> str:
     """An episode as a completion: the answer; of several turns the answers, with what was said between them.
 
-    The environment's last words are left out: many end an episode with "right" or "wrong".
+    An answer is what the environment was given of it, as a verifier reads it in training: the actions, without thought,
+    tags and the tokens that end a turn. The environment's last words are left out: many end an episode with "right" or
+    "wrong".
     """
-    if len(episode.turns) == 1:
-        return episode.turns[0].response
     parts: list[str] = []
     for number, turn in enumerate(episode.turns):
         parts += [turn.observation] if number else []
-        parts.append(without_thought(turn.response))  # a verifier takes all up to the last thought for one thought
+        parts.append(_answer(turn))
     return "\n\n".join(parts).strip()
+
+
+def _answer(turn: Turn) -> str:
+    if turn.executed:
+        return "\n".join(turn.executed)
+    if turn.calls:
+        return "\n".join(f"{call.name}({json.dumps(dict(call.arguments))})" for call in turn.calls)
+    return without_thought(turn.response)

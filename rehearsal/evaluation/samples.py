@@ -6,9 +6,11 @@ P tasks, N samples of each.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -74,14 +76,25 @@ def best_of_n(proxies: Sequence[float], values: Sequence[float], n: int) -> floa
 
 
 def majority(answers: Sequence[str]) -> str | None:
-    """The answer that most samples gave, compared without case and blanks; of equally frequent ones the first. None if
-    there is no answer."""
-    plain = [" ".join(answer.casefold().split()) for answer in answers]
+    """The answer that most samples gave, in its first spelling; of equally frequent ones the first. None if there is no
+    answer. Numbers are compared by their value, other answers without case and blanks."""
+    plain = [_ballot(answer) for answer in answers]
     counts = Counter(answer for answer in plain if answer)
     if not counts:
         return None
     most = max(counts.values())
-    return next(answer for answer in plain if counts[answer] == most)
+    return next(answer for answer, ballot in zip(answers, plain, strict=True) if counts[ballot] == most)
+
+
+_NUMBER = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d+)(\.\d+)?|[+-]?\.\d+")
+
+
+def _ballot(answer: str) -> str:
+    """What an answer votes for."""
+    plain = " ".join(answer.casefold().split())
+    if len(plain) <= 100 and _NUMBER.fullmatch(plain):
+        return str(Fraction(plain.replace(",", "")))
+    return plain
 
 
 def sample_figures(groups: Sequence[Group]) -> dict[str, float]:
@@ -185,5 +198,4 @@ def _actions(trajectory: Trajectory) -> list[str]:
 def _majority_is_right(episodes: Sequence[Trajectory]) -> float:
     votes = [(answer, one) for one in episodes for answer in _actions(one)]
     chosen = majority([answer for answer, _ in votes])
-    return float(next((bool(one.success) for answer, one in votes if " ".join(answer.casefold().split()) == chosen),
-                      False))  # fmt: skip
+    return float(next((bool(one.success) for answer, one in votes if answer == chosen), False))

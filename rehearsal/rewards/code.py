@@ -33,6 +33,7 @@ import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -83,6 +84,8 @@ class CodeVerifier:
 
     Args:
         limits: of a candidate: ``seconds`` for all assertions of a task together, or for each input of a program.
+        together: seconds for all inputs of a program together; those that it does not come to count as failed. Three
+            times ``limits.seconds`` if None.
         isolation: the level of the sandbox, or its name; the strongest one there is if None.
         partial: the value is the share of tests that pass. Otherwise it is 1 if all do, and else 0; inputs behind the
             first one that fails are then not run, so the score has no part ``tests``, the share that passed.
@@ -103,13 +106,16 @@ class CodeVerifier:
     runs_in = "thread"
 
     def __init__(
-        self, *, limits: Limits | None = None, isolation: Isolation | str | None = None, partial: bool = False,
+        self, *, limits: Limits | None = None, together: float | None = None, isolation: Isolation | str | None = None, partial: bool = False,
         concurrent: int = 4, packages: Sequence[str | PathLike[str]] = (), python: str | None = None,
         programs: ProgramRunner | None = None, url: str | None = None, api_key_env: str | None = None,
     ) -> None:  # fmt: skip
         if (url is None and api_key_env is not None) or (url is not None and programs is not None):
             raise RewardError("The url names the service that runs programs: a key needs one, and other programs none.")
         self.limits = limits or Limits()
+        self.together = 3 * self.limits.seconds if together is None else float(together)
+        if not 0 < self.together < float("inf"):
+            raise RewardError(f"together, the seconds for all inputs of a program, must be above 0, not {together}.")
         self.partial = partial
         self._service = None if url is None else RemoteSandbox(url, headers=_with_key(api_key_env))
         self._programs = programs or self._service
@@ -280,8 +286,14 @@ class CodeVerifier:
     def _program(self, code: str, pairs: Sequence[tuple[str, str]]) -> Score:
         passed, failure = 0, ""
         runner = self._programs or self._sandbox()
+        # Code that hangs on every input would otherwise hold up all the checks behind it.
+        deadline = time.monotonic() + self.together
         for number, (given, wanted) in enumerate(pairs, 1):
-            result = _there(runner.run_program(code, stdin=given, limits=self.limits))
+            seconds = min(self.limits.seconds, deadline - time.monotonic())
+            if seconds <= 0:
+                over = f"The {self.together:g} seconds for all inputs were over after {number - 1} of {len(pairs)}."
+                return self._score(passed, len(pairs), f"{over} {failure}".rstrip())
+            result = _there(runner.run_program(code, stdin=given, limits=replace(self.limits, seconds=seconds)))
             said = _complaint(result.outcome, result.stderr) or _difference(result.stdout, wanted)
             if not said:
                 passed += 1

@@ -99,6 +99,7 @@ def pair_judge(question: str = "Which response does the task better?", **client:
 def code_tests(
     partial: bool = False, isolation: str | None = None, seconds: float = 10.0, memory_mib: int = 512,
     concurrent: int = 4, packages: Sequence[str] = (), url: str | None = None, api_key_env: str | None = None,
+    together: float | None = None,
 ) -> Verifier:  # fmt: skip
     """A :class:`rehearsal.rewards.code.CodeVerifier`, from options of plain values."""
     from rehearsal.rewards.code import CodeVerifier
@@ -107,7 +108,7 @@ def code_tests(
     limits = Limits(seconds=seconds, memory_bytes=memory_mib << 20)
     return CodeVerifier(
         limits=limits, isolation=isolation, partial=partial, concurrent=concurrent, packages=packages, url=url,
-        api_key_env=api_key_env,
+        api_key_env=api_key_env, together=together,
     )  # fmt: skip
 
 

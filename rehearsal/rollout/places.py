@@ -16,7 +16,11 @@ T = TypeVar("T")
 
 
 class HungError(Exception):
-    """The environment did not answer in time."""
+    """The environment did not answer in time, which was so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"no answer in {seconds:g} s")
+        self.seconds = seconds
 
 
 class CarriedError(Exception):
@@ -78,7 +82,7 @@ class _EnvironmentThread:
         except TimeoutError as error:
             if future.done() and not future.cancelled():
                 raise  # the environment itself raised it
-            raise HungError from error
+            raise HungError(timeout) from error
 
     def stop(self) -> None:
         """Close the environment once its present call, if there is one, has returned."""

@@ -87,7 +87,8 @@ class Rollout:
         sampling: the distribution of the answers; its ``max_tokens`` and stop tokens are set here.
         seed: part of the sampling noise.
         workers: how many environments that are not fast may be stepped at the same time.
-        step_timeout: seconds that a reset or the actions of one turn may take, for environments that are not fast.
+        step_timeout: seconds that a reset or the actions of one turn may take, for environments that are not fast,
+            beyond what they say themselves (``step_seconds``).
         keep_ending: whether the environment's last words, which no answer follows, are among an episode's tokens; a
             world model learns from them.
         toolkit: the tools that agents have beside those of their environment; closed with the rollout.
@@ -331,6 +332,7 @@ class Rollout:
                 # Calls have time limits of their own, and the agent is told which of them took too long.
                 extra = agent.toolbox.seconds_for(turn.calls) if agent.toolbox is not None else 0.0
                 extra += self.feedback.seconds if self.feedback is not None else 0.0
+                extra += place.env.step_seconds
                 try:
                     result = await self._call(place, act, stepping, self.step_timeout + extra)
                 except Exception as error:
@@ -399,7 +401,7 @@ class Rollout:
             error = error.raised
         if isinstance(error, HungError):
             episode.trajectory.stop_reason = StopReason.TIMEOUT
-            episode.trajectory.error = f"{where} took longer than {self.step_timeout:g} s."
+            episode.trajectory.error = f"{where} took longer than {error.seconds:g} s."
             return
         episode.trajectory.stop_reason = StopReason.ERROR
         if isinstance(error, RehearsalError):

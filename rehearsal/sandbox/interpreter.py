@@ -66,7 +66,7 @@ class Interpreter:
     ) -> CallResult:  # fmt: skip
         """Call a function that an earlier call defined. ``value`` of the result is what it says in plain data.
 
-        It is a dictionary: with ``result`` and ``arguments`` (the positional ones as the function left them), or with
+        It is a dictionary: with ``result`` and ``arguments`` (the positional ones, then the named ones, as the function left them), or with
         ``raised``, ``said`` and ``error`` (class, message and traceback of an exception), or with ``unusable`` (why the
         result is no plain data); None if the call did not come to its end.
 

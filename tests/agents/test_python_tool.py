@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 
@@ -11,7 +12,7 @@ from rehearsal.agents.toolbox import Toolbox, Toolkit
 from rehearsal.agents.toolkit import make_source
 from rehearsal.agents.toolkit.python import Python
 from rehearsal.environments import make
-from rehearsal.errors import RehearsalError
+from rehearsal.errors import RehearsalError, SandboxError
 from rehearsal.sandbox import available
 from rehearsal.trajectory import ToolCall
 
@@ -73,6 +74,17 @@ def test_places_come_back(source: Python) -> None:
     assert call(idle[0], "1")[0] == "1"
     for box in idle:
         box.close()
+
+
+def test_that_there_is_no_place_is_no_failure_of_the_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rehearsal.agents.toolkit.python._GRACE", 0.2)
+    with contextlib.closing(make_source("python", {"seconds": 2.0, "memory_mib": 128, "interpreters": 1})) as small:
+        first, second = Toolbox(small.open()), Toolbox(small.open())
+        call(first, "1")
+        with pytest.raises(SandboxError, match="interpreters"):
+            call(second, "1")
+        first.close()
+        second.close()
 
 
 def test_a_closed_episode_calls_nothing(source: Python) -> None:

@@ -16,7 +16,7 @@ from rehearsal.evaluation.held_out import evaluation_figures
 from rehearsal.evaluation.statistics import wilson_interval
 from rehearsal.rewards import registry
 from rehearsal.rewards.verifier import Score, Task, VerificationError
-from rehearsal.trajectory import Group, Segment, StopReason, Trajectory, Turn
+from rehearsal.trajectory import Group, Segment, StopReason, ToolCall, Trajectory, Turn
 
 NAN = math.nan
 
@@ -129,6 +129,15 @@ def test_an_episode_of_several_turns_is_read_whole() -> None:
     one.turns = [Turn("a", response="<think>hm</think>b"), Turn("c", response="<think>hm</think>d")]
     one.final_observation = "e"
     assert told(one) == "b\n\nc\n\nd", "not what was said last, which may be the verdict"
+
+
+def test_a_verifier_reads_what_the_environment_was_given() -> None:
+    one = episode(True)
+    one.turns = [
+        Turn("q", response="<think>hm</think><tool_call>...</tool_call><|im_end|>", calls=[ToolCall("find", {"a": 1})]),
+        Turn("found", response="<think>hm</think><answer>4</answer><|im_end|>", executed=["4"]),
+    ]
+    assert told(one) == 'find({"a": 1})\n\nfound\n\n4'
 
 
 def test_a_verifier_that_looks_for_the_verdict_picks_at_random() -> None:

@@ -69,7 +69,8 @@ def test_numbers_that_do_not_go_together(n: int, c: int, k: int) -> None:
 
 
 def test_majorities() -> None:
-    assert majority(["b", "A", " a ", "B", "a"]) == "a"
+    assert majority(["b", "A", " a ", "B", "a"]) == "A", "in its first spelling"
+    assert majority(["7", "1,000", "7", "1000", "1000.0"]) == "1,000", "numbers are compared by value"
     assert majority(["b", "a"]) == "b", "the first of equally frequent ones"
     assert majority(["", " "]) is majority([]) is None
 

@@ -188,6 +188,36 @@ def test_arguments_that_are_changed_are_seen(verifier: CodeVerifier) -> None:
     assert not verifier.verify("    a = sorted(a)\n", task).passed
 
 
+def test_named_arguments_that_are_changed_are_seen(verifier: CodeVerifier) -> None:
+    tests = "def check(candidate):\n    a = [3, 1]\n    candidate(values=a)\n    assert a == [1, 3]\n"
+    task = Task("def arrange(values):\n    \n", tests, {"entry_point": "arrange"})
+    assert verifier.verify("    values.sort()\n", task).passed
+    assert not verifier.verify("    return sorted(values)\n", task).passed
+
+
+@pytest.mark.parametrize(
+    ("body", "answer"),
+    [
+        ("for a, b in zip(candidate([1, 2]), [1, 2]):\n        assert a == b", "[]"),
+        ("r = candidate([])\n    if r:\n        assert r == 3", "0"),
+        ("r = candidate([])\n    if r is None:\n        return\n    assert r == 3", "None"),
+    ],
+)
+def test_an_answer_that_no_assertion_looks_at_does_not_pass(verifier: CodeVerifier, body: str, answer: str) -> None:
+    """The like of ``all([])``, which is true: nothing was compared."""
+    task = Task("def f(x):\n    \n", f"def check(candidate):\n    {body}\n", {"entry_point": "f"})
+    score = verifier.verify(f"    return {answer}\n", task)
+    assert (score.value, score.passed) == (0.0, False)
+    assert "no assertion was reached" in score.evidence
+
+
+def test_tests_with_a_way_of_their_own_to_fail(verifier: CodeVerifier) -> None:
+    tests = "def check(candidate):\n    if candidate(2) != 4:\n        raise ValueError('no')\n"
+    task = Task("def twice(x):\n    \n", tests, {"entry_point": "twice"})
+    assert verifier.verify("    return 2 * x\n", task).passed
+    assert not verifier.verify("    return x\n", task).passed
+
+
 def test_expected_exceptions(verifier: CodeVerifier) -> None:
     tests = ("def check(candidate):\n    try:\n        candidate(-1)\n        assert False, 'no error'\n"
              "    except ValueError as error:\n        assert 'negative' in str(error)\n")  # fmt: skip
@@ -353,6 +383,19 @@ def test_programs(verifier: CodeVerifier, code: str, passes: bool) -> None:
     score = verifier.verify(f"```python\n{code}\n```", Task("Double it.", PAIRS))
     assert score.passed is passes, score
     assert ("First failing: input" in score.evidence) is not passes
+
+
+def test_all_inputs_together_have_a_time_limit() -> None:
+    """Code that hangs on every input must not take the limit of each: the checks behind it wait."""
+    task = Task("Print the number.", [(str(n), str(n)) for n in range(20)])
+    limits = Limits(seconds=1.0, memory_bytes=128 << 20)
+    with CodeVerifier(limits=limits, partial=True, together=1.5) as verifier:
+        score = verifier.verify("```python\nn = int(input())\nwhile n: pass\nprint(n)\n```", task)
+        assert (score.passed, score.parts) == (False, {"tests": 1 / 20})
+        assert "The 1.5 seconds for all inputs were over after" in score.evidence
+        assert verifier.verify("```python\nprint(input())\n```", Task(task.prompt, task.reference[:2])).passed
+    with pytest.raises(RehearsalError, match="together"):
+        CodeVerifier(together=0.0)
 
 
 def test_a_prefix_of_the_output_does_not_pass(verifier: CodeVerifier) -> None:

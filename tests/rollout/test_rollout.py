@@ -525,6 +525,19 @@ def test_a_hanging_environment_costs_its_own_episodes(play: Callable[..., Rollou
     assert not any(trajectory.failed for trajectory in all_trajectories(rollout.play(tasks(5)[3:], 3)))
 
 
+def test_an_environment_may_say_how_long_its_steps_take(play: Callable[..., Rollout]) -> None:
+    """One that keeps time limits itself, such as those of a verifier, is not hung as long as they last."""
+    make_env = lambda: Walk(on_step=only(0, lambda env: time.sleep(0.5)), fast=False)  # noqa: E731
+
+    def patient() -> Walk:
+        env = make_env()
+        env.step_seconds = 60.0
+        return env
+
+    assert play(make_env, step_timeout=0.1).play(tasks(1), 1)[0].trajectories[0].failed
+    assert not play(patient, step_timeout=0.1).play(tasks(1), 1)[0].trajectories[0].failed
+
+
 def test_a_hung_environment_is_closed_if_it_ever_comes_back(play: Callable[..., Rollout]) -> None:
     release, made = threading.Event(), []
 

@@ -104,7 +104,7 @@ def test_a_function_is_called_with_plain_values(pool: InterpreterPool) -> None:
     with pool.interpreter() as it:
         it.run("def add(a, b=1):\n    a.append(b)\n    return {'sum': sum(a), 'pair': (a, {b})}")
         said = it.call("add", [[1, 2]], {"b": 3})
-        assert said.value == {"result": {"sum": 6, "pair": ([1, 2, 3], {3})}, "arguments": [[1, 2, 3]]}
+        assert said.value == {"result": {"sum": 6, "pair": ([1, 2, 3], {3})}, "arguments": [[1, 2, 3], 3]}
         it.run("def fail(): raise ValueError('no')\ndef strange(): return object()")
         it.run("class Always:\n    def __eq__(self, other): return True")
         it.run("class Liar(int):\n    def __eq__(self, other): return True")

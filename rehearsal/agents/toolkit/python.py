@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from rehearsal.agents.toolbox import ToolSource
 from rehearsal.agents.tools import Tool, ToolFailure, tool_from
+from rehearsal.errors import SandboxError
 from rehearsal.sandbox import CallResult, Interpreter, InterpreterPool, Limits
 
 _GRACE = 10.0
@@ -72,11 +73,20 @@ class _Episode:
             if self._closed:
                 raise ToolFailure("the episode is over")
             if self._interpreter is None:
-                self._interpreter = self._pool.take(timeout=_GRACE)
+                self._interpreter = self._taken()
             result = self._interpreter.run(code)
         if result.error:
             raise ToolFailure(_told(result))
         return _told(result)
+
+    def _taken(self) -> Interpreter:
+        try:
+            return self._pool.take(timeout=_GRACE)
+        except SandboxError as error:
+            raise SandboxError(
+                f"{error} There are as many as the option interpreters of the tool python says, and each episode that "
+                "has called it holds one to its end."
+            ) from error
 
     def close(self) -> None:
         # A call that was left behind holds the lock until the sandbox ends it, and nobody may wait for that here.

@@ -139,7 +139,7 @@ def _call(request: Message, main: types.ModuleType) -> Any:
     positional, named = plain.decode(request["arguments"])
     try:
         result = function(*positional, **named)
-        answer = {"result": plain.encode(result), "arguments": plain.encode(positional)}
+        answer = {"result": plain.encode(result), "arguments": plain.encode([*positional, *named.values()])}
         if len(pack(answer)) > _LARGEST_VALUE:
             raise plain.PlainError(f"a value of more than {_LARGEST_VALUE} bytes")
         return answer
