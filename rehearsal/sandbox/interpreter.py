@@ -66,9 +66,9 @@ class Interpreter:
     ) -> CallResult:  # fmt: skip
         """Call a function that an earlier call defined. ``value`` of the result is what it says in plain data.
 
-        It is a dictionary: with ``result`` and ``arguments`` (the positional ones, then the named ones, as the function left them), or with
-        ``raised``, ``said`` and ``error`` (class, message and traceback of an exception), or with ``unusable`` (why the
-        result is no plain data); None if the call did not come to its end.
+        It is a dictionary: with ``result`` and ``arguments`` (the positional ones, then the named ones, as the function
+        left them), or with ``raised``, ``said`` and ``error`` (class, message and traceback of an exception), or with
+        ``unusable`` (why the result is no plain data); None if the call did not come to its end.
 
         Raises:
             SandboxError: if an argument is no plain data, or the interpreter was closed.
