@@ -107,7 +107,8 @@ class CodeVerifier:
 
     def __init__(
         self, *, limits: Limits | None = None, together: float | None = None,
-        isolation: Isolation | str | None = None, partial: bool = False, concurrent: int = 4, packages: Sequence[str | PathLike[str]] = (), python: str | None = None,
+        isolation: Isolation | str | None = None, partial: bool = False, concurrent: int = 4,
+        packages: Sequence[str | PathLike[str]] = (), python: str | None = None,
         programs: ProgramRunner | None = None, url: str | None = None, api_key_env: str | None = None,
     ) -> None:  # fmt: skip
         if (url is None and api_key_env is not None) or (url is not None and programs is not None):
