@@ -216,6 +216,11 @@ def test_overwriting(run: Run, tmp_path: Path) -> None:
     assert run(*words)[0] == 0
     assert "already holds a finished run" in mistake(run(*words))
     assert run(*words, "--overwrite")[0] == 0
+    # What is wrong with the new run costs the old one nothing.
+    assert "typo" in mistake(run(*words, "--overwrite", "--model.path", "./typo"))
+    assert "no environment" in mistake(run(*words, "--overwrite", "--environment.name", "frozenpond"))
+    assert (tmp_path / "one" / "metrics.jsonl").is_file()
+    assert "name its folder" in mistake(run("train", "small.toml", "--overwrite"))
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "me.jpg").write_bytes(b"x")
     assert "is not a run folder" in mistake(run("train", "small.toml", "--output", "photos", "--overwrite"))
@@ -432,6 +437,19 @@ def test_a_run_that_has_nothing_to_evaluate_yet(run: Run, tmp_path: Path) -> Non
     with RunFolder.create(tmp_path / "young", "", "x"):
         pass
     assert "has neither a policy nor a checkpoint yet" in mistake(run("eval", tmp_path / "young"))
+
+
+def test_figures_that_cannot_be_written_are_told_of_first(run: Run, taught_folder: Path, tmp_path: Path) -> None:
+    for command in ("eval", "probe"):
+        words = (command, taught_folder, "--recipe", "small.toml", "--json")
+        assert "There is no folder" in mistake(run(*words, tmp_path / "missing" / "x.json"))
+        assert "is a folder" in mistake(run(*words, tmp_path))
+
+
+def test_playing_what_raises(run: Run) -> None:
+    assert "seed is a whole number" in mistake(run("play", "frozenlake", "--seed", "-1"))
+    said = mistake(run("play", "test-temper", "--how", "raise"))
+    assert "Temper.reset raised ConnectionError: the simulator is gone" in said
 
 
 def test_ctrl_c(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rehearsal.errors import RecipeError
+from rehearsal.training.storage import storage_errors
 
 
 def eval_command(options: argparse.Namespace) -> int:
@@ -18,6 +21,7 @@ def eval_command(options: argparse.Namespace) -> int:
 
     if options.page is not None:
         check_page(options.page)
+    _check_json(options.json)
     figures = _mint(options) if options.protocol == "mint" else _plain_evaluation(options)
     console = Console()
     for part in evaluation_parts(figures, options.against or ""):
@@ -34,13 +38,28 @@ def eval_command(options: argparse.Namespace) -> int:
         console.print(
             f"The {options.split} split has {tasks:,} tasks; each was played, instead of {options.episodes:,}."
         )
-    if options.json is not None:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    _write_json(options.json, figures)
     if options.page is not None:
         about = {"policy": options.policy, "recipe": options.recipe, "split": options.split, "against": options.against,
                  "command": options.command_line}  # fmt: skip
         write_evaluation_page(options.page, figures, {name: str(value) for name, value in about.items() if value})
     return 0
+
+
+def _check_json(file: Path | None) -> None:
+    """A file that cannot be written is told of before anything is played."""
+    if file is None:
+        return
+    if file.is_dir():
+        raise RecipeError(f"{file} is a folder; --json names a file.")
+    if not file.parent.is_dir():
+        raise RecipeError(f"There is no folder {file.parent} to write {file.name} to; make it, or name another --json.")
+
+
+def _write_json(file: Path | None, figures: Mapping[str, float]) -> None:
+    if file is not None:
+        with storage_errors(file):
+            file.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def _plain_evaluation(options: argparse.Namespace) -> dict[str, float]:
@@ -90,12 +109,12 @@ def probe_command(options: argparse.Namespace) -> int:
     from rehearsal.display import probe_tables
     from rehearsal.evaluation.probe import probe_policy
 
+    _check_json(options.json)
     figures = probe_policy(
         options.policy, recipe=options.recipe, overrides=options.dotted, split=options.split, count=options.episodes
     )
     console = Console()
     for table in probe_tables(figures):
         console.print(table, highlight=False)
-    if options.json is not None:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    _write_json(options.json, figures)
     return 0

@@ -61,8 +61,8 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, set[str]]]:
     evaluate = command("eval", "Play held-out tasks with a policy.", eval_command, dotted=True)
     evaluate.add_argument("policy", help="a run folder, a Hugging Face folder, or base")
     evaluate.add_argument("--recipe", help="where environment and limits come from; a run folder brings its own")
-    evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"))
-    evaluate.add_argument("--episodes", type=int, default=256)
+    evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"), help="of the tasks")
+    evaluate.add_argument("--episodes", type=int, default=256, help="tasks to play; 256 if left out")
     evaluate.add_argument("--temperature", type=float, help="1 if left out, 0 with --protocol mint")
     evaluate.add_argument("--samples", type=int, default=1, help="episodes of each task, for pass@k")
     evaluate.add_argument("--against", help="another policy, compared on the same tasks")
@@ -88,17 +88,19 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, set[str]]]:
     probe = command("probe", "Say what a policy knows of its world.", probe_command, dotted=True)
     probe.add_argument("policy", help="a run folder, a Hugging Face folder, or base")
     probe.add_argument("--recipe", help="where environment and limits come from; a run folder brings its own")
-    probe.add_argument("--split", default="validation", choices=("train", "validation", "test"))
+    probe.add_argument(
+        "--split", default="validation", choices=("train", "validation", "test"), help="of the tasks that are played"
+    )
     probe.add_argument("--episodes", type=int, default=200, help="that gaps are made in")
     probe.add_argument("--json", type=Path, help="write the figures here")
 
     play = command("play", "Play an environment yourself.", play_command, dotted=True)
     play.add_argument("environment", help="a built-in name or package.module:Class")
-    play.add_argument("--seed", type=int)
-    play.add_argument("--split", default="train", choices=("train", "validation", "test"))
+    play.add_argument("--seed", type=int, help="of the task; another one each time if left out")
+    play.add_argument("--split", default="train", choices=("train", "validation", "test"), help="of the task")
 
     export = command("export", "Write the policy of a run's checkpoint as a Hugging Face folder.", export_command)
-    export.add_argument("run_folder", metavar="RUN", type=Path)
+    export.add_argument("run_folder", metavar="RUN", type=Path, help="a run folder")
     export.add_argument("folder", metavar="FOLDER", type=Path, help="to write; must not exist yet")
     export.add_argument("--step", type=int, help="of the checkpoint; the newest if left out")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
@@ -33,6 +31,8 @@ def train_command(options: argparse.Namespace) -> int:
             f"--resume goes on with the recipe that is stored in {output}; leave {options.recipe} out, and give only "
             "options that change, such as --training.steps 120."
         )
+    if options.overwrite and options.output is None:
+        raise RecipeError("--overwrite deletes an earlier run in --output: name its folder.")
     recipe = resumed_recipe(output, None, options.dotted) if resume else resolve_recipe(options.recipe, options.dotted)
     if options.dry_run:
         from rehearsal.training.plan import describe_plan
@@ -40,28 +40,17 @@ def train_command(options: argparse.Namespace) -> int:
         console.print(recipe.to_toml(), highlight=False, markup=False)
         console.print(describe_plan(recipe), highlight=False, markup=False)
         return 0
-    if options.overwrite and output is not None and not resume:
-        _remove_run(output)
     observer = TerminalObserver(console)
     try:
-        result = train(recipe, output=output, resume=resume, observer=observer, command=options.command_line)
+        result = train(
+            recipe, output=output, resume=resume, overwrite=options.overwrite, observer=observer,
+            command=options.command_line,
+        )  # fmt: skip
     finally:
         observer.close()
     report = write_report(result.path)
     console.print(closing_line(result.summary, report), highlight=False, markup=False, soft_wrap=True)
     return 0
-
-
-def _remove_run(path: Path) -> None:
-    if not path.is_dir():
-        return  # what else may be there is told when the run begins
-    if not (path / "run.json").is_file() and any(path.iterdir()):
-        raise RecipeError(f"{path} is not a run folder, so --overwrite does not delete it; choose another --output.")
-    from rehearsal.training.runs import RunFolder
-
-    if (path / "run.json").is_file() and RunFolder.open(path).in_use:
-        raise RecipeError(f"Another process writes to {path}; stop it first, or choose another --output.")
-    shutil.rmtree(path)
 
 
 def _list_options(console: Console) -> None:

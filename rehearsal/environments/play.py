@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TextIO
+from functools import partial
+from typing import TextIO, TypeVar
 
 from rich.align import Align
 from rich.console import Console, Group, RenderableType
@@ -12,6 +13,9 @@ from rich.panel import Panel
 from rich.text import Text
 
 from rehearsal.environments.base import TextEnv
+from rehearsal.errors import EnvironmentFault, RecipeError, RehearsalError
+
+T = TypeVar("T")
 
 _STYLES: dict[str, dict[str, str]] = {
     "frozenlake": {
@@ -93,9 +97,15 @@ def play(
 
     Returns:
         The score of the game.
+
+    Raises:
+        RecipeError: for a seed below 0.
+        EnvironmentFault: if the environment raises something.
     """
     console = output if isinstance(output, Console) else Console(file=output)
-    observation, info = env.reset(seed=seed, options={"split": split})
+    if seed is not None and seed < 0:
+        raise RecipeError(f"A seed is a whole number from 0 on, not {seed}.")
+    observation, info = _contained(env, "reset", lambda: env.reset(seed=seed, options={"split": split}))
     console.print(Panel(Text(env.instructions), title=env.name, border_style="cyan", expand=False))
     reward_sum, steps = 0.0, 0
     note = ""
@@ -118,7 +128,7 @@ def play(
         if action is None:
             note = f"{typed.strip()!r} is not an action here"
             continue
-        observation, reward, terminated, truncated, info = env.step(action)
+        observation, reward, terminated, truncated, info = _contained(env, "step", partial(env.step, action))
         reward_sum += reward
         steps += 1
         note = f"{action}: reward {reward:+g}" + (", nothing changed" if info.get("effective") is False else "")
@@ -131,6 +141,17 @@ def play(
             limit = " The steps are used up." if truncated and not terminated else ""
             console.print(f"{words}{limit} {steps} {'step' if steps == 1 else 'steps'}, reward {reward_sum:g}.")
             return PlayResult(reward_sum, steps, success, finished=True)
+
+
+def _contained(env: TextEnv, method: str, call: Callable[[], T]) -> T:
+    """What somebody else's code raises is told in a sentence."""
+    try:
+        return call()
+    except RehearsalError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        raise EnvironmentFault(f"{type(env).__name__}.{method} raised {type(error).__name__}: {said}") from error
 
 
 def _board(name: str, observation: str, steps: int, reward_sum: float, note: str) -> RenderableType:

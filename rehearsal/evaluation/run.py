@@ -217,10 +217,12 @@ def load_for_evaluation(
         recipe = folder / "recipe.toml"
     recipe = resolve_recipe(recipe, overrides)
     trained = folder / "policy"
-    # The policy folder is written when a run ends; one that was stopped and resumed since has newer checkpoints.
     run = RunFolder.open(folder) if is_run else None
-    ended = run is not None and trained.is_dir() and run.info.status != "running"
-    unfinished = standing_checkpoints(run) if run is not None and not ended else []
+    # The policy folder is written when a run ends; one that was resumed since, and failed, has newer checkpoints.
+    written = run is not None and trained.is_dir() and run.info.status != "running"
+    stale = run is not None and run.info.policy_step == -1
+    unfinished = standing_checkpoints(run) if run is not None and (stale or not written) else []
+    ended = written and not unfinished
     if is_run and not ended and not unfinished:
         raise ModelError(f"{folder} has neither a policy nor a checkpoint yet; let the run get on first.")
     if unfinished:

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,12 +33,33 @@ from rehearsal.trajectory import SampleStop
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device now; 2 GiB where the system does not tell."""
+    """Bytes that a program can have on a device now, within the limit of its container; 2 GiB where the system does not
+    tell."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    with contextlib.suppress(ValueError, OSError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 2 << 30
+    free = []
+    with contextlib.suppress(ValueError, OSError, KeyError):
+        # What holds cached files counts: the system gives it back when it is asked for.
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free.append(int(lines["MemAvailable"].split()[0]) << 10)
+    for most, used, cached in _CONTAINER:
+        with contextlib.suppress(ValueError, OSError, KeyError):
+            cache = dict(line.split() for line in Path(cached[0]).read_text().splitlines())[cached[1]]
+            free.append(int(Path(most).read_text()) - int(Path(used).read_text()) + int(cache))
+    if not free:
+        with contextlib.suppress(ValueError, OSError):
+            free.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return max(0, min(free, default=2 << 30))
+
+
+_CONTAINER = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", ("/sys/fs/cgroup/memory.stat", "inactive_file")),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ("/sys/fs/cgroup/memory/memory.stat", "total_inactive_file"),
+    ),
+)  # fmt: skip
+"""Files with the limit of a container, with what it uses, and with how much of that are cached files."""
 
 
 class LocalEngine:

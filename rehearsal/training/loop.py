@@ -48,6 +48,7 @@ from rehearsal.training.playing import (
     policy_of,
     processes_for,
     with_adapters,
+    with_memory,
 )
 from rehearsal.training.recipe import Recipe
 from rehearsal.training.replay import Memory
@@ -89,6 +90,8 @@ class Trainer:
             self.policy = policy_of(recipe)
         elif not adapter_names(self.policy.model):
             self.policy = replace(self.policy, model=with_adapters(self.policy.model, recipe))
+        # The number of places bears on rounding: a run that is resumed must not have another one by chance.
+        recipe = self.recipe = with_memory(recipe, self.policy)
         self.tasks = TaskSource(recipe)
         self.rollout = make_rollout(recipe, self.policy)
         self.processes = processes_for(recipe, self.policy)
@@ -376,6 +379,8 @@ class Trainer:
             with storage_errors(where), tensor_errors():
                 save_policy(self.policy.model, self.policy.tokenizer, where)
                 save_adapters(self.policy.model, self.folder.path / "adapters")
+            back = self.folder.info.went_back_to
+            self.folder.note_policy(self.steps_done if back is None else back)
             self.folder.write_summary(summary)
             self.folder.set_status("finished" if done else "stopped")
         for tracker in self.trackers:

@@ -159,6 +159,14 @@ def _check_unlocked(recipe: Recipe) -> None:
     check_names("tool (in tools.names or of the environment, for a stage to unlock) called", sorted(wanted), there)
 
 
+def with_memory(recipe: Recipe, policy: Policy) -> Recipe:
+    """The recipe with the memory for keys and values that its engine has, where it leaves that to what is free now."""
+    if recipe.engine.memory_gib is not None:
+        return recipe
+    memory = max(0.001, round(free_memory(policy.device) / 4 / 2**30, 3))
+    return recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"memory_gib": memory})})
+
+
 def make_engine(recipe: Recipe, model: Any) -> LocalEngine:
     """The local engine of a recipe."""
     memory = recipe.engine.memory_gib

@@ -54,6 +54,11 @@ def resumed_recipe(
                 f"{_shown(stored, name)}): that would be another run; leave the option out, or begin a new run, with "
                 f"--model.path {Path(run) / 'policy'} if it is to start from what this one has learnt."
             )
+    if wanted.engine.memory_gib is None:
+        # The number of places bears on rounding: it stays what it was.
+        wanted = wanted.model_copy(update={"engine": wanted.engine.model_copy(
+            update={"memory_gib": stored.engine.memory_gib}
+        )})  # fmt: skip
     return wanted
 
 

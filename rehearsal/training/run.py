@@ -19,7 +19,7 @@ from rehearsal.training.loop import Trainer
 from rehearsal.training.observer import Observer, SilentObserver
 from rehearsal.training.recipe import Recipe, resolve_recipe
 from rehearsal.training.resuming import resumed_recipe
-from rehearsal.training.runs import RunFolder
+from rehearsal.training.runs import RunFolder, check_replaceable, remove_run
 
 
 @contextlib.contextmanager
@@ -71,7 +71,7 @@ class TrainResult:
 
 def train(
     recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, output: str | Path | None = None,
-    resume: bool = False, observer: Observer | None = None, policy: Policy | None = None,
+    resume: bool = False, overwrite: bool = False, observer: Observer | None = None, policy: Policy | None = None,
     overrides: Mapping[str, Any] | Sequence[str] = (), command: str | Sequence[str] = "rehearsal.train(...)",
 ) -> TrainResult:  # fmt: skip
     """Train a policy in an environment and write a run folder.
@@ -82,6 +82,7 @@ def train(
         resume: go on with the run in ``output``, with the recipe that is stored there. ``recipe`` and ``overrides`` may
             change how long, how fast and where it goes on, and nothing that would make another run of it, see
             :mod:`rehearsal.training.resuming`.
+        overwrite: delete an earlier run in ``output``, as soon as the new one is known to begin.
         observer: who watches; nobody if None.
         policy: a policy that is loaded already, instead of ``model.path``.
         overrides: options by dotted name.
@@ -90,6 +91,8 @@ def train(
     Raises:
         RehearsalError: with one sentence, for whatever the user can mend.
     """
+    if resume and overwrite:
+        raise CheckpointError("A run that goes on is not deleted first: leave out overwrite, or resume.")
     if resume and output is None:
         raise CheckpointError("To resume, say which run: output must name its folder.")
     if resume and output is not None:
@@ -97,18 +100,22 @@ def train(
     else:
         recipe = resolve_recipe(recipe, overrides)
     path = Path(output) if output is not None else free_folder(Path("runs"), recipe.name)
+    if overwrite:
+        check_replaceable(path)
     # Everything that can be wrong with model, environment and algorithm shows before a folder is made.
     trainer = Trainer(recipe, observer=observer or SilentObserver(), policy=policy)
     assert trainer.policy is not None
-    device = describe_device(trainer.policy.device)
-    folder = RunFolder.hold(path) if resume else RunFolder.create(path, recipe.to_toml(), command, device=device)
+    device, told = describe_device(trainer.policy.device), trainer.recipe.to_toml()
+    if overwrite:
+        remove_run(path)
+    folder = RunFolder.hold(path) if resume else RunFolder.create(path, told, command, device=device)
     with folder, stop_on_signals(trainer), contextlib.closing(trainer):
         trainer.folder = folder
         if resume:
             # What is wrong with a checkpoint shows before anything is written: a run that cannot be resumed stays as
             # it was.
             trainer.load_newest()
-            folder.take_up(command, recipe_text=recipe.to_toml(), device=device)
+            folder.take_up(command, recipe_text=told, device=device)
             trainer.restore()
         summary = trainer.run()
     return TrainResult(path, summary, trainer.policy)

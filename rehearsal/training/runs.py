@@ -25,6 +25,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,6 +67,8 @@ class RunInfo:
         warnings: sentences about what went wrong on the way without ending the run.
         went_back_to: the step of the checkpoint whose weights the policy has since a verdict, or None. A run that is
             resumed goes on from there.
+        policy_step: the step whose weights are in ``policy/``; -1 from the moment that the run is taken up again until
+            they are written anew, and None where there are none.
         resumed: when the run was taken up again, oldest first.
     """
 
@@ -82,6 +85,7 @@ class RunInfo:
     error: str = ""
     warnings: list[str] = field(default_factory=list)
     went_back_to: int | None = None
+    policy_step: int | None = None
     resumed: list[str] = field(default_factory=list)
 
 
@@ -197,6 +201,8 @@ class RunFolder:
         self.info.version, self.info.command = _version(), _as_text(command)
         self.info.device = device or self.info.device
         self.info.resumed.append(_now())
+        if self.info.policy_step is not None:
+            self.info.policy_step = -1
         if recipe_text is not None:
             write_atomically(self.path / "recipe.toml", recipe_text)
         self._repair()
@@ -280,6 +286,11 @@ class RunFolder:
     def add_warning(self, sentence: str) -> None:
         """Record something that went wrong without ending the run; the report shows it."""
         self.info.warnings.append(sentence)
+        self._save()
+
+    def note_policy(self, step: int) -> None:
+        """Record that ``policy/`` holds the weights of a step."""
+        self.info.policy_step = step
         self._save()
 
     def note_return(self, step: int) -> None:
@@ -428,6 +439,34 @@ def _status_in_words(path: Path) -> str:
         return "damaged"
     # The caller holds the lock, so a run that calls itself running was killed.
     return "killed" if status == "running" else status
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuse to delete what is no run, or a run that somebody works at. A folder that is not there may be deleted.
+
+    Raises:
+        CheckpointError: if so.
+    """
+    if not path.is_dir():
+        return  # what else may be there is told when the run begins
+    if not (path / "run.json").is_file() and any(path.iterdir()):
+        raise CheckpointError(
+            f"{path} is not a run folder, so --overwrite does not delete it; choose another --output."
+        )
+    if (path / "run.json").is_file() and RunFolder.open(path).in_use:
+        raise CheckpointError(f"Another process writes to {path}; stop it first, or choose another --output.")
+
+
+def remove_run(path: Path) -> None:
+    """Delete a run.
+
+    Raises:
+        CheckpointError: if :func:`check_replaceable` says so, or it cannot be deleted.
+    """
+    check_replaceable(path)
+    if path.is_dir():
+        with storage_errors(path):
+            shutil.rmtree(path)
 
 
 def _refuse_strangers(path: Path) -> None:

@@ -181,8 +181,14 @@ def test_a_run_a_folder_and_a_checkpoint_by_name(recipe: dict[str, Any], tmp_pat
     wild = {name: torch.randn_like(tensor) for name, tensor in weights.items()}
     save_checkpoint(run / "checkpoints", 3, wild, state, keep=1)
     assert figures_of(run) == of_run
-    with RunFolder.resume(run, "again"):
+    with pytest.raises(RuntimeError), RunFolder.resume(run, "again"):
         assert figures_of(run)["format_errors"] > of_run["format_errors"] + 0.5
+        raise RuntimeError("broken off")
+    assert RunFolder.open(run).info.status == "failed"
+    assert figures_of(run)["format_errors"] > of_run["format_errors"] + 0.5, "nor by it when it failed since"
+    train(recipe, output=run, resume=True, overrides={"training.steps": 3})
+    assert RunFolder.open(run).info.policy_step == 3
+    assert figures_of(run) == figures_of(run / "policy", recipe=recipe)
 
 
 def test_what_cannot_be_evaluated(recipe: dict[str, Any], taught_folder: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 from rehearsal.errors import GenerationError
-from rehearsal.generation.local import LocalEngine, LocalSession
+from rehearsal.generation.local import LocalEngine, LocalSession, free_memory
 from rehearsal.generation.sampling import SamplingParams, stream_key, truncate
 from rehearsal.generation.session import Sampled
 from rehearsal.trajectory import SampleStop
@@ -82,6 +83,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def test_free_memory_is_that_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = free_memory(torch.device("cpu"))
+    assert whole > 0
+    for name, text in (("most", "3000000"), ("used", "2500000"), ("stat", "file 9\ninactive_file 400000\n")):
+        (tmp_path / name).write_text(text)
+    files = (str(tmp_path / "most"), str(tmp_path / "used"), (str(tmp_path / "stat"), "inactive_file"))
+    monkeypatch.setattr("rehearsal.generation.local._CONTAINER", (files,))
+    assert free_memory(torch.device("cpu")) == 900_000, "cached files can be given back"
+    (tmp_path / "most").write_text("max\n")
+    assert free_memory(torch.device("cpu")) > 900_000, "no limit"
 
 
 @pytest.fixture(params=["qwen3", "llama", "gemma3", "olmo2", "qwen3_moe"])

@@ -97,6 +97,20 @@ def test_the_same_recipe_may_be_given_again(finished: Path, small: Callable[...,
     assert resumed_recipe(finished, small(training__steps=5)).training.steps == 5
 
 
+def test_the_memory_of_the_engine_stays_what_it_was(
+    small: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left to what is free, it would be another at every start, and with it the places and the rounding."""
+    recipe = small(training__steps=1, engine__memory_gib=None)
+    monkeypatch.setattr("rehearsal.training.playing.free_memory", lambda device: 1 << 30)
+    train(recipe, output=tmp_path / "run")
+    monkeypatch.setattr("rehearsal.training.playing.free_memory", lambda device: 1 << 31)
+    for again in (None, recipe):
+        assert resumed_recipe(tmp_path / "run", again).engine.memory_gib == 0.25
+    train(output=tmp_path / "run", resume=True, overrides={"training.steps": 2})
+    assert resumed_recipe(tmp_path / "run").engine.memory_gib == 0.25
+
+
 def test_every_option_that_may_change_exists() -> None:
     known = option_names()
     for free in _FREE:
