@@ -254,6 +254,123 @@ def test_groups_without_reward_variance_teach_it_too(build: Callable[..., Any], 
     assert moved(before, weights(model, WORLD))
 
 
+CONTROLS: tuple[WorldMode, ...] = ("policy_only", "inactive", "placebo", "dual")
+"""The modes that are compared with each other: what they do to the policy must differ by the answers alone."""
+
+
+def in_mode(build: Callable[..., Any], mode: WorldMode) -> Any:
+    model = build(3, 0) if mode in ("policy_only", "shared") else build()
+    if mode == "inactive":
+        activate(model, (POLICY,))
+    return model
+
+
+def with_equal_rewards(groups: list[Group], some: Callable[[int], bool] = lambda number: True) -> list[Group]:
+    for number, group in enumerate(groups):
+        for trajectory in group if some(number) else ():
+            for turn in trajectory.turns:
+                turn.rewards = [1.0 / len(trajectory.turns)]
+    return groups
+
+
+@pytest.mark.parametrize(
+    ("changes", "filtered"),
+    [
+        ({}, False), ({}, True), ({"weight_decay": 0.1}, False), ({"minibatches": 3}, False),
+        # Its critic learns from the rewards of episodes that the policy may not learn from.
+        ({"algorithm": "ppo"}, True),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("mode", CONTROLS)
+def test_a_step_that_teaches_the_policy_nothing_leaves_it_where_it_is(
+    mode: WorldMode, changes: dict[str, Any], filtered: bool, build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    model = in_mode(build, mode)
+    groups = make_groups(model)
+    learner = learner_of(model, mode, **changes)
+    learner.step(groups, 0)  # gives the optimisers momentum to move by
+    before = {name: weights(model, name) for name in adapter_names(model)}
+    if filtered:
+        figures = learner.step(groups, 1, np.zeros(len(groups), dtype=bool))
+    else:
+        figures = learner.step(with_equal_rewards(groups), 1)
+    assert same(before[POLICY], weights(model, POLICY))
+    assert figures["policy/updates"] == figures["policy/grad_norm"] == 0.0
+    if mode != "policy_only":
+        assert moved(before[WORLD], weights(model, WORLD)) and figures["world/grad_norm"] > 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"kl": 0.1}, {"entropy": 0.1}], ids=str)
+@pytest.mark.parametrize("minibatches", [1, 4])
+def test_the_policy_takes_as_many_steps_in_every_mode(
+    minibatches: int, changes: dict[str, float], build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    algorithm = {f"{name}_coefficient": value for name, value in changes.items()}
+    told: dict[str, list[float]] = {}
+    for mode in CONTROLS:
+        model = in_mode(build, mode)
+        options = TrainingOptions(learning_rate=1e-2, steps=10, groups=4, group_size=3, minibatches=minibatches)
+        world = world_model(mode, adapter_names(model))
+        learner = Learner(model, preset("grpo", **algorithm), options, world=world)
+        groups = make_groups(model)
+        first = learner.step(groups, 0)
+        # All of one step, and then one group of four: with minibatches there are some that teach nothing.
+        second = learner.step(with_equal_rewards(make_groups(model)), 1)
+        third = learner.step(with_equal_rewards(make_groups(model), lambda number: number > 0), 2)
+        told[mode] = [figures["policy/updates"] for figures in (first, second, third)]
+        assert {int(s["step"]) for s in learner.optimisers[POLICY].state.values()} == {int(sum(told[mode]))}
+    assert all(told[mode] == told["policy_only"] for mode in CONTROLS)
+    assert told["dual"][0] == minibatches
+    # A term that keeps the policy near another, or broad, has a gradient without any advantage.
+    assert told["dual"][1] == (minibatches if changes else 0)
+    assert told["dual"][2] == minibatches if changes or minibatches == 1 else 0 < told["dual"][2] < minibatches
+
+
+def test_minibatches_without_answers_leave_the_world_adapter_where_it_is(
+    build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    taken = {}
+    for mode in ("dual", "placebo", "inactive"):
+        model = in_mode(build, mode)
+        groups = make_groups(model)
+        learner = learner_of(model, mode)
+        learner.step(groups, 0)
+        before = weights(model, WORLD)
+        for trajectory in (trajectory for group in groups for trajectory in group):
+            segment = trajectory.segments[0]
+            kinds = np.where(segment.kinds == Kind.OBSERVATION, int(Kind.NOTICE), segment.kinds)
+            trajectory.segments = [replace(segment, kinds=kinds)]
+        assert learner.step(groups, 1)["policy/updates"] == 1.0
+        taken[mode] = same(before, weights(model, WORLD))
+    assert all(taken.values())
+
+
+def test_one_set_of_parameters_takes_a_step_where_anything_teaches_it(
+    build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    model = in_mode(build, "shared")
+    groups = make_groups(model)
+    learner = learner_of(model, "shared")
+    learner.step(groups, 0)
+    before = weights(model, POLICY)
+    figures = learner.step(with_equal_rewards(groups), 1)
+    assert figures["policy/updates"] == 1.0 and figures["policy/grad_norm"] > 0
+    assert moved(before, weights(model, POLICY))
+
+
+@pytest.mark.parametrize("mode", ["dual", "inactive"])
+def test_a_weight_of_0_tells_the_loss_and_moves_nothing(
+    mode: WorldMode, build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    model = in_mode(build, mode)
+    before = weights(model, WORLD)
+    learner = learner_of(model, mode, coefficient=0.0, weight_decay=0.1)
+    figures = [learner.step(make_groups(model), step) for step in range(2)]
+    assert same(before, weights(model, WORLD))
+    assert all(one["world/prediction_loss"] > 0 and one["policy/updates"] == 1.0 for one in figures)
+
+
 def test_world_only_leaves_the_policy_alone(build: Callable[..., Any], make_groups: MakeGroups) -> None:
     model = build()
     groups = make_groups(model)
@@ -879,6 +996,6 @@ def test_one_situation_and_many_minibatches(
     learner = learner_of(model, mode, algorithm, minibatches=minibatches)
     figures = learner.step(groups, 0, situations={"hindsight": situations_of(groups, 1)})
     assert figures["hindsight/prediction_loss"] > 0
-    assert 1 <= figures["policy/updates"] <= minibatches
+    assert (mode != "world_only") <= figures["policy/updates"] <= minibatches * (mode != "world_only")
     assert ("policy/loss/value" in figures) == (algorithm == "ppo" and mode != "world_only")
     assert moved(before, weights(model, WORLD))
