@@ -217,6 +217,31 @@ def test_gradients_of_both_losses_are_those_of_each_alone(build: Callable[..., A
         assert norms["dual"][name] == pytest.approx(norms["inactive"][name], rel=1e-4), name
 
 
+def test_experts_learn_the_same_however_many_threads_there_are(
+    tiny_experts: Callable[..., Any], make_groups: MakeGroups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Their adapters are put into the weights for the time of a pass: two at once would be in each other's way.
+    found = []
+    for threads in (1, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        model = add_adapters(tiny_experts(), AdapterSettings(3, 5))
+        learner = learner_of(model, "dual", pack_tokens=64, share_prefixes=False)
+        for step in range(2):
+            figures = learner.step(make_groups(model), step)
+            assert figures["policy/grad_norm"] > 0 and figures["world/grad_norm"] > 0
+        found.append({name: weights(model, name) for name in (POLICY, WORLD)})
+    assert all(same(found[0][name], found[1][name]) for name in (POLICY, WORLD))
+
+
+def test_a_model_whose_adapters_are_more_than_factors_is_refused(tiny_qwen3: Callable[..., Any]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_qwen3(tie_word_embeddings=False), config, adapter_name=POLICY)
+    with pytest.raises(ModelError, match="cannot be trained here: lm_head is trained beside the low-rank factors"):
+        learner_of(model, "policy_only")
+
+
 @pytest.mark.parametrize("pack_tokens", [16, 64])
 def test_however_a_step_is_cut(pack_tokens: int, build: Callable[..., Any], make_groups: MakeGroups) -> None:
     whole, cut = build(), build()
