@@ -24,9 +24,12 @@ from rehearsal.models.adapters import (
     WORLD,
     AdapterSettings,
     activate,
+    active_names,
     adapter_names,
     adapter_parameters,
     add_adapters,
+    load_adapter,
+    save_adapters,
     trained_parameters,
 )
 from rehearsal.models.load import _compute_activations_again, load_policy, save_policy
@@ -834,6 +837,53 @@ def test_a_stopped_run_goes_on_with_both_adapters(taught_folder: Path, tmp_path:
     for name in ("policy", "world"):
         one, two = (load_file(run.path / "adapters" / name / "adapter_model.safetensors") for run in (whole, again))
         assert same(one, two)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "at_work"),
+    [
+        ("inactive", "dual", (POLICY, WORLD)), ("inactive", "world_only", (POLICY, WORLD)),
+        ("dual", "inactive", (POLICY,)), ("dual", "placebo", (POLICY, WORLD)),
+        # Rewards alone say nothing of a world adapter: the policy plays on as it was.
+        ("dual", "policy_only", (POLICY, WORLD)), ("inactive", "policy_only", (POLICY,)),
+    ],
+)  # fmt: skip
+def test_a_policy_goes_from_one_mode_to_another(
+    first: WorldMode, then: WorldMode, at_work: tuple[str, ...], taught_folder: Path
+) -> None:
+    policy = policy_of(recipe_of(taught_folder, world__mode=first))
+    trainer = Trainer(recipe_of(taught_folder, world__mode=then, training__steps=1), policy=policy)
+    assert active_names(policy.model) == at_work
+    before = weights(policy.model, WORLD)
+    trainer.run()
+    assert same(before, weights(policy.model, WORLD)) == (then == "policy_only")
+    if then != "policy_only":
+        assert trainer.history[-1]["world/grad_norm"] > 0
+
+
+def test_an_adapter_that_an_algorithm_names_is_put_to_work(taught_folder: Path, tmp_path: Path) -> None:
+    policy = policy_of(recipe_of(taught_folder, world__mode="policy_only", adapters__world_rank=0))
+    save_adapters(policy.model, tmp_path)
+    policy.model = load_adapter(policy.model, tmp_path / POLICY, "anna")
+    activate(policy.model, (POLICY,))
+    recipe = recipe_of(
+        taught_folder, world__mode="policy_only", adapters__world_rank=0, training__steps=1,
+        algorithm__options__parameters="anna",
+    )  # fmt: skip
+    Trainer(recipe, policy=policy)
+    assert active_names(policy.model) == (POLICY, "anna")
+
+
+@pytest.mark.parametrize(("ranks", "missing"), [((4, 0), "world"), ((0, 4), "policy")])
+@pytest.mark.parametrize("mode", ["dual", "inactive", "placebo"])
+def test_a_policy_without_the_adapters_of_a_mode(
+    mode: WorldMode, ranks: tuple[int, int], missing: str, taught_folder: Path
+) -> None:
+    policy = load_policy(taught_folder, device="cpu")
+    policy.model = add_adapters(policy.model, AdapterSettings(*ranks))
+    with pytest.raises(ModelError, match=rf"world.mode {mode} needs .* lacks {missing} \(it has: ") as caught:
+        Trainer(recipe_of(taught_folder, world__mode=mode), policy=policy)
+    assert "\n" not in str(caught.value)
 
 
 def test_other_processes_play_with_the_adapters(taught_folder: Path) -> None:
