@@ -95,7 +95,7 @@ class Plan:
     fault: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Dice:
     """How often what goes wrong.
 

