@@ -65,6 +65,7 @@ def policy_batch(
         keep_S &= ~np.asarray(sequences.cut_off, dtype=bool)
     values_N = np.concatenate(passes.values_of(sequences.items())) if passes.critic is not None else None
     check_finite("values of the critic", values_N, step)
+    family_S = None if families is None else np.asarray(families)[sequences.group]
     advantages_N, returns_N = token_advantages(
         algorithm,
         SequenceRewards(
@@ -77,12 +78,12 @@ def policy_batch(
             turn_rewards=sequences.turn_rewards,
             values_N=values_N,
             policy_S=keep_S,
+            family_S=family_S,
             parts=parts_matrix(groups, [name for name in algorithm.parts if name != OVERLONG]),
         ),
     )
-    if families is not None:
-        family_N = np.asarray(families)[sequences.group][sequence_N]
-        advantages_N = one_scale(advantages_N, family_N, keep_S[sequence_N])
+    if family_S is not None:
+        advantages_N = one_scale(advantages_N, family_S[sequence_N], keep_S[sequence_N])
     if algorithm.self_certainty:
         certainty_N = np.concatenate(passes.certainties(sequences.items()))
         check_finite("self-certainty of the policy", certainty_N, step)

@@ -111,8 +111,8 @@ class Learner:
             scale: what the advantages are multiplied by, see :func:`rehearsal.algorithms.filters.loss_scale`.
             probe: groups of each quartile of reward variance whose gradients are taken apart before the update, see
                 :mod:`rehearsal.training.gradient_probe`; 0 for none.
-            families: for each group the environment that it was played in: advantages are brought to one scale in each
-                of them before they meet. One for all if None.
+            families: for each group the environment that it was played in: advantages are whitened and brought to one
+                scale in each of them before they meet. One for all if None.
             situations: what the world model learns beside the answers in these episodes, by the name that its figures
                 get: true answers to what was rehearsed, now or in the past.
 
