@@ -38,6 +38,13 @@ from rehearsal.training.options import (
     WorldOptions,
 )
 
+_POOLS = ("uniform", "difficulty", "variance", "progress")
+_CURRICULA: dict[str, tuple[str, ...]] = {
+    "tasks": _POOLS, "low": ("difficulty",), "high": ("difficulty",), "retry": ("difficulty",),
+    "explore": ("variance", "progress"), "threshold": ("staged",), "window": ("staged",), "review": ("staged",),
+}  # fmt: skip
+"""The options of a curriculum that only some of them read, with those that do."""
+
 
 class Recipe(Options):
     """Everything about a run."""
@@ -89,6 +96,7 @@ class Recipe(Options):
         if self.agent.rehearse and not self.agent.thinking:
             raise ValueError("agent.rehearse needs a thought to do it in: set agent.thinking to true")
         self._world_is_used()
+        self._curriculum_is_used()
         apart = self.world.mode in ("dual", "inactive", "placebo")
         if apart and self.adapters.world_rank == 0 and self.adapters.world_folder is None:
             raise ValueError(
@@ -175,6 +183,16 @@ class Recipe(Options):
                 f"world.learning_rate_ratio is the rate of a world adapter, and world.mode {world.mode} trains none "
                 "here: set world.mode to dual, or leave it out"
             )
+
+    def _curriculum_is_used(self) -> None:
+        """Refuse options of the curriculum that would do nothing."""
+        own, usual = self.curriculum, CurriculumOptions()
+        for name, readers in _CURRICULA.items():
+            if own.name not in readers and getattr(own, name) != getattr(usual, name):
+                raise ValueError(
+                    f"curriculum.{name} does nothing where curriculum.name is {own.name}: set curriculum.name to "
+                    f"{' or '.join(readers)}, or leave it out"
+                )
 
     def to_toml(self) -> str:
         """The resolved recipe as TOML, which :func:`resolve_recipe` reads back as the same recipe."""
