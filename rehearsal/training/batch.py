@@ -33,9 +33,9 @@ class Batch:
 def kept_figures(batch: Batch, algorithm: Algorithm) -> dict[str, float]:
     """How much of a batch the policy learns from, so that fewer samples are never taken for a better signal.
 
-    ``signal/kept_groups``, ``signal/kept_share`` of the groups that were played (``signal/played_groups``, in
-    ``signal/rounds`` rounds), and ``signal/kept_episodes``: what the filter keeps, less what the algorithm leaves out
-    because it was cut off.
+    What the filter keeps: ``signal/kept_groups`` of the groups that were played (``signal/played_groups``, in
+    ``signal/rounds`` rounds), and ``signal/kept_share`` of their episodes that have a reward. ``signal/kept_episodes``
+    is that less what the algorithm leaves out because it was cut off.
     """
     episodes = sum(
         bool(kept) and not (algorithm.mask_truncated and was_cut_off(episode))
@@ -53,7 +53,7 @@ def kept_figures(batch: Batch, algorithm: Algorithm) -> dict[str, float]:
 
 def by_environment(batch: Batch, families: Sequence[int] | None, names: Sequence[str]) -> dict[str, float]:
     """What the environments of a mixture do apart, as ``environment/NAME/...``: success, reward, dead groups, and the
-    share of groups that is kept. Nothing where there is one environment.
+    share of its episodes with a reward that the filter keeps. Nothing where there is one environment.
 
     Args:
         batch: of the step.
@@ -69,5 +69,5 @@ def by_environment(batch: Batch, families: Sequence[int] | None, names: Sequence
         for figure in ("train/success", "train/reward", "signal/dead_groups"):
             if figure in found:
                 figures[f"environment/{names[int(family)]}/{figure.split('/')[1]}"] = found[figure]
-        figures[f"environment/{names[int(family)]}/kept_share"] = float(batch.kept.keep_P[members].mean())
+        figures[f"environment/{names[int(family)]}/kept_share"] = batch.kept.of(members).share
     return figures

@@ -134,8 +134,9 @@ class Trainer:
             figures = self.monitor.measure(batch.groups, self.steps_done, self.tasks.families)
             figures |= self.learner.step(
                 batch.groups, self.steps_done, batch.kept.keep_PG,
-                loss_scale(batch.kept, self.recipe.filter.loss_scaling), self.monitor.probe_groups(self.steps_done),
-                self.tasks.families, self.memory.situations(batch.groups, self.steps_done),
+                loss_scale(batch.kept, self.recipe.filter.loss_scaling, self.recipe.training.groups),
+                self.monitor.probe_groups(self.steps_done), self.tasks.families,
+                self.memory.situations(batch.groups, self.steps_done),
             )  # fmt: skip
             figures |= self.memory.figures
             self.steps_done += 1

@@ -166,7 +166,7 @@ class FilterOptions(Options):
         default_factory=dict, description="of the filter: k, p, mass, include_constant, top, bottom, like"
     )
     loss_scaling: Literal["none", "share", "sqrt"] = Field(
-        default="none", description="multiply advantages by the kept share of the groups, or by its root"
+        default="none", description="multiply advantages by the share of the episodes that is kept, or by its root"
     )
 
 
