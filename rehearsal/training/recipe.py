@@ -38,12 +38,12 @@ from rehearsal.training.options import (
     WorldOptions,
 )
 
-_POOLS = ("uniform", "difficulty", "variance", "progress")
 _CURRICULA: dict[str, tuple[str, ...]] = {
-    "tasks": _POOLS, "low": ("difficulty",), "high": ("difficulty",), "retry": ("difficulty",),
-    "explore": ("variance", "progress"), "threshold": ("staged",), "window": ("staged",), "review": ("staged",),
+    "tasks": ("uniform", "difficulty", "variance", "progress"), "low": ("difficulty",), "high": ("difficulty",),
+    "retry": ("difficulty",), "explore": ("variance", "progress"),
 }  # fmt: skip
-"""The options of a curriculum that only some of them read, with those that do."""
+"""The options of a curriculum that only some of them read, with those that do. Those of stages are not here, so that a
+recipe that comes with stages is played without them by emptying ``curriculum.stages``, and no more."""
 
 
 class Recipe(Options):
@@ -189,9 +189,11 @@ class Recipe(Options):
         own, usual = self.curriculum, CurriculumOptions()
         for name, readers in _CURRICULA.items():
             if own.name not in readers and getattr(own, name) != getattr(usual, name):
+                *others, last = readers
+                known = f"{', '.join(others)} or {last}" if others else last
                 raise ValueError(
                     f"curriculum.{name} does nothing where curriculum.name is {own.name}: set curriculum.name to "
-                    f"{' or '.join(readers)}, or leave it out"
+                    f"{known}, or leave it out"
                 )
 
     def to_toml(self) -> str:

@@ -248,13 +248,8 @@ def test_a_share_stays_a_share(text: str, value: float, tmp_path: Path) -> None:
         ),
         (
             ["curriculum.tasks=4"],
-            "curriculum.tasks does nothing where curriculum.name is fresh: set curriculum.name to uniform or "
-            "difficulty or variance or progress, or leave it out.",
-        ),
-        (
-            ["curriculum.name=uniform", "curriculum.window=4"],
-            "curriculum.window does nothing where curriculum.name is uniform: set curriculum.name to staged, or leave "
-            "it out.",
+            "curriculum.tasks does nothing where curriculum.name is fresh: set curriculum.name to uniform, difficulty, "
+            "variance or progress, or leave it out.",
         ),
     ],
 )
@@ -265,6 +260,8 @@ def test_options_of_another_curriculum(overrides: list[str], message: str) -> No
 def test_options_of_a_curriculum_that_reads_them() -> None:
     for name, option in (("difficulty", "low=0.3"), ("variance", "explore=0.3"), ("progress", "tasks=9")):
         resolve_recipe(None, [f"curriculum.name={name}", f"curriculum.{option}"])
+    # A recipe that comes with stages can be played without.
+    resolve_recipe("lookup", ["curriculum.name=fresh", "curriculum.stages=[]"])
     # The usual values say nothing.
     resolve_recipe(None, ["curriculum.low=0.2", "curriculum.explore=0.1", "curriculum.tasks=512"])
 
