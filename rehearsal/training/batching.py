@@ -25,7 +25,7 @@ AFTER_DIVERGENCE = "Lower training.learning_rate, or resume from the last checkp
 def policy_batch(
     groups: Sequence[Group], sequences: Sequences, algorithm: Algorithm, passes: Passes, *, step: int,
     keep: np.ndarray | None = None, families: Sequence[int] | None = None, reference: Any | None = None,
-    recompute: bool = False, answers: bool = False,
+    recompute: bool = False, answers: bool = False, truncated: bool = False,
 ) -> tuple[TokenBatch, dict[str, float]]:  # fmt: skip
     """Advantages, old log-probs, and what else objectives read.
 
@@ -40,6 +40,7 @@ def policy_batch(
         reference: the frozen policy, or None.
         recompute: whether old log-probs are taken anew, and not those of sampling.
         answers: whether a world model learns from the environment's answers among the targets.
+        truncated: whether the log-probs of sampling are over a part of the vocabulary.
 
     Returns:
         the batch, and figures worth telling about it.
@@ -120,6 +121,7 @@ def policy_batch(
         old_values_N=tensor(values_N),
         returns_N=tensor(returns_N),
         observation_mask_N=tensor(kinds_N == Kind.OBSERVATION) if answers else None,
+        truncated=truncated,
     )
     return batch, figures
 

@@ -98,6 +98,7 @@ class Trainer:
             self.algorithm,
             recipe.training,
             temperature=recipe.sampling.temperature,
+            truncated=recipe.sampling.truncated,
             seed=recipe.seed,
             world=world_of(recipe.world, adapter_names(self.policy.model)),
         )

@@ -132,6 +132,11 @@ class SamplingOptions(Options):
     top_p: float = Field(default=1.0, gt=0, le=1, description="smallest set of tokens with this probability")
     top_k: int = Field(default=0, ge=0, description="the k likeliest tokens; 0 for all")
 
+    @property
+    def truncated(self) -> bool:
+        """Whether tokens are drawn from a part of the vocabulary."""
+        return self.top_p < 1 or self.top_k > 0
+
 
 class RewardOptions(Options):
     """What training adds to the rewards of the environment."""

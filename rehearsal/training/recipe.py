@@ -86,8 +86,7 @@ class Recipe(Options):
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
-        truncated = self.sampling.top_p < 1 or self.sampling.top_k > 0
-        if truncated and self.training.old_logprobs == "sampling":
+        if self.sampling.truncated and self.training.old_logprobs == "sampling":
             # The learner's log-probs are over the whole vocabulary; those of sampling would be over a part of it.
             raise ValueError(
                 "with top_p or top_k the log-probs of sampling are over a part of the vocabulary, and ratios to them "

@@ -60,6 +60,31 @@ def test_every_step_is_measured(small: Callable[..., Recipe]) -> None:
     assert first["gradient/entropy/norm"] > 0
 
 
+@pytest.mark.parametrize("truncation", [{"sampling__top_p": 0.9}, {"sampling__top_k": 5}])
+def test_truncated_sampling_is_no_disagreement(truncation: dict[str, Any], small: Callable[..., Recipe]) -> None:
+    """Its log-probs are over a part of the vocabulary, so the learner's differ from them however well both agree."""
+    options = {
+        "evaluation__episodes": 0, "training__old_logprobs": "recompute", "training__group_size": 6,
+        "training__learning_rate": 1e-5, "diagnostics__every": 0,
+    }  # fmt: skip
+    trainer = Trainer(small(**options, **truncation))
+    plain = Trainer(small(**options, training__steps=1))
+    blind = Trainer(small(**options, **truncation, training__steps=1))
+    blind.learner.truncated = False
+    for one in (trainer, plain, blind):
+        one.run()
+    rows = [row for row in trainer.history if row["policy/updates"]]
+    assert len(rows) >= 2
+    for row in rows:
+        assert not [name for name in row if "mismatch" in name]
+        # Of a single update: the policy has not moved yet.
+        assert row["policy/kl_sampling"] < 1e-6
+        assert row["policy/effective_sample_share"] == pytest.approx(1.0, abs=1e-5)
+        assert row["policy/entropy"] > 0
+    assert plain.history[0]["policy/mismatch_first"] < 1e-5, "a control: without truncation it is told"
+    assert blind.history[0]["policy/mismatch_first"] > 1e-4, "another: unlike distributions were compared"
+
+
 def test_looking_changes_nothing(small: Callable[..., Recipe]) -> None:
     plain = Trainer(small(evaluation__episodes=0, diagnostics__every=0, diagnostics__gradients_every=0, **THINKING))
     plain.run()
