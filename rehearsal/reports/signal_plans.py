@@ -19,8 +19,8 @@ SIGNAL_PLANS: dict[str, list[Plan]] = {
             "share",
         ),
         Plan(
-            "Kept groups",
-            "Share of the played groups that the policy learned from, after the filter.",
+            "Kept episodes",
+            "Share of the played episodes with a reward that the filter left for the policy.",
             {"signal/kept_share": "kept"},
             "share",
         ),

@@ -23,7 +23,7 @@ from rehearsal.evaluation.probe import Prober
 from rehearsal.models.adapters import adapter_names, save_adapters
 from rehearsal.models.load import Policy, save_policy
 from rehearsal.rollout import Player, check_failures, rollout_metrics
-from rehearsal.training.batch import Batch, by_environment, kept_figures
+from rehearsal.training.batch import Batch, by_environment, kept_figures, learned_from
 from rehearsal.training.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -101,6 +101,7 @@ class Trainer:
             self.algorithm,
             recipe.training,
             temperature=recipe.sampling.temperature,
+            truncated=recipe.sampling.truncated,
             seed=recipe.seed,
             world=world_of(recipe.world, adapter_names(self.policy.model)),
         )
@@ -137,8 +138,9 @@ class Trainer:
             figures = self.monitor.measure(batch.groups, self.steps_done, self.tasks.families)
             figures |= self.learner.step(
                 batch.groups, self.steps_done, batch.kept.keep_PG,
-                loss_scale(batch.kept, self.recipe.filter.loss_scaling), self.monitor.probe_groups(self.steps_done),
-                self.tasks.families, self.memory.situations(batch.groups, self.steps_done),
+                loss_scale(batch.kept, self.recipe.filter.loss_scaling, self.recipe.training.groups),
+                self.monitor.probe_groups(self.steps_done), self.tasks.families,
+                self.memory.situations(batch.groups, self.steps_done),
             )  # fmt: skip
             figures |= self.memory.figures
             self.steps_done += 1
@@ -296,7 +298,8 @@ class Trainer:
             self.folder.append_metrics(self.steps_done, figures)
             if _due(self.steps_done, self.recipe.save_trajectories_every):
                 path = self.folder.trajectory_path("train", self.steps_done)
-                each = list(zip(batch.groups, batch.kept.keep_PG.tolist(), batch.kept.reasons, strict=True))
+                learned = learned_from(batch, self.algorithm)
+                each = list(zip(batch.groups, learned.keep_PG.tolist(), learned.reasons, strict=True))
                 extra = {
                     "kept": [keep_G[g] for group, keep_G, _ in each for g in range(len(group))],
                     "filter_reason": [reason for group, _, reason in each for _ in group],
