@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rehearsal.diagnostics.dead_groups import Cause, DeadGroups, cause_of, dead_groups
 from rehearsal.diagnostics.series import Series
 from rehearsal.diagnostics.tool_use import TOOL_FIGURES, abandoned_tools
 
@@ -112,44 +113,37 @@ def _percent(value: float) -> str:
     return f"{100 * value:.0f}%"
 
 
-def _dead(series: Series, limits: Thresholds) -> tuple[float, float, float] | None:
-    """Recent shares of dead groups, all, solved and failed; None while most groups are alive."""
-    dead = series.recent("signal/dead_groups")
-    if not dead >= limits.dead:
-        return None
-    return dead, series.recent("signal/dead_groups_solved"), series.recent("signal/dead_groups_failed")
+def _cause(series: Series, limits: Thresholds) -> tuple[Cause | None, DeadGroups]:
+    """The rule that says why groups are dead, and their shares; None while there is enough to compare."""
+    found = dead_groups(series)
+    return cause_of(found, dead=limits.dead, solved=limits.solved, done=limits.success_done), found
 
 
 def _too_easy(series: Series, limits: Thresholds) -> str | None:
-    solved = series.recent("signal/dead_groups_solved")
-    if not solved >= limits.solved:
-        return None
-    return f"In {_percent(solved)} of the groups every episode succeeds."
+    cause, found = _cause(series, limits)
+    return f"In {_percent(found.solved)} of the groups every episode succeeds." if cause == "too_easy" else None
 
 
 def _too_hard(series: Series, limits: Thresholds) -> str | None:
-    shares = _dead(series, limits)
-    if shares is None or not shares[2] > shares[0] / 2:
-        return None
-    return f"In {_percent(shares[2])} of the groups no episode succeeds."
+    cause, found = _cause(series, limits)
+    return f"In {_percent(found.failed)} of the groups no episode succeeds." if cause == "too_hard" else None
 
 
 def _no_signal(series: Series, limits: Thresholds) -> str | None:
-    shares = _dead(series, limits)
-    equal = series.recent("signal/dead_groups_equal")
-    if shares is None or not equal > shares[0] / 2:
+    cause, found = _cause(series, limits)
+    if cause != "no_signal":
         return None
-    return f"In {_percent(equal)} of the groups all episodes have the same reward, whether they succeed or not."
+    mixture = f": {found.mixture}" if found.mixture else ""
+    return f"In {_percent(found.dead)} of the groups all episodes have the same reward{mixture}."
 
 
 def _all_or_nothing(series: Series, limits: Thresholds) -> str | None:
-    shares = _dead(series, limits)
-    if shares is None or series.recent("train/success") >= limits.success_done:
+    cause, found = _cause(series, limits)
+    if cause != "all_or_nothing":
         return None
-    dead, solved, failed = shares
-    if max(failed, series.recent("signal/dead_groups_equal")) > dead / 2 or not min(solved, failed) >= dead / 5:
-        return None
-    return f"In {_percent(solved)} of the groups every episode succeeds, and in {_percent(failed)} none does."
+    return (
+        f"In {_percent(found.solved)} of the groups every episode succeeds, and in {_percent(found.failed)} none does."
+    )
 
 
 def _template_collapse(series: Series, limits: Thresholds) -> str | None:
@@ -208,8 +202,10 @@ def _large_steps(series: Series, limits: Thresholds) -> str | None:
 
 
 def _no_progress(series: Series, limits: Thresholds) -> str | None:
-    if series.recent("signal/dead_groups") >= limits.dead or series.recent("train/success") >= limits.success_done:
+    if _cause(series, limits)[0] is not None:
         return None  # that has a name of its own
+    if series.recent("train/success") >= limits.success_done:
+        return None
     if not series.rise("train/reward") < limits.certain:
         return None
     return (
@@ -355,7 +351,8 @@ RULES: tuple[Rule, ...] = (
         "signal/dead_groups", _too_hard,
     ),
     Rule(
-        "no_signal", "No signal", "Equal rewards have no advantage over each other, so the policy learns nothing.",
+        "no_signal", "No signal",
+        "Equal rewards do not tell which episode of a task was better; what compares these learns nothing from them.",
         "Look at how the reward is made: does it depend on what the agent does? Finer rewards or larger groups help.",
         "signal/dead_groups", _no_signal,
     ),
