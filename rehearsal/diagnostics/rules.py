@@ -84,7 +84,9 @@ class Rule:
         condition: returns the evidence if it holds for the last step of a series, else None.
         begins_after: judged steps in a row with the condition before the verdict begins.
         ends_after: judged steps in a row without it before the verdict ends.
-        looks: values of the metric that there must be before the condition can hold.
+        looks: values of the metric that there must be before all of the condition can be judged.
+        unless: a figure in whose presence the condition would say nothing of the policy, so that it is not judged; ""
+            for none. In a mixture, where it ends with the number of an environment, one of them is enough.
     """
 
     name: str
@@ -96,14 +98,17 @@ class Rule:
     begins_after: int = 3
     ends_after: int = 5
     looks: int = 1
+    unless: str = ""
 
     @property
     def first_call(self) -> int:
-        """Values of the metric that there must be before the rule can speak."""
+        """Values of the metric that there must be before the rule can say all that it is for."""
         return self.looks + self.begins_after - 1
 
 
 _SPREAD = "signal/reward_std_in_group"
+_ADAPTIVE = "curriculum/adaptive"
+"""Told by curricula that choose tasks by success: success and reward in training are where such a one puts them."""
 _IGNORED_LOOKS = 4
 _NOISE_LOOKS = 4
 _UNPAID_LOOKS = 5
@@ -255,9 +260,12 @@ def _noise(series: Series, limits: Thresholds) -> str | None:
             return f"Beside the gradient of the {name} the rewards give next to none."
         return f"The gradient of the {name} is {louder[name] / task:.1f} times that of the rewards."
     # A look at a few groups cannot tell a small ratio from none, and a small one is enough where many groups are
-    # averaged. So several looks have to find nothing, and the run has to have got nowhere.
+    # averaged. So several looks have to find nothing, and the run has to have got nowhere. The verdict waits for a
+    # second one in a row, so one less than all of them begins it.
+    if not series.fresh("gradient/policy/snr") or len(series.measured("gradient/policy/snr")) < _NOISE_LOOKS - 1:
+        return None
     got_nowhere = series.recent("train/reward") <= series.start("train/reward") + series.start(_SPREAD) / 4
-    if len(series.measured("gradient/policy/snr")) >= _NOISE_LOOKS and ratio < limits.noise and got_nowhere:
+    if ratio < limits.noise and got_nowhere and not series.fresh_part(_ADAPTIVE):
         return (
             f"What groups' gradients agree on is {_percent(ratio)} of what they differ by, and the reward is where it "
             "was."
@@ -404,7 +412,7 @@ RULES: tuple[Rule, ...] = (
         "no_progress", "No progress", "The weights move and the reward does not: what told episodes apart may be luck.",
         "Look at how the reward is made: does it depend on what the agent does? Play more episodes of each task, lower "
         "the chance in the environment, or drop groups of little reward variance.",
-        "train/reward", _no_progress, begins_after=5, looks=20,
+        "train/reward", _no_progress, begins_after=5, looks=20, unless=_ADAPTIVE,
     ),
     Rule(
         "echo_trap", "Echo trap",
@@ -416,7 +424,7 @@ RULES: tuple[Rule, ...] = (
         "noise", "Noise outweighs signal",
         "Most of what moves the weights is not the reward.",
         "Play more episodes a step, drop groups of little reward variance, or weaken KL and entropy terms.",
-        "gradient/policy/snr", _noise, begins_after=2, ends_after=3, looks=_NOISE_LOOKS,
+        "gradient/policy/norm", _noise, begins_after=2, ends_after=3, looks=_NOISE_LOOKS - 1,
     ),
     Rule(
         "length_drift", "Length drift", "The length of thoughts drifts away from where it began.",
@@ -438,7 +446,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "success_fell", "Success fell", "The agent was better before.",
         "Go back to the checkpoint before the fall, and lower the learning rate or end earlier.",
-        "train/success", _success_fell, begins_after=5, looks=5,
+        "train/success", _success_fell, begins_after=5, looks=5, unless=_ADAPTIVE,
     ),
     Rule(
         "sure_and_worse", "Surer and worse",

@@ -22,7 +22,9 @@ class Diagnosis:
         steps: how many steps they rest on.
         verdicts: in the order in which they were called.
         unjudged: names of the rules whose figures were never measured.
-        too_early: names of those whose figures were measured too few times for them to speak.
+        too_early: names of those that have not spoken, and whose figures were measured too few times for all that
+            they judge.
+        steered: names of those that are not judged where the curriculum chooses tasks by success.
         figures: the figures that say most, as they were at the start and at the end, by name.
         damaged: lines of the metrics that could not be read.
     """
@@ -31,6 +33,7 @@ class Diagnosis:
     verdicts: Sequence[Verdict]
     unjudged: Sequence[str]
     too_early: Sequence[str]
+    steered: Sequence[str]
     figures: Mapping[str, tuple[float, float]]
     damaged: int
 
@@ -47,6 +50,7 @@ class Diagnosis:
             ],
             "unjudged": list(self.unjudged),
             "too_early": list(self.too_early),
+            "steered": list(self.steered),
             "figures": {name: {"start": start, "end": end} for name, (start, end) in self.figures.items()},
             "damaged_lines": self.damaged,
         }  # fmt: skip
@@ -91,7 +95,8 @@ def diagnose(run_path: str | Path) -> Diagnosis:
     if not ordered:
         raise CheckpointError(f"{file} tells of no step, so there is nothing to judge.")
     measured = {name for row in ordered for name in row}
-    silent, early = unheard(Series(ordered))
+    verdicts, unsaid = judge(ordered), unheard(Series(ordered))
+    called = {one.rule.name for one in verdicts}
     figures = {}
     tools = [f"{TOOL_FIGURES}{name}/used" for name in sorted(tool_names(measured))]
     for name in (*FIGURES, *tools):
@@ -100,6 +105,7 @@ def diagnose(run_path: str | Path) -> Diagnosis:
             first, last = values[:_ENDS], values[-_ENDS:]
             figures[name] = (sum(first) / len(first), sum(last) / len(last))
     return Diagnosis(
-        len(ordered), judge(ordered), [rule.name for rule in silent], [rule.name for rule in early], figures,
-        lines.damaged + len(lines.rows) - sum(isinstance(row.get("step"), int) for row in lines.rows),
+        len(ordered), verdicts, [rule.name for rule in unsaid.unmeasured],
+        [rule.name for rule in unsaid.early if rule.name not in called], [rule.name for rule in unsaid.steered],
+        figures, lines.damaged + len(lines.rows) - sum(isinstance(row.get("step"), int) for row in lines.rows),
     )  # fmt: skip
