@@ -32,7 +32,7 @@ class Thresholds:
         surer: self-certainty over what it was at the start.
         success_done: a run that succeeds this often may be sure of itself.
         spread_fall: in-group spread over its highest mean.
-        reward_fall: fall of the mean reward from its highest mean, in units of what it had gained and spread.
+        reward_fall: fall of the mean reward from its highest mean, in units of the highest mean of in-group spread.
         spike: gradient norm over its median.
         noise: signal-to-noise ratio of the gradient over all groups.
         longer, shorter: length of thoughts over what it was at the start.
@@ -109,6 +109,8 @@ class Rule:
 _SPREAD = "signal/reward_std_in_group"
 _ADAPTIVE = "curriculum/adaptive"
 """Told by curricula that choose tasks by success: success and reward in training are where such a one puts them."""
+_SAME_TIME = 2
+"""Steps that two falls may be apart by chance: means of five steps tell no order that is finer than half of them."""
 _IGNORED_LOOKS = 4
 _NOISE_LOOKS = 4
 _UNPAID_LOOKS = 5
@@ -236,6 +238,9 @@ def _echo_trap(series: Series, limits: Thresholds) -> str | None:
         return None
     # Alike is what episodes become where a task is solved, too: the reward must have fallen beyond chance.
     if not series.fall("train/reward") > limits.certain:
+        return None
+    # Elsewhere the reward falls first, and its spread follows because less is left to differ by.
+    if not series.fell_at(_SPREAD) <= series.fell_at("train/reward") + _SAME_TIME:
         return None
     norms = series.measured("policy/grad_norm")
     spike = float(norms[-5:].max() / max(float(sorted(norms)[len(norms) // 2]), 1e-12)) if len(norms) else math.nan

@@ -146,6 +146,19 @@ class Series:
             return math.nan
         return _in_errors(self.best(name, count) - self.recent(name, count), values[-4 * count :], 2 / count)
 
+    def fell_at(self, name: str, count: int = 5) -> float:
+        """Place of the step in which the mean of ``count`` values last sank below the middle between the best one and
+        the recent one; NaN where there is no fall.
+
+        The middle, because all that falls at once passes it at once, however far it falls.
+        """
+        rows = self._rows_of(name)
+        if len(rows) < count:
+            return math.nan
+        means = _means(self.values(name)[rows], count)
+        above = np.flatnonzero(means > (means.max() + means[-1]) / 2)
+        return float(rows[above[-1] + count]) if len(above) else math.nan
+
     def rise(self, name: str, count: int = 10) -> float:
         """How far the recent mean lies above that of the first steps, in standard errors of their difference.
 

@@ -223,6 +223,47 @@ def test_a_reward_that_a_curriculum_holds_is_no_evidence_of_noise() -> None:
     assert noisy(noisy_rows(0.3, 5, **chosen, gradient__entropy__norm=lambda i: 0.5)) == [6]
 
 
+def echo(spread_falls: int, reward_falls: int, **changes: Callable[[int], float]) -> list[Any]:
+    rows = run(
+        signal__reward_std_in_group=late(0.35, 0.05, spread_falls),
+        train__reward=lambda i: min(0.5, 0.2 + i / 60) if i < reward_falls else 0.25,
+        train__success=lambda i: 0.4, **changes,
+    )  # fmt: skip
+    return [verdict for verdict in judge(rows) if verdict.rule.name == "echo_trap"]
+
+
+def test_in_an_echo_trap_the_spread_falls_first() -> None:
+    for earlier in (0, 1, 2, 5, 15):
+        (verdict,) = echo(35 - earlier, 35)
+        assert 36 <= verdict.began <= 38, "when both have fallen"
+    for later in (3, 5, 15):
+        assert echo(35 + later, 35) == [], "what is left after the fall of the reward differs less"
+
+
+def test_the_order_of_two_falls_is_told_in_spite_of_scatter() -> None:
+    rng = random.Random(3)
+
+    def scattered(apart: int) -> bool:
+        spread, reward = ([rng.gauss(0, size) for _ in range(60)] for size in (0.02, 0.04))
+        rows = run(
+            signal__reward_std_in_group=lambda i: late(0.35, 0.1, 30 + apart)(i) + spread[i],
+            train__reward=lambda i: late(0.6, 0.4, 30)(i) + reward[i], train__success=lambda i: 0.4,
+        )  # fmt: skip
+        return "echo_trap" in names(rows)
+
+    assert sum(scattered(0) for _ in range(40)) >= 38
+    assert sum(scattered(-6) for _ in range(40)) >= 38
+    assert sum(scattered(8) for _ in range(40)) <= 2
+
+
+def test_a_jump_of_the_gradient_is_evidence_and_no_condition() -> None:
+    (calm,) = echo(30, 35)
+    assert "gradient" not in calm.evidence
+    (jump,) = echo(30, 35, policy__grad_norm=late(0.3, 3.0, 34))
+    assert jump.evidence.endswith("The gradient has jumped to 10.0 times its median.")
+    assert jump.called == calm.called
+
+
 def flag(values: list[Any]) -> list[dict[str, float]]:
     return [{"step": i + 1, **({} if value is None else {"x": value})} for i, value in enumerate(values)]
 
@@ -304,6 +345,11 @@ def test_series() -> None:
     assert not series.until(2).fresh("x")
     assert series.until(3).last("x") == 3.0
     assert series.until(3).step == 5
+    assert math.isnan(series.fell_at("x", 1)), "it rises"
+    falls = Series([{"step": i + 1, "x": value} for i, value in enumerate([5.0, 1.0, 5.0, 5.0, 2.0, 2.0])])
+    assert falls.fell_at("x", 1) == 4.0, "the last time"
+    assert falls.fell_at("x", 2) == 4.0
+    assert math.isnan(falls.fell_at("x", 7))
     assert math.isnan(Series([]).last("x"))
     assert math.isnan(series.recent("y"))
 
