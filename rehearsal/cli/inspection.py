@@ -57,6 +57,8 @@ def diagnose_command(options: argparse.Namespace) -> int:
         table.add_row(figure_words(name), f"{start:.3g}", f"{end:.3g}")
     if found.figures:
         console.print(table)
+    if found.ceiling:
+        console.print(f"[yellow]note[/] What thoughts say of their prompt: {escape(found.ceiling)}", highlight=False)
     return 0
 
 
