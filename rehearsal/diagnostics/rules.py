@@ -352,6 +352,11 @@ def _tool_abandoned(series: Series, limits: Thresholds) -> str | None:
     return f"{evidence} Since then {scale} went from {spell(before)} to {spell(after)}."
 
 
+# What changes the algorithm or the filter makes another run of it, which --resume refuses.
+_FROM_BEFORE = (
+    "in a new run from a checkpoint from before (rehearsal export RUN FOLDER --step N, then --model.path FOLDER)."
+)
+
 RULES: tuple[Rule, ...] = (
     Rule(
         "too_easy", "Too easy", "Where everything succeeds there is nothing to compare, and little is left to learn.",
@@ -378,8 +383,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "template_collapse", "Template collapse",
         "The reasoning varies, but no longer with the input: it has become a template, which entropy does not show.",
-        "Drop groups of little reward variance (filter.name = top_p), weaken KL and entropy terms, lower the learning "
-        "rate, and go back to a checkpoint from before.",
+        "Drop groups of little reward variance (filter.name = top_p), weaken KL and entropy terms or lower the "
+        f"learning rate, {_FROM_BEFORE}",
         "information/first/sequence/share", _template_collapse, begins_after=2, ends_after=3, looks=3,
     ),
     Rule(
@@ -392,13 +397,13 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "entropy_collapse", "Entropy collapse",
         "The policy has stopped trying other things before it was good, and what it does not try it cannot learn.",
-        "Raise clip_high, add a small entropy_coefficient or lower the learning rate, and go back to a checkpoint.",
+        f"Raise clip_high, add a small entropy_coefficient or lower the learning rate, {_FROM_BEFORE}",
         "policy/entropy", _entropy_collapse, looks=3,
     ),
     Rule(
         "entropy_rise", "Entropy runs away",
         "The policy is on its way to answering at random.",
-        "Weaken or drop entropy_coefficient, lower the learning rate, and go back to a checkpoint from before.",
+        f"Weaken or drop entropy_coefficient or lower the learning rate, {_FROM_BEFORE}",
         "policy/entropy", _entropy_rise, looks=3,
     ),
     Rule(
@@ -422,7 +427,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "echo_trap", "Echo trap",
         "Episodes of a task have become alike without becoming better; a jump of the gradient usually makes it final.",
-        "Go back to a checkpoint from before, lower the learning rate, and drop groups of little reward variance.",
+        f"Lower the learning rate and drop groups of little reward variance, {_FROM_BEFORE}",
         "signal/reward_std_in_group", _echo_trap, looks=5,
     ),
     Rule(
@@ -450,13 +455,13 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "success_fell", "Success fell", "The agent was better before.",
-        "Go back to the checkpoint before the fall, and lower the learning rate or end earlier.",
+        f"Keep the policy from before the fall, or go on with a lower learning rate, {_FROM_BEFORE}",
         "train/success", _success_fell, begins_after=5, looks=5, unless=_ADAPTIVE,
     ),
     Rule(
         "sure_and_worse", "Surer and worse",
         "The policy becomes surer of itself while it gets worse: the reward from within feeds on itself.",
-        "Lower algorithm.options.self_certainty or end earlier, and go back to a checkpoint from before.",
+        f"Lower algorithm.options.self_certainty or end earlier, {_FROM_BEFORE}",
         "signal/self_certainty", _sure_and_worse, looks=5,
     ),
     Rule(

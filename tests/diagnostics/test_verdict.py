@@ -390,6 +390,16 @@ def test_the_docs_say_what_each_rule_suggests() -> None:
         assert f" | {rule.suggestion} |" in page, f"what {rule.name} suggests has changed; change docs/diagnostics.md"
 
 
+def test_whoever_is_sent_back_is_told_how() -> None:
+    """Resuming goes on from the newest checkpoint and refuses another algorithm or filter."""
+    back = {rule.name for rule in RULES if "checkpoint" in rule.suggestion}
+    assert {"template_collapse", "entropy_collapse", "entropy_rise", "echo_trap", "success_fell"} < back
+    for rule in RULES:
+        if rule.name in back:
+            assert "rehearsal export RUN FOLDER --step N, then --model.path FOLDER" in rule.suggestion
+        assert "--resume" not in rule.suggestion
+
+
 def test_a_series_grows_as_if_it_had_been_made_whole() -> None:
     rows = run(train__reward=late(0.3, 0.5))
     grown = Series(())
