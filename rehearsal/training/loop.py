@@ -244,7 +244,12 @@ class Trainer:
 
     def end_on(self, verdict: Verdict) -> None:
         """Leave the policy that the recipe wants after a verdict, and see how good it is."""
-        if verdict.rule.name in self.recipe.diagnostics.go_back_on:
+        back = verdict.rule.name in self.recipe.diagnostics.go_back_on
+        self.observer.warning(
+            f"The run ends after step {self.steps_done} by the verdict {verdict.rule.name}, as "
+            f"diagnostics.{'go_back_on' if back else 'stop_on'} says."
+        )
+        if back:
             self.go_back(verdict.began)
         if (self.steps_done, "test") not in [(step, split) for step, split, _ in self.evaluations]:
             self.evaluate("test", self.recipe.evaluation.episodes)
@@ -252,17 +257,13 @@ class Trainer:
     def go_back(self, step: int) -> None:
         """Take up the weights of the last checkpoint before a step, if there is one."""
         assert self.policy is not None
-        if self.folder is None:
-            return
         earlier = self.checkpoint_before(step)
-        if earlier is None:
-            self.folder.add_warning(
-                f"There is no checkpoint from before step {step} to go back to; the policy is that of the end."
-            )
+        if self.folder is None or earlier is None:
+            self._warn(f"There is no checkpoint from before step {step} to go back to; the policy is that of the end.")
             return
         weights, _ = load_checkpoint(earlier)
         restore_weights(self.policy.model, weights, earlier)
-        self.folder.note_return(step_of(earlier))
+        self.observer.warning(self.folder.note_return(step_of(earlier)))
 
     def checkpoint_before(self, step: int) -> Path | None:
         """The last checkpoint from before a step that is still there."""
@@ -348,7 +349,8 @@ class Trainer:
         remove_after(where, self.steps_done)
         self.folder.forget_return()
         self.monitor.replay(self.folder.metrics().rows)
-        self.ended_by = self.monitor.end_of(self.monitor.watch.verdicts)
+        # What has ended is no reason to end on; the recipe may name it only now.
+        self.ended_by = self.monitor.end_of([one for one in self.monitor.watch.verdicts if one.ended is None])
         for row in self.folder.evaluations().rows:
             figures = {name: value for name, value in row.items() if name not in ("step", "time", "split")}
             self.evaluations.append((row["step"], row["split"], figures))
@@ -368,6 +370,8 @@ class Trainer:
         summary["verdicts"] = sorted({verdict.rule.name for verdict in self.monitor.watch.verdicts})
         if self.ended_by is not None:
             summary["ended_by"] = self.ended_by.rule.name
+            if self.folder is not None and self.folder.info.went_back_to is not None:
+                summary["went_back_to"] = self.folder.info.went_back_to
         if held_out:
             summary["episodes"] = held_out[0][1]["episodes"]
             for name in ("success", "success_low", "success_high", "reward"):

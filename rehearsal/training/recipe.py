@@ -92,6 +92,11 @@ class Recipe(Options):
                 "with top_p or top_k the log-probs of sampling are over a part of the vocabulary, and ratios to them "
                 "are biased; set training.old_logprobs to recompute, or sample without truncation"
             )
+        if self.diagnostics.go_back_on and self.checkpoint.every == 0:
+            raise ValueError(
+                "diagnostics.go_back_on goes back to a checkpoint, and with checkpoint.every = 0 there is none before "
+                "the end: set it above 0, or name the verdicts in diagnostics.stop_on"
+            )
         if self.agent.rehearse and not self.agent.thinking:
             raise ValueError("agent.rehearse needs a thought to do it in: set agent.thinking to true")
         self._world_is_used()

@@ -171,16 +171,16 @@ def test_groups_of_one_where_groups_are_compared(
 
 
 class Cry:
-    """A rule that holds from a step on."""
+    """A rule that holds from a step on, and ends as soon as it does not."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, begin: int) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, begin: int, last: int = 99) -> None:
         def condition(series: Any, _: Any) -> str | None:
-            return f"It is step {series.step}." if series.step >= begin else None
+            return f"It is step {series.step}." if begin <= series.step <= last else None
 
         rules = [
             monitor_module.Watch()
             .rules[0]
-            .__class__(rule.name, rule.title, rule.sentence, rule.suggestion, "train/reward", condition, 1, 3)
+            .__class__(rule.name, rule.title, rule.sentence, rule.suggestion, "train/reward", condition, 1, 1)
             for rule in RULES
             if rule.name == "too_hard"
         ]
@@ -191,9 +191,14 @@ class Cry:
 class Listener(SilentObserver):
     def __init__(self) -> None:
         self.heard: list[tuple[int, str]] = []
+        self.warned: list[str] = []
 
     def verdict(self, step: int, verdict: Verdict) -> None:
         self.heard.append((step, verdict.rule.name))
+
+    def warning(self, sentence: str) -> None:
+        if "verdict" in sentence or "checkpoint" in sentence:
+            self.warned.append(sentence)
 
 
 def test_a_verdict_is_told_when_it_is_called(
@@ -212,8 +217,11 @@ def test_a_run_may_end_on_a_verdict(
     small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     Cry(monkeypatch, 2)
-    result = train(small(diagnostics__stop_on=["too_hard"]), output=tmp_path / "run")
+    listener = Listener()
+    result = train(small(diagnostics__stop_on=["too_hard"]), output=tmp_path / "run", observer=listener)
+    assert listener.warned == ["The run ends after step 2 by the verdict too_hard, as diagnostics.stop_on says."]
     assert result.summary["steps"] == 2
+    assert "went_back_to" not in result.summary
     assert result.summary["ended_by"] == "too_hard"
     assert "success_after" in result.summary
     folder = RunFolder.open(tmp_path / "run")
@@ -237,8 +245,13 @@ def test_a_run_may_go_back_on_a_verdict(
     Cry(monkeypatch, 3)
     # With room for one checkpoint alone: that of the end must not push out the one to go back to.
     recipe = small(diagnostics__go_back_on=["too_hard"], checkpoint__every=1, checkpoint__keep=1)
-    back = train(recipe, output=tmp_path / "back")
-    assert back.summary["steps"] == 3
+    listener = Listener()
+    back = train(recipe, output=tmp_path / "back", observer=listener)
+    assert (back.summary["steps"], back.summary["went_back_to"]) == (3, 2)
+    assert listener.warned == [
+        "The run ends after step 3 by the verdict too_hard, as diagnostics.go_back_on says.",
+        "The policy is that of step 2, the last checkpoint before the verdict began.",
+    ]
     monkeypatch.undo()
     two = train(small(training__steps=4), output=tmp_path / "two", observer=StopAfter(2))
     for (name, one), (_, other) in zip(
@@ -276,9 +289,40 @@ def test_going_back_without_a_checkpoint_says_so(
     small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     Cry(monkeypatch, 1)
-    result = train(small(diagnostics__go_back_on=["too_hard"]), output=tmp_path / "run")
+    listener = Listener()
+    result = train(small(diagnostics__go_back_on=["too_hard"]), output=tmp_path / "run", observer=listener)
     assert result.summary["steps"] == 1
     assert "no checkpoint from before step 1" in RunFolder.open(tmp_path / "run").info.warnings[0]
+    assert listener.warned[-1] == RunFolder.open(tmp_path / "run").info.warnings[0], "people are told too"
+    assert "went_back_to" not in result.summary
+
+
+def test_a_run_without_a_folder_cannot_go_back_and_says_so(
+    small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Cry(monkeypatch, 1)
+    listener = Listener()
+    Trainer(small(diagnostics__go_back_on=["too_hard"], evaluation__episodes=0), observer=listener).run()
+    assert listener.warned[-1].startswith("There is no checkpoint from before step 1")
+
+
+def test_going_back_needs_checkpoints(small: Callable[..., Recipe]) -> None:
+    with pytest.raises(RecipeError, match=r"go_back_on goes back to a checkpoint, and with checkpoint\.every = 0"):
+        small(diagnostics__go_back_on=["too_hard"], checkpoint__every=0)
+    small(diagnostics__stop_on=["too_hard"], checkpoint__every=0)
+
+
+@pytest.mark.parametrize("option", ["stop_on", "go_back_on"])
+@pytest.mark.parametrize(("last", "steps"), [(1, 4), (99, 2)])
+def test_a_resumed_run_ends_on_a_verdict_that_stands(
+    option: str, last: int, steps: int, small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The recipe names it only now. One that has ended is past."""
+    Cry(monkeypatch, 1, last)
+    train(small(), output=tmp_path / "run", observer=StopAfter(2))
+    further = train(output=tmp_path / "run", resume=True, overrides={f"diagnostics.{option}": ["too_hard"]})
+    assert further.summary["steps"] == steps
+    assert further.summary.get("ended_by") == ("too_hard" if last > 2 else None)
 
 
 class StopAfter(SilentObserver):
