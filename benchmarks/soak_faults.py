@@ -95,7 +95,7 @@ class Plan:
     fault: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Dice:
     """How often what goes wrong.
 
@@ -285,4 +285,6 @@ class BreakingCalculate(_Breaking, Calculate):
 
 
 class BreakingTasks(_Breaking, VerifiedTasks):
-    """``tasks`` that breaks."""
+    """``tasks`` that breaks. A quarter of an hour for checks that wait for one another would hide a step that hangs."""
+
+    step_seconds = 0.0

@@ -100,7 +100,7 @@ def main() -> int:
         figures[f"{name}_before"] = runs["none"][0]["before"]
         for arm, of_arm in runs.items():
             figures |= told(f"{name}_{arm}_after", [run["after"] for run in of_arm])
-            for what in ("kept_share", "updates", "kept_episodes", "cpu_seconds", "learning_seconds"):
+            for what in ("kept_share", "updates", "kept_episodes", "seconds", "cpu_seconds", "learning_seconds"):
                 figures[f"{name}_{arm}_{what}"] = statistics.median(run[what] for run in of_arm)
         gains[name] = {
             (arm, other): [a["after"] - b["after"] for a, b in zip(runs[arm], runs[other], strict=True)]

@@ -22,8 +22,9 @@ learning and count for no arm.
 
 Arms: rewards alone; one set of parameters for both (ECHO); an adapter each (dual); dual with rehearsal; rehearsal with
 rewards alone (rehearse_only); dual with rehearsal on answers that were dealt out among episodes (placebo). What follows
-from what the agent was shown ("Ready: PIN.") is nobody's target. With one seed besides: dual with rehearsal and no
-replay (rehearse_once); rewards alone with the rank that the policy has in dual; and a world adapter that is trained and
+from what the agent was shown ("Ready: PIN.") is nobody's target. Dual with rehearsal and without replay (no_replay), as
+many updates on what was heard in the step, is the control of forgetting: what the companies of phase 2 lose in phase 3.
+With one seed besides: rewards alone with the rank that the policy has in dual; and a world adapter that is trained and
 not used, which must leave the same policy bit for bit. The measure of what can be done is a scripted person who
 remembers what was said once.
 
@@ -96,11 +97,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "rehearse_only": {"world.mode": "policy_only", "agent.rehearse": True, **ALONE},
     "placebo": {"world.mode": "placebo", **REHEARSE, **HEARD},
     "policy_only_32": {"world.mode": "policy_only", "adapters.world_rank": 0},
-    "rehearse_once": {"world.mode": "dual", "agent.rehearse": True, "world.horizon": 8, **HEARD},
+    "no_replay": {"world.mode": "dual", **REHEARSE, **HEARD, "world.replay": 0},
     "inactive": {"world.mode": "inactive", **HEARD},
 }
 ALL_SEEDS = 5
-SEEDS = {"policy_only_32": 1, "rehearse_once": 1, "inactive": 1}
+SEEDS = {"policy_only_32": 1, "inactive": 1}
 """Arms that are played with fewer seeds than the others."""
 ENDS_AFTER_NEW = ("inactive",)
 """By then a policy that is not that of ``policy_only_32`` has shown it."""

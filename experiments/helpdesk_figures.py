@@ -15,7 +15,7 @@ SHARES = (
     "remembered", "last_lot", "changed_before", "changed_at_the_end",
 )  # fmt: skip
 """Shares of matters settled that a cell tells, see :mod:`experiments.helpdesk`."""
-COMPARED = ("placebo", "rehearse_only", "dual", "policy_only")
+COMPARED = ("placebo", "rehearse_only", "dual", "policy_only", "no_replay")
 """Arms that ``dual_rehearse`` is compared with, seed by seed."""
 
 
@@ -100,11 +100,18 @@ def figures_of(
             if arm in means and "dual_rehearse" in means:
                 pairs = zip(means[arm], means["dual_rehearse"], strict=True)
                 figures |= told(f"{arm}_minus_dual_rehearse_{phase}_mean_calls", [a - b for a, b in pairs])
+    kept: dict[str, list[float]] = {}
     for arm, count in arms.items():
         own_runs = [played[f"{arm}-{seed}"] for seed in range(count)]
         for name in SHARES:
             if all(run.get(name) is not None for run in own_runs):
                 figures |= told(f"{arm}_{name}", [run[name] for run in own_runs])
+        if all(run.get("remembered") is not None for run in own_runs):
+            kept[arm] = [run["remembered"] - run["new_at_the_end"] for run in own_runs]
+            figures |= told(f"{arm}_remembered_minus_new_at_the_end", kept[arm])
+    if "dual_rehearse" in kept and len(kept.get("no_replay", ())) == len(kept["dual_rehearse"]):
+        pairs = zip(kept["dual_rehearse"], kept["no_replay"], strict=True)
+        figures |= told("replay_keeps", [a - b for a, b in pairs])
     return figures
 
 

@@ -20,7 +20,8 @@ questions:
   are mastered or do not get better any more, whatever its state; credit for the first call of an episode that brought a
   result (``credit``), which pays for use itself, so that arm is judged by success; and a world model learnt from
   results (``world``). The last has adapters, and so have its controls: ``working_lora``, ``broken_lora``, and
-  ``placebo``, whose world model learns results that were dealt out among episodes.
+  ``placebo``, whose world model learns results that were dealt out among episodes. What the price does and what the
+  failures do is told apart by calls that cost nothing and fail as often (``free_broken``, with ``free_working``).
 
 Held-out play before and after training is with the tools, and the state that they are in, of the end. Differences are
 paired by seed. The best cure is chosen for each seed by the other seeds, so that it is not judged on the luck that it

@@ -16,7 +16,7 @@ from rehearsal.agents.toolkit.calculator import calculator
 from rehearsal.agents.tools import Tool, ToolFailure, tool_from
 
 COMMON: dict[str, Any] = {
-    # Half of the groups of the shipped recipes, but for lookup: 65 runs have to end some day.
+    # Half of the groups of the shipped recipes, but for lookup: 75 runs have to end some day.
     "training.groups": 16, "evaluation.every": 0, "evaluation.episodes": 0, "diagnostics.every": 0,
     "diagnostics.gradients_every": 0, "engine.processes": 1,
 }  # fmt: skip
@@ -33,6 +33,7 @@ CREDIT = 1.0
 """Of a call that brought a result: a broken call that is used well is then worth 0.2 (1 + 1) - 0.3 = 0.1."""
 ENTROPY = 0.02
 """Weight of the bonus; with 0.04 runs of the lake fall apart, see :mod:`experiments.collapse`."""
+FREE = {"tools.cost": 0.0}
 LORA = {"adapters.policy_rank": 32, "adapters.world_rank": 32, "training.learning_rate": 3e-3}
 
 UNRELIABLE = "experiments.tool_use_arms:Unreliable"
@@ -65,6 +66,8 @@ ARMS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "abandoned_exploration": ("calculate", _phases(both={"algorithm.options.entropy_coefficient": ENTROPY})),
     "abandoned_curriculum": ("calculate", _phases(both=LADDER)),
     "abandoned_credit": ("calculate", _phases(both={"rewards.call": CREDIT})),
+    "abandoned_free_working": ("calculate", _phases(_WORKS, FREE)),
+    "abandoned_free_broken": ("calculate", _phases(both=FREE)),
     "abandoned_working_lora": ("calculate", _phases(_WORKS, LORA)),
     "abandoned_broken_lora": ("calculate", _phases(both=LORA)),
     "abandoned_world": ("calculate", _phases(both={**LORA, "world.mode": "dual"})),
@@ -82,6 +85,7 @@ WORKING = {"abandoned_world": "abandoned_working_lora"}
 PAIRS = (
     ("abandoned_broken", "abandoned_working"), ("abandoned_exploration", "abandoned_broken"),
     ("abandoned_curriculum", "abandoned_broken"), ("abandoned_credit", "abandoned_broken"),
+    ("abandoned_free_broken", "abandoned_free_working"), ("abandoned_free_broken", "abandoned_broken"),
     ("abandoned_broken_lora", "abandoned_working_lora"), ("abandoned_world", "abandoned_broken_lora"),
     ("abandoned_placebo", "abandoned_broken_lora"), ("abandoned_world", "abandoned_placebo"),
 )  # fmt: skip

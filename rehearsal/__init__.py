@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from rehearsal.environments.base import TextEnv as TextEnv
     from rehearsal.environments.check import check_env as check_env
+    from rehearsal.environments.episode import EpisodeEnv as EpisodeEnv
     from rehearsal.environments.registry import make as make
     from rehearsal.environments.registry import register as register
     from rehearsal.errors import RehearsalError as RehearsalError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from rehearsal.trajectory import Trajectory as Trajectory
 
 _WHERE = {
+    "EpisodeEnv": "rehearsal.environments.episode:EpisodeEnv",
     "Group": "rehearsal.trajectory:Group",
     "Kind": "rehearsal.trajectory:Kind",
     "Recipe": "rehearsal.training.recipe:Recipe",

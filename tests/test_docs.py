@@ -366,7 +366,31 @@ def test_the_command_line_page_has_every_option(command: str) -> None:
         assert option in part, f"the command line page does not tell of {command} {option}"
 
 
+def test_every_argument_without_dashes_is_explained() -> None:
+    parsers = next(a for a in make_parser()[0]._actions if isinstance(a, argparse._SubParsersAction)).choices
+    for name, parser in parsers.items():
+        for action in parser._actions:
+            assert action.option_strings or action.help, f"rehearsal {name} --help does not say what {action.dest} is"
+
+
 # Tables
+
+
+def test_the_table_of_sections_of_a_recipe() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    table = text[text.index("| section | what it holds |") :].partition("\n\n")[0]
+    sections = {name.partition(".")[0] for name in KNOWN_OPTIONS if "." in name} | {"mixture"}
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == sections
+
+
+def test_figures_of_information_and_of_the_policy_are_described() -> None:
+    """By the names that runs write."""
+    page = (ROOT / "docs" / "diagnostics.md").read_text(encoding="utf-8")
+    for name in ("first/empty", "first/ceiling", "first/tokens", "all/ceiling", "all/tokens"):
+        assert f"`information/{name}`" in page
+    assert "information/first/sequence/empty" not in page
+    for name in ("correction", "dual_clipped", "kl"):
+        assert f"| `policy/{name}` |" in page
 
 
 def test_the_table_of_presets() -> None:

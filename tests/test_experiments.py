@@ -315,6 +315,7 @@ def test_one_stubborn_company_does_not_decide() -> None:
         phase = {"calls": calls, "failed": failed, "start": [0.0] * len(companies), "foretold": foretold}
         return {"new": phase, "changed": phase, **shares}
 
+    assert helpdesk.ARMS["no_replay"] == {**helpdesk.ARMS["dual_rehearse"], "world.replay": 0}
     played = {"dual_rehearse-0": cell(2), "dual_rehearse-1": cell(4), "policy_only-0": cell(40), "placebo-0": cell(40)}
     played |= {"policy_only-1": cell(40), "placebo-1": cell(6)}
     arms = {"dual_rehearse": 2, "policy_only": 2, "placebo": 2}
@@ -379,7 +380,7 @@ def test_the_arms_of_the_world_model_are_recipes() -> None:
         assert len(limits) == 1
     ours, placebo = (world_model_rl.ARMS[arm] for arm in ("dual_rehearse", "placebo_rehearse"))
     assert placebo == {**ours, "world.mode": "placebo"}
-    assert ("dual_rehearse", "placebo_rehearse") in world_model_rl.PAIRS
+    assert set(world_model_rl.PLACEBOS.items()) <= set(world_model_rl.PAIRS), "each against its own placebo"
 
 
 @pytest.mark.parametrize(("name", "plain"), [("TurnedLake", "frozenlake"), ("TurnedSokoban", "sokoban")])
@@ -431,7 +432,7 @@ def test_the_arms_of_the_tools_are_recipes() -> None:
                 tool_use_arms.BROKEN_STEPS,
                 tool_use_arms.MENDED_STEPS,
             ]
-            assert {recipe.tools.cost for recipe in parts} == {tool_use_arms.COST}
+            assert {recipe.tools.cost for recipe in parts} == {0.0 if "free" in arm else tool_use_arms.COST}
     grpo, dapo, without = (recipes[f"calculate_{name}"][0] for name in ("grpo", "dapo", "without"))
     assert preset(grpo.algorithm.name, **grpo.algorithm.options).aggregation.kind == "sequence_mean"
     assert preset(dapo.algorithm.name, **dapo.algorithm.options).aggregation.kind == "token_mean"

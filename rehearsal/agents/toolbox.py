@@ -161,7 +161,7 @@ class Toolbox:
         return replace(result, cost=self.limits.cost if tool.cost is None else tool.cost)
 
     def count_notice(self, calls: Sequence[ToolCall]) -> str:
-        """How many calls were made, for the agent, behind those of an answer: "Call 2 of 3." """
+        """How many calls were made and what those of an answer cost, for the agent: "Call 2 of 3; cost 0.1." """
         made = [call for call in calls if call.error != "limit"]
         parts = []
         if self.limits.max_calls is not None and made:
@@ -171,6 +171,8 @@ class Toolbox:
         for name in dict.fromkeys(call.name for call in made):
             if name in self.limits.per_tool:
                 parts.append(f"{name} {self.calls[name]} of {self.limits.per_tool[name]}")
+        if paid := sum(call.cost for call in made):
+            parts.append(f"{'cost' if parts else 'Cost'} {paid:g}")
         return f"{'; '.join(parts)}." if parts else ""
 
     def close(self) -> None:

@@ -41,6 +41,8 @@ class TokenBatch:
             of the state before it was sampled.
         returns_N: float32, what the critic should have said; NaN where a token has no return. None without a critic.
         observation_mask_N: bool, the tokens that a world model learns from; None where nobody does.
+        truncated: whether ``rollout_logprobs_N`` are over a part of the vocabulary (top-p, top-k); the learner's
+            log-probs, which are over all of it, cannot be compared with them then.
         step_sequences_S: int64, where each sequence stands in the step's batch, for
             :meth:`rehearsal.algorithms.aggregation.StepTotals.select`. Left out, it is 0..S-1.
 
@@ -61,6 +63,7 @@ class TokenBatch:
     old_values_N: Tensor | None = None
     returns_N: Tensor | None = None
     observation_mask_N: Tensor | None = None
+    truncated: bool = False
     step_sequences_S: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -135,7 +138,7 @@ class TokenBatch:
         index_N = self.token_index(numbers)
         lengths_S = torch.bincount(self.sequence_N, minlength=self.n_sequences)[numbers]
         assert self.step_sequences_S is not None  # set in __post_init__
-        changes = {name: array_N[index_N] for name, array_N in self._token_arrays().items()}
+        changes: dict[str, Any] = {name: array_N[index_N] for name, array_N in self._token_arrays().items()}
         changes["sequence_N"] = torch.repeat_interleave(torch.arange(len(numbers), device=numbers.device), lengths_S)
         changes["step_sequences_S"] = self.step_sequences_S[numbers]
         return replace(self, n_sequences=len(numbers), **changes)

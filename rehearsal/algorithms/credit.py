@@ -45,6 +45,8 @@ class SequenceRewards:
             apart.
         policy_S: bool, the sequences that the policy learns from: whitening takes its mean and deviation from these.
             None for all.
+        family_S: int, the environment that each sequence was played in: whitening looks at each by itself, as rewards
+            of different environments have different scales. None for one.
 
     Raises:
         ValueError: when the arrays do not fit together.
@@ -59,6 +61,7 @@ class SequenceRewards:
     turn_rewards: list[NDArray[np.float64]]
     values_N: NDArray[np.floating] | None = None
     policy_S: NDArray[np.bool_] | None = None
+    family_S: NDArray[np.integer] | None = None
     parts: Mapping[str, NDArray[np.float64]] | None = None
 
     def __post_init__(self) -> None:
@@ -67,8 +70,9 @@ class SequenceRewards:
         n_sequences = len(self.sequence_group_S)
         if len(self.sequence_sample_S) != n_sequences or len(self.turn_rewards) != n_sequences:
             raise ValueError("sequence_group_S, sequence_sample_S and turn_rewards must have one length")
-        if self.policy_S is not None and len(self.policy_S) != n_sequences:
-            raise ValueError("policy_S must have an entry for every sequence")
+        for name, array_S in (("policy_S", self.policy_S), ("family_S", self.family_S)):
+            if array_S is not None and len(array_S) != n_sequences:
+                raise ValueError(f"{name} must have an entry for every sequence")
         lengths = {len(self.sampled_N), len(self.turns_N), len(self.sequence_N)}
         if self.values_N is not None:
             lengths.add(len(self.values_N))
@@ -183,7 +187,8 @@ def token_advantages(
 
     Args:
         algorithm: which estimator, its discounts, whether to whiten, and the overlong penalty.
-        rewards: of the whole step. Baselines and whitening look at all of it, so a step is never cut before this.
+        rewards: of the whole step. Baselines look at all of a group and whitening at all of an environment, so a step
+            is never cut before this.
 
     Returns:
         advantages_N: float32, 0 for tokens that were not sampled and for episodes without a reward.
@@ -226,7 +231,12 @@ def token_advantages(
 
     if how.whitens:
         included_N = scored_N & policy_S[rewards.sequence_N]
-        advantages_N = np.where(scored_N, estimators.whiten(advantages_N, included_N), 0.0)
+        family_S = np.zeros_like(policy_S, dtype=np.int64) if rewards.family_S is None else rewards.family_S
+        family_N = np.asarray(family_S)[rewards.sequence_N]
+        for family in np.unique(family_N):
+            mine_N = family_N == family
+            advantages_N[mine_N] = estimators.whiten(advantages_N[mine_N], included_N[mine_N])
+        advantages_N = np.where(scored_N, advantages_N, 0.0)
     return advantages_N.astype(np.float32), None if returns_N is None else returns_N.astype(np.float32)
 
 

@@ -33,6 +33,9 @@ _SCATTER = (
 """Variance of the difference of the two averages over that of a visit, when nothing is learned."""
 _KNOWN_VISITS = 3
 """Visits before which nothing is known of a task's progress."""
+ADAPTIVE = {"curriculum/adaptive": 1.0}
+"""What samplers tell that choose tasks by their success. They hold success in training where it is by their choice, so
+neither it nor the reward says whether the policy gets better."""
 RISE = 0.02
 """How much the success of a stage has to grow for it not to stall: less is what chance does to a window."""
 
@@ -214,7 +217,7 @@ class ByDifficulty(_Pool):
     def figures(self) -> dict[str, float]:
         seen = self._visits > 0
         inside = float((self._inside & seen).sum() / seen.sum()) if seen.any() else float("nan")
-        return super().figures() | ({"curriculum/in_band": inside} if seen.any() else {})
+        return super().figures() | ADAPTIVE | ({"curriculum/in_band": inside} if seen.any() else {})
 
 
 _UNKNOWN_GAIN = 0.25
@@ -258,6 +261,9 @@ class Prioritised(_Pool):
         return self._choose(
             count, self.explore * even + (1 - self.explore) * (gain / total if total > 0 else even), rng, played
         )
+
+    def figures(self) -> dict[str, float]:
+        return super().figures() | ADAPTIVE
 
 
 @dataclass

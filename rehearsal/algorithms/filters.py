@@ -13,7 +13,7 @@ the rewards, with one exception: ``mass="softmax"``, which is kept as published.
 ============  ========================================================================================================
 ``none``      keeps everything that has a reward
 ``constant``  drops groups without variance, as DAPO does (arXiv:2503.14476, eq. 11)
-``top_k``     keeps the k groups of largest variance, or a share of the groups
+``top_k``     keeps the k groups of largest variance, or the share k of the groups
 ``top_p``     keeps the smallest number of groups that together hold a share p of the mass
 ``min_p``     keeps groups whose mass is at least p times the largest
 ``random``    keeps as many groups as another filter would, whichever they are: the control
@@ -29,7 +29,7 @@ stable. Here ties are broken by the order of the groups, and sums are compared u
 
 from __future__ import annotations
 
-import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -54,10 +54,12 @@ class Kept:
 
     Attributes:
         keep_PG: bool of shape (P, G): the episodes that the policy learns from. False where an episode has no reward.
+        rated_PG: bool of shape (P, G): the episodes that have a reward.
         reasons: for each group why it was kept or dropped, in plain words.
     """
 
     keep_PG: Bools
+    rated_PG: Bools
     reasons: tuple[str, ...]
 
     @property
@@ -67,8 +69,26 @@ class Kept:
 
     @property
     def share(self) -> float:
-        """Share of the groups of which anything is kept; 1 for an empty batch."""
-        return float(self.keep_P.mean()) if len(self.keep_P) else 1.0
+        """Share of the episodes with a reward that is kept; 1 where there are none, as nothing was turned down."""
+        return self._share(self.rated_PG.sum(axis=1))
+
+    def of(self, groups: NDArray[np.integer]) -> Kept:
+        """What it says of some of the groups, by number."""
+        return Kept(self.keep_PG[groups], self.rated_PG[groups], tuple(self.reasons[group] for group in groups))
+
+    def share_of_step(self, groups: int) -> float:
+        """The share of a step that was to have so many groups, however many were played to fill it.
+
+        What a full step is measured by are the groups that are in it, and not those that they came in place of. Of a
+        step that is not full, as many of the others count as are missing; those in which everything failed come last.
+        """
+        rated_P = self.rated_PG.sum(axis=1)
+        first_P = np.argsort(np.where(self.keep_P, 0, np.where(rated_P > 0, 1, 2)), kind="stable")
+        return self._share(rated_P[first_P[: max(groups, int(self.keep_P.sum()))]])
+
+    def _share(self, rated_P: NDArray[np.integer]) -> float:
+        rated = int(rated_P.sum())
+        return float(self.keep_PG.sum()) / rated if rated else 1.0
 
 
 class Filter(Protocol):
@@ -111,7 +131,7 @@ class TopK:
     """Keeps the groups of largest variance; of equal ones, those that come first.
 
     Attributes:
-        k: how many, if a whole number of at least 1; a share of the groups that have any reward, if below 1. Of a share
+        k: how many, if an int, from 1 on; a share of the groups that have any reward, if a float, up to 1.0. Of a share
             the whole part counts, and at least one group.
         include_constant: whether groups without variance may be kept to make up the number (as in the published code).
     """
@@ -120,8 +140,16 @@ class TopK:
     include_constant: bool = False
 
     def __post_init__(self) -> None:
-        if not (0 < self.k < 1 or (1 <= self.k < math.inf and self.k == int(self.k))):
-            raise RecipeError(f"k of a top_k filter must be a share below 1 or a whole number of groups, not {self.k}.")
+        if not (self.k >= 1 if self.count is not None else 0 < self.k <= 1):
+            raise RecipeError(
+                "k of a top_k filter must be a number of groups, such as 4, or a share of them with a point, above 0.0 "
+                f"and up to 1.0, not {self.k}."
+            )
+
+    @property
+    def count(self) -> int | None:
+        """How many groups; None for a share of them."""
+        return int(self.k) if isinstance(self.k, numbers.Integral) else None
 
     def __call__(self, rewards_PG: ArrayLike, rng: np.random.Generator | None = None) -> Kept:
         rewards_PG = checked_rewards(rewards_PG)
@@ -129,7 +157,7 @@ class TopK:
         possible_P = _possible(rewards_PG, self.include_constant)
         rated = int((~np.isnan(rewards_PG)).any(axis=1).sum())
         # The slack is for shares that are not what they look like: 0.29 * 100 is 28.999999999999996.
-        k = int(self.k) if self.k >= 1 else max(1, int(self.k * rated * (1 + _ROUNDING)))
+        k = max(1, int(self.k * rated * (1 + _ROUNDING))) if self.count is None else self.count
         order = _largest_first(variance_P, possible_P)
         keep_P = np.zeros(len(rewards_PG), dtype=bool)
         keep_P[order[:k]] = True
@@ -249,9 +277,12 @@ class Extremes:
     bottom: int = 2
 
     def __post_init__(self) -> None:
-        if min(self.top, self.bottom) < 0 or self.top + self.bottom < 1:
+        for name, number in (("top", self.top), ("bottom", self.bottom)):
+            if number < 0:
+                raise RecipeError(f"{name} of an extremes filter must be a number of episodes from 0 on, not {number}.")
+        if self.top + self.bottom == 0:
             raise RecipeError(
-                f"An extremes filter keeps at least one episode of a group, not {self.top} and {self.bottom}."
+                "An extremes filter keeps at least one episode of a group: set top or bottom to 1 or more."
             )
 
     def __call__(self, rewards_PG: ArrayLike, rng: np.random.Generator | None = None) -> Kept:
@@ -298,6 +329,11 @@ def make_filter(name: str, **options: Any) -> Filter:
         raise RecipeError(f"There is no filter {name!r}; there are {', '.join(FILTERS)}.")
     if name == "random":
         like = options.pop("like", "top_p")
+        if like is None or like == "none":  # recipes make None of the word
+            raise RecipeError(
+                "A random filter like none would keep everything: name the filter that it is the control of as `like`, "
+                "or set filter.name to none."
+            )
         if not isinstance(like, str):
             raise RecipeError(f"Option like of the filter random must be the name of another filter, not {like!r}.")
         if like == "random":
@@ -311,6 +347,13 @@ def make_filter(name: str, **options: Any) -> Filter:
         _check_option(name, option, value, known[option])
     made: Filter = FILTERS[name](**options)
     return made
+
+
+def most_groups(choose: Filter) -> int | None:
+    """The number of groups that a filter never keeps more than, however many it is shown; None if there is none."""
+    if isinstance(choose, RandomLike):
+        return most_groups(choose.other)
+    return choose.count if isinstance(choose, TopK) else None
 
 
 def within_families(
@@ -331,15 +374,15 @@ def within_families(
     if families is None:
         return choose(rewards_PG, rng)
     families_P = np.asarray(families)
-    keep_PG = np.zeros(rewards_PG.shape, dtype=bool)
+    keep_PG, rated_PG = np.zeros((2, *rewards_PG.shape), dtype=bool)
     reasons = [""] * len(rewards_PG)
     for family in np.unique(families_P):
         members = np.flatnonzero(families_P == family)
         kept = choose(rewards_PG[members], rng)
-        keep_PG[members] = kept.keep_PG
+        keep_PG[members], rated_PG[members] = kept.keep_PG, kept.rated_PG
         for group, reason in zip(members, kept.reasons, strict=True):
             reasons[group] = reason
-    return Kept(keep_PG, tuple(reasons))
+    return Kept(keep_PG, rated_PG, tuple(reasons))
 
 
 def at_most(kept: Kept, count: int) -> Kept:
@@ -350,16 +393,24 @@ def at_most(kept: Kept, count: int) -> Kept:
     reasons = list(kept.reasons)
     for group in surplus:
         reasons[group] = "dropped: the step has enough groups without it"
-    return Kept(keep_PG, tuple(reasons))
+    return Kept(keep_PG, kept.rated_PG, tuple(reasons))
 
 
-def loss_scale(kept: Kept, scaling: LossScaling) -> float:
+def loss_scale(kept: Kept, scaling: LossScaling, groups: int) -> float:
     """What the policy's loss is multiplied by after filtering.
 
-    A mean over what was kept is as large as one over everything, so a step with few groups moves as far as a full one.
-    ``share`` multiplies by the kept share of the groups (RAGEN-2), ``sqrt`` by its root (VAGEN's code).
+    A mean over what was kept is as large as one over everything, so a step with few episodes moves as far as a full
+    one. ``share`` multiplies by the kept share (RAGEN-2, which counts groups), ``sqrt`` by its root (VAGEN's code).
+    Counted are episodes, as a filter may keep some of a group, and those alone that have a reward: what failed was not
+    filtered.
+
+    Args:
+        kept: what the filter says.
+        scaling: how.
+        groups: that the step was to have, see :meth:`Kept.share_of_step`.
     """
-    return {"none": 1.0, "share": kept.share, "sqrt": kept.share**0.5}[scaling]
+    share = kept.share_of_step(groups)
+    return {"none": 1.0, "share": share, "sqrt": share**0.5}[scaling]
 
 
 # --- shared by the filters --------------------------------------------------------------------------------------------
@@ -374,7 +425,7 @@ def _kept(rewards_PG: NDArray[np.float64], keep_P: Bools, words: list[str], keep
         keep_PG = np.repeat(keep_P[:, None], rewards_PG.shape[1], axis=1)
     unrated = "dropped: none of its episodes has a reward"
     reasons = [word if rated else unrated for word, rated in zip(words, rated_P, strict=True)]
-    return Kept(keep_PG & present_PG, tuple(reasons))
+    return Kept(keep_PG & present_PG, present_PG, tuple(reasons))
 
 
 def _possible(rewards_PG: NDArray[np.float64], include_constant: bool) -> Bools:

@@ -47,11 +47,18 @@ def diagnose_command(options: argparse.Namespace) -> int:
         console.print(f"[dim]Not judged, for want of figures: {', '.join(found.unjudged)}.[/]", highlight=False)
     if found.too_early:
         console.print(f"[dim]Too early to judge: {', '.join(found.too_early)}.[/]", highlight=False)
+    if found.steered:
+        console.print(
+            f"[dim]Not judged, because the curriculum chooses tasks by success: {', '.join(found.steered)}.[/]",
+            highlight=False,
+        )
     table = Table("", "start", "end", box=None, padding=(0, 2, 0, 0))
     for name, (start, end) in found.figures.items():
         table.add_row(figure_words(name), f"{start:.3g}", f"{end:.3g}")
     if found.figures:
         console.print(table)
+    if found.ceiling:
+        console.print(f"[yellow]note[/] What thoughts say of their prompt: {escape(found.ceiling)}", highlight=False)
     return 0
 
 

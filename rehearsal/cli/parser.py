@@ -100,15 +100,15 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, set[str]]]:
     play.add_argument("--split", default="train", choices=("train", "validation", "test"), help="of the task")
 
     export = command("export", "Write the policy of a run's checkpoint as a Hugging Face folder.", export_command)
-    export.add_argument("run_folder", metavar="RUN", type=Path, help="a run folder")
+    export.add_argument("run_folder", metavar="RUN", type=Path, help="the run folder; the run may be at work")
     export.add_argument("folder", metavar="FOLDER", type=Path, help="to write; must not exist yet")
     export.add_argument("--step", type=int, help="of the checkpoint; the newest if left out")
 
     report = command("report", "Write the HTML report of a run.", report_command)
-    report.add_argument("run_folder", metavar="RUN", type=Path)
+    report.add_argument("run_folder", metavar="RUN", type=Path, help="the run folder; report.html is written there")
 
     diagnose = command("diagnose", "Say what is wrong with a run, and what to try.", diagnose_command)
-    diagnose.add_argument("run_folder", metavar="RUN", type=Path)
+    diagnose.add_argument("run_folder", metavar="RUN", type=Path, help="the run folder, of a finished run or not")
     diagnose.add_argument("--json", action="store_true", help="print JSON")
 
     command("envs", "List the environments.", envs_command)

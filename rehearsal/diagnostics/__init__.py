@@ -20,7 +20,7 @@ from rehearsal.diagnostics.thoughts import (
     measure,
     thought_of_turn,
 )
-from rehearsal.diagnostics.verdict import Verdict, Watch, judge, unheard
+from rehearsal.diagnostics.verdict import Unheard, Verdict, Watch, judge, unheard
 
 __all__ = [
     "RULES",
@@ -34,6 +34,7 @@ __all__ = [
     "Thought",
     "ThoughtInformation",
     "Thresholds",
+    "Unheard",
     "Verdict",
     "Watch",
     "any_turn_table",

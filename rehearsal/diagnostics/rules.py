@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rehearsal.diagnostics.dead_groups import Cause, DeadGroups, cause_of, dead_groups
 from rehearsal.diagnostics.series import Series
 from rehearsal.diagnostics.tool_use import TOOL_FIGURES, abandoned_tools
 
@@ -31,7 +32,7 @@ class Thresholds:
         surer: self-certainty over what it was at the start.
         success_done: a run that succeeds this often may be sure of itself.
         spread_fall: in-group spread over its highest mean.
-        reward_fall: fall of the mean reward from its highest mean, in units of what it had gained and spread.
+        reward_fall: fall of the mean reward from its highest mean, in units of the highest mean of in-group spread.
         spike: gradient norm over its median.
         noise: signal-to-noise ratio of the gradient over all groups.
         longer, shorter: length of thoughts over what it was at the start.
@@ -83,7 +84,9 @@ class Rule:
         condition: returns the evidence if it holds for the last step of a series, else None.
         begins_after: judged steps in a row with the condition before the verdict begins.
         ends_after: judged steps in a row without it before the verdict ends.
-        looks: values of the metric that there must be before the condition can hold.
+        looks: values of the metric that there must be before all of the condition can be judged.
+        unless: a figure in whose presence the condition would say nothing of the policy, so that it is not judged; ""
+            for none. In a mixture, where it ends with the number of an environment, one of them is enough.
     """
 
     name: str
@@ -95,14 +98,19 @@ class Rule:
     begins_after: int = 3
     ends_after: int = 5
     looks: int = 1
+    unless: str = ""
 
     @property
     def first_call(self) -> int:
-        """Values of the metric that there must be before the rule can speak."""
+        """Values of the metric that there must be before the rule can say all that it is for."""
         return self.looks + self.begins_after - 1
 
 
 _SPREAD = "signal/reward_std_in_group"
+_ADAPTIVE = "curriculum/adaptive"
+"""Told by curricula that choose tasks by success: success and reward in training are where such a one puts them."""
+_SAME_TIME = 2
+"""Steps that two falls may be apart by chance: means of five steps tell no order that is finer than half of them."""
 _IGNORED_LOOKS = 4
 _NOISE_LOOKS = 4
 _UNPAID_LOOKS = 5
@@ -112,44 +120,37 @@ def _percent(value: float) -> str:
     return f"{100 * value:.0f}%"
 
 
-def _dead(series: Series, limits: Thresholds) -> tuple[float, float, float] | None:
-    """Recent shares of dead groups, all, solved and failed; None while most groups are alive."""
-    dead = series.recent("signal/dead_groups")
-    if not dead >= limits.dead:
-        return None
-    return dead, series.recent("signal/dead_groups_solved"), series.recent("signal/dead_groups_failed")
+def _cause(series: Series, limits: Thresholds) -> tuple[Cause | None, DeadGroups]:
+    """The rule that says why groups are dead, and their shares; None while there is enough to compare."""
+    found = dead_groups(series)
+    return cause_of(found, dead=limits.dead, solved=limits.solved, done=limits.success_done), found
 
 
 def _too_easy(series: Series, limits: Thresholds) -> str | None:
-    solved = series.recent("signal/dead_groups_solved")
-    if not solved >= limits.solved:
-        return None
-    return f"In {_percent(solved)} of the groups every episode succeeds."
+    cause, found = _cause(series, limits)
+    return f"In {_percent(found.solved)} of the groups every episode succeeds." if cause == "too_easy" else None
 
 
 def _too_hard(series: Series, limits: Thresholds) -> str | None:
-    shares = _dead(series, limits)
-    if shares is None or not shares[2] > shares[0] / 2:
-        return None
-    return f"In {_percent(shares[2])} of the groups no episode succeeds."
+    cause, found = _cause(series, limits)
+    return f"In {_percent(found.failed)} of the groups no episode succeeds." if cause == "too_hard" else None
 
 
 def _no_signal(series: Series, limits: Thresholds) -> str | None:
-    shares = _dead(series, limits)
-    equal = series.recent("signal/dead_groups_equal")
-    if shares is None or not equal > shares[0] / 2:
+    cause, found = _cause(series, limits)
+    if cause != "no_signal":
         return None
-    return f"In {_percent(equal)} of the groups all episodes have the same reward, whether they succeed or not."
+    mixture = f": {found.mixture}" if found.mixture else ""
+    return f"In {_percent(found.dead)} of the groups all episodes have the same reward{mixture}."
 
 
 def _all_or_nothing(series: Series, limits: Thresholds) -> str | None:
-    shares = _dead(series, limits)
-    if shares is None or series.recent("train/success") >= limits.success_done:
+    cause, found = _cause(series, limits)
+    if cause != "all_or_nothing":
         return None
-    dead, solved, failed = shares
-    if max(failed, series.recent("signal/dead_groups_equal")) > dead / 2 or not min(solved, failed) >= dead / 5:
-        return None
-    return f"In {_percent(solved)} of the groups every episode succeeds, and in {_percent(failed)} none does."
+    return (
+        f"In {_percent(found.solved)} of the groups every episode succeeds, and in {_percent(found.failed)} none does."
+    )
 
 
 def _template_collapse(series: Series, limits: Thresholds) -> str | None:
@@ -208,8 +209,10 @@ def _large_steps(series: Series, limits: Thresholds) -> str | None:
 
 
 def _no_progress(series: Series, limits: Thresholds) -> str | None:
-    if series.recent("signal/dead_groups") >= limits.dead or series.recent("train/success") >= limits.success_done:
+    if _cause(series, limits)[0] is not None:
         return None  # that has a name of its own
+    if series.recent("train/success") >= limits.success_done:
+        return None
     if not series.rise("train/reward") < limits.certain:
         return None
     return (
@@ -236,6 +239,9 @@ def _echo_trap(series: Series, limits: Thresholds) -> str | None:
     # Alike is what episodes become where a task is solved, too: the reward must have fallen beyond chance.
     if not series.fall("train/reward") > limits.certain:
         return None
+    # Elsewhere the reward falls first, and its spread follows because less is left to differ by.
+    if not series.fell_at(_SPREAD) <= series.fell_at("train/reward") + _SAME_TIME:
+        return None
     norms = series.measured("policy/grad_norm")
     spike = float(norms[-5:].max() / max(float(sorted(norms)[len(norms) // 2]), 1e-12)) if len(norms) else math.nan
     gradient = f" The gradient has jumped to {spike:.1f} times its median." if spike > limits.spike else ""
@@ -259,9 +265,12 @@ def _noise(series: Series, limits: Thresholds) -> str | None:
             return f"Beside the gradient of the {name} the rewards give next to none."
         return f"The gradient of the {name} is {louder[name] / task:.1f} times that of the rewards."
     # A look at a few groups cannot tell a small ratio from none, and a small one is enough where many groups are
-    # averaged. So several looks have to find nothing, and the run has to have got nowhere.
+    # averaged. So several looks have to find nothing, and the run has to have got nowhere. The verdict waits for a
+    # second one in a row, so one less than all of them begins it.
+    if not series.fresh("gradient/policy/snr") or len(series.measured("gradient/policy/snr")) < _NOISE_LOOKS - 1:
+        return None
     got_nowhere = series.recent("train/reward") <= series.start("train/reward") + series.start(_SPREAD) / 4
-    if len(series.measured("gradient/policy/snr")) >= _NOISE_LOOKS and ratio < limits.noise and got_nowhere:
+    if ratio < limits.noise and got_nowhere and not series.fresh_part(_ADAPTIVE):
         return (
             f"What groups' gradients agree on is {_percent(ratio)} of what they differ by, and the reward is where it "
             "was."
@@ -343,6 +352,11 @@ def _tool_abandoned(series: Series, limits: Thresholds) -> str | None:
     return f"{evidence} Since then {scale} went from {spell(before)} to {spell(after)}."
 
 
+# What changes the algorithm or the filter makes another run of it, which --resume refuses.
+_FROM_BEFORE = (
+    "in a new run from a checkpoint from before (rehearsal export RUN FOLDER --step N, then --model.path FOLDER)."
+)
+
 RULES: tuple[Rule, ...] = (
     Rule(
         "too_easy", "Too easy", "Where everything succeeds there is nothing to compare, and little is left to learn.",
@@ -355,7 +369,8 @@ RULES: tuple[Rule, ...] = (
         "signal/dead_groups", _too_hard,
     ),
     Rule(
-        "no_signal", "No signal", "Equal rewards have no advantage over each other, so the policy learns nothing.",
+        "no_signal", "No signal",
+        "Equal rewards do not tell which episode of a task was better; what compares these learns nothing from them.",
         "Look at how the reward is made: does it depend on what the agent does? Finer rewards or larger groups help.",
         "signal/dead_groups", _no_signal,
     ),
@@ -368,8 +383,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "template_collapse", "Template collapse",
         "The reasoning varies, but no longer with the input: it has become a template, which entropy does not show.",
-        "Drop groups of little reward variance (filter.name = top_p), weaken KL and entropy terms, lower the learning "
-        "rate, and go back to a checkpoint from before.",
+        "Drop groups of little reward variance (filter.name = top_p), weaken KL and entropy terms or lower the "
+        f"learning rate, {_FROM_BEFORE}",
         "information/first/sequence/share", _template_collapse, begins_after=2, ends_after=3, looks=3,
     ),
     Rule(
@@ -382,13 +397,13 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "entropy_collapse", "Entropy collapse",
         "The policy has stopped trying other things before it was good, and what it does not try it cannot learn.",
-        "Raise clip_high, add a small entropy_coefficient or lower the learning rate, and go back to a checkpoint.",
+        f"Raise clip_high, add a small entropy_coefficient or lower the learning rate, {_FROM_BEFORE}",
         "policy/entropy", _entropy_collapse, looks=3,
     ),
     Rule(
         "entropy_rise", "Entropy runs away",
         "The policy is on its way to answering at random.",
-        "Weaken or drop entropy_coefficient, lower the learning rate, and go back to a checkpoint from before.",
+        f"Weaken or drop entropy_coefficient or lower the learning rate, {_FROM_BEFORE}",
         "policy/entropy", _entropy_rise, looks=3,
     ),
     Rule(
@@ -407,19 +422,19 @@ RULES: tuple[Rule, ...] = (
         "no_progress", "No progress", "The weights move and the reward does not: what told episodes apart may be luck.",
         "Look at how the reward is made: does it depend on what the agent does? Play more episodes of each task, lower "
         "the chance in the environment, or drop groups of little reward variance.",
-        "train/reward", _no_progress, begins_after=5, looks=20,
+        "train/reward", _no_progress, begins_after=5, looks=20, unless=_ADAPTIVE,
     ),
     Rule(
         "echo_trap", "Echo trap",
         "Episodes of a task have become alike without becoming better; a jump of the gradient usually makes it final.",
-        "Go back to a checkpoint from before, lower the learning rate, and drop groups of little reward variance.",
+        f"Lower the learning rate and drop groups of little reward variance, {_FROM_BEFORE}",
         "signal/reward_std_in_group", _echo_trap, looks=5,
     ),
     Rule(
         "noise", "Noise outweighs signal",
         "Most of what moves the weights is not the reward.",
         "Play more episodes a step, drop groups of little reward variance, or weaken KL and entropy terms.",
-        "gradient/policy/snr", _noise, begins_after=2, ends_after=3, looks=_NOISE_LOOKS,
+        "gradient/policy/norm", _noise, begins_after=2, ends_after=3, looks=_NOISE_LOOKS - 1,
     ),
     Rule(
         "length_drift", "Length drift", "The length of thoughts drifts away from where it began.",
@@ -440,13 +455,13 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "success_fell", "Success fell", "The agent was better before.",
-        "Go back to the checkpoint before the fall, and lower the learning rate or end earlier.",
-        "train/success", _success_fell, begins_after=5, looks=5,
+        f"Keep the policy from before the fall, or go on with a lower learning rate, {_FROM_BEFORE}",
+        "train/success", _success_fell, begins_after=5, looks=5, unless=_ADAPTIVE,
     ),
     Rule(
         "sure_and_worse", "Surer and worse",
         "The policy becomes surer of itself while it gets worse: the reward from within feeds on itself.",
-        "Lower algorithm.options.self_certainty or end earlier, and go back to a checkpoint from before.",
+        f"Lower algorithm.options.self_certainty or end earlier, {_FROM_BEFORE}",
         "signal/self_certainty", _sure_and_worse, looks=5,
     ),
     Rule(

@@ -11,12 +11,17 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
+_STAGE = "curriculum/stage"
+
 
 class Series:
     """The metrics of a run up to a step.
 
     A figure that was not measured in a step is NaN there; averages are over what was measured. Everything looks back
     from the last step, so what is said of a step does not change as the run goes on.
+
+    A curriculum in stages plays another environment from one stage to the next, so figures of two stages are not
+    compared: whatever is averaged or compared here is of the present stage alone.
 
     Args:
         rows: one mapping a step with "step" and metrics by name, in order. Values that are not numbers are left out.
@@ -27,6 +32,7 @@ class Series:
         self._end = len(self._rows)
         # Of each figure that was asked for: values, with room to grow, and how many of them are filled in.
         self._columns: dict[str, tuple[Floats, int]] = {}
+        self._stage = (0, 0)
 
     def __len__(self) -> int:
         return self._end
@@ -40,6 +46,11 @@ class Series:
     def step(self) -> int:
         """Number of the last step; 0 before the first."""
         return int(float(str(self._rows[self._end - 1]["step"]))) if self._end else 0
+
+    @property
+    def in_later_stage(self) -> bool:
+        """Whether there are earlier steps of another stage, which do not count."""
+        return self._stage_begin() > 0
 
     def until(self, count: int) -> Series:
         """The same run as it stood after ``count`` rows."""
@@ -63,8 +74,7 @@ class Series:
 
     def measured(self, name: str) -> Floats:
         """The values that there are, oldest first."""
-        values = self.values(name)
-        return values[~np.isnan(values)]
+        return self.values(name)[self._rows_of(name)]
 
     def last(self, name: str) -> float:
         """The value of the last step; NaN if it has none."""
@@ -74,6 +84,17 @@ class Series:
     def fresh(self, name: str) -> bool:
         """Whether the figure was measured in the last step."""
         return not math.isnan(self.last(name))
+
+    def told(self, name: str) -> NDArray[np.bool_]:
+        """bool of shape (rows,): where the figure was measured, or one of its parts (``NAME/...``, as in a mixture)."""
+        rows = self._rows[: self._end]
+        return np.array(
+            [any(_is_part(key, name) and _is_number(value) for key, value in row.items()) for row in rows], dtype=bool
+        )
+
+    def fresh_part(self, name: str) -> bool:
+        """Whether the figure or one of its parts was measured in the last step."""
+        return any(_is_part(key, name) for key in self.fresh_names())
 
     def fresh_names(self) -> list[str]:
         """The figures that were measured in the last step, in the order in which they were written."""
@@ -92,7 +113,7 @@ class Series:
 
     def recent_rows(self, name: str, count: int = 5) -> NDArray[np.intp]:
         """Places of the last ``count`` measured values."""
-        return np.flatnonzero(~np.isnan(self.values(name)))[-count:]
+        return self._rows_of(name)[-count:]
 
     def start(self, name: str, count: int = 3) -> float:
         """Mean of the first ``count`` measured values; NaN before there are as many."""
@@ -107,11 +128,10 @@ class Series:
     def best_rows(self, name: str, count: int = 5) -> NDArray[np.intp]:
         """Places of the ``count`` measured values in a row with the largest mean, the earliest where several are
         equal; empty before there are as many."""
-        values = self.values(name)
-        rows = np.flatnonzero(~np.isnan(values))
+        rows = self._rows_of(name)
         if len(rows) < count:
             return rows[:0]
-        start = int(np.convolve(values[rows], np.ones(count) / count, mode="valid").argmax())
+        start = int(_means(self.values(name)[rows], count).argmax())
         return rows[start : start + count]
 
     def fall(self, name: str, count: int = 5) -> float:
@@ -125,6 +145,19 @@ class Series:
         if len(values) < count:
             return math.nan
         return _in_errors(self.best(name, count) - self.recent(name, count), values[-4 * count :], 2 / count)
+
+    def fell_at(self, name: str, count: int = 5) -> float:
+        """Place of the step in which the mean of ``count`` values last sank below the middle between the best one and
+        the recent one; NaN where there is no fall.
+
+        The middle, because all that falls at once passes it at once, however far it falls.
+        """
+        rows = self._rows_of(name)
+        if len(rows) < count:
+            return math.nan
+        means = _means(self.values(name)[rows], count)
+        above = np.flatnonzero(means > (means.max() + means[-1]) / 2)
+        return float(rows[above[-1] + count]) if len(above) else math.nan
 
     def rise(self, name: str, count: int = 10) -> float:
         """How far the recent mean lies above that of the first steps, in standard errors of their difference.
@@ -145,6 +178,30 @@ class Series:
         if len(values) < count or not len(then):
             return math.nan
         return _in_errors(self.recent(name, count) - float(then.mean()), values[-4 * count :], 2 / count)
+
+    def _rows_of(self, name: str) -> NDArray[np.intp]:
+        """Places of the measured values of the present stage."""
+        begin = self._stage_begin()
+        return begin + np.flatnonzero(~np.isnan(self.values(name)[begin:]))
+
+    def _stage_begin(self) -> int:
+        """Place of the first step that was played in the stage in which the last one was; 0 without stages."""
+        if self._stage[0] != self._end:
+            # A step tells the stage that it leaves behind, which the next one is played in; the first is played in 0.
+            stages = self.values(_STAGE)[: max(self._end - 1, 0)]
+            known = np.flatnonzero(~np.isnan(stages))
+            moved = known[np.diff(stages[known], prepend=0.0) != 0] if len(known) else known
+            self._stage = self._end, int(moved[-1]) + 1 if len(moved) else 0
+        return self._stage[1]
+
+
+def _means(values: Floats, count: int) -> Floats:
+    """The mean of every ``count`` values in a row."""
+    return np.convolve(values, np.ones(count) / count, mode="valid")
+
+
+def _is_part(key: str, name: str) -> bool:
+    return key == name or key.startswith(f"{name}/")
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
 
 from rehearsal.diagnostics.rules import RULES, Rule, Thresholds
 from rehearsal.diagnostics.series import Series
@@ -70,7 +73,7 @@ class Watch:
         """
         called = []
         for rule in self.rules:
-            if not series.fresh(rule.needs):
+            if not series.fresh(rule.needs) or (rule.unless and series.fresh_part(rule.unless)):
                 continue
             evidence = rule.condition(series, self.thresholds)
             standing = self._standing[rule.name]
@@ -88,24 +91,41 @@ class Watch:
             if standing.hits == 1:
                 standing.first = series.step
             if standing.current is None and standing.hits >= rule.begins_after:
+                if series.in_later_stage:
+                    evidence = f"{evidence} All figures are of the present stage."
                 standing.current = len(self.verdicts)
                 self.verdicts.append(Verdict(rule, standing.first, series.step, evidence))
                 called.append(self.verdicts[-1])
         return called
 
 
-def unheard(series: Series, rules: Sequence[Rule] | None = None) -> tuple[list[Rule], list[Rule]]:
-    """The rules that cannot have said anything: those whose figure was never measured, and those whose figure was
-    measured too few times."""
-    silent: list[Rule] = []
-    early: list[Rule] = []
+class Unheard(NamedTuple):
+    """Rules that had no say in a run.
+
+    Attributes:
+        unmeasured: their figure was never measured.
+        early: it was measured too few times for all that they judge.
+        steered: the curriculum decides what it is, see :attr:`Rule.unless`.
+    """
+
+    unmeasured: list[Rule]
+    early: list[Rule]
+    steered: list[Rule]
+
+
+def unheard(series: Series, rules: Sequence[Rule] | None = None) -> Unheard:
+    """The rules that cannot have said anything of a run, or not all that they are for."""
+    found = Unheard([], [], [])
     for rule in RULES if rules is None else rules:
-        count = len(series.measured(rule.needs))
-        if not count:
-            silent.append(rule)
-        elif count < rule.first_call:
-            early.append(rule)
-    return silent, early
+        measured = ~np.isnan(series.values(rule.needs))
+        judged = measured & ~series.told(rule.unless) if rule.unless else measured
+        if not measured.any():
+            found.unmeasured.append(rule)
+        elif not judged.any():
+            found.steered.append(rule)
+        elif judged.sum() < rule.first_call:
+            found.early.append(rule)
+    return found
 
 
 def judge(

@@ -1,4 +1,4 @@
-"""What the built-in environments share: splits, the step limit, the end of an episode, views, checks of parameters."""
+"""What environments share: splits, the step limit, the end of an episode, views, checks of parameters."""
 
 from __future__ import annotations
 
@@ -37,13 +37,14 @@ class EpisodeEnv(TextEnv):
     """Bookkeeping of one episode; a subclass draws tasks, acts and shows its state.
 
     Args:
-        max_steps: actions after which an episode is truncated.
+        max_steps: actions after which an episode is truncated; as many as fit into its turns if None.
     """
 
     fast = True
 
-    def __init__(self, max_steps: int) -> None:
-        self.max_steps = whole_number("max_steps", max_steps, 1, 1_000_000)
+    def __init__(self, max_steps: int | None = None) -> None:
+        fitting = self.max_turns * self.max_actions_per_turn
+        self.max_steps = whole_number("max_steps", fitting if max_steps is None else max_steps, 1, 1_000_000)
         self._split = "train"
         self._index: object = None
         self._task = ""
@@ -74,9 +75,9 @@ class EpisodeEnv(TextEnv):
     def _observation(self) -> str:
         """The present state as the agent sees it."""
 
-    @abstractmethod
     def _state(self) -> str:
         """A key of the present state that does not depend on how it is shown."""
+        return self._observation()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         """Start an episode of ``options["split"]``, with the luck of ``options["chance"]``; see :meth:`TextEnv.reset`.

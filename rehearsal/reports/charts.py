@@ -43,7 +43,7 @@ _STOPS = "train/stop/"
 _LOSSES = "policy/loss/"
 _GAPS = re.compile(r"probe/(?P<kind>[^/]+)/accuracy")
 _COLOURS = 5
-_GRADIENTS = ("gradient/policy/snr",)
+_GRADIENTS = ("gradient/policy/norm",)
 """Whose verdicts are marked on the plots of gradients."""
 _BEFORE_GRADIENTS = "Do thoughts depend on their prompts?"
 

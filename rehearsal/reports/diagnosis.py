@@ -22,8 +22,11 @@ class Diagnosis:
         steps: how many steps they rest on.
         verdicts: in the order in which they were called.
         unjudged: names of the rules whose figures were never measured.
-        too_early: names of those whose figures were measured too few times for them to speak.
+        too_early: names of those that have not spoken, and whose figures were measured too few times for all that
+            they judge.
+        steered: names of those that are not judged where the curriculum chooses tasks by success.
         figures: the figures that say most, as they were at the start and at the end, by name.
+        ceiling: a sentence where information of thoughts is at the ceiling of its estimate; "" where it is not.
         damaged: lines of the metrics that could not be read.
     """
 
@@ -31,7 +34,9 @@ class Diagnosis:
     verdicts: Sequence[Verdict]
     unjudged: Sequence[str]
     too_early: Sequence[str]
+    steered: Sequence[str]
     figures: Mapping[str, tuple[float, float]]
+    ceiling: str
     damaged: int
 
     def as_json(self) -> dict[str, Any]:
@@ -47,7 +52,9 @@ class Diagnosis:
             ],
             "unjudged": list(self.unjudged),
             "too_early": list(self.too_early),
+            "steered": list(self.steered),
             "figures": {name: {"start": start, "end": end} for name, (start, end) in self.figures.items()},
+            "ceiling": self.ceiling,
             "damaged_lines": self.damaged,
         }  # fmt: skip
 
@@ -91,7 +98,8 @@ def diagnose(run_path: str | Path) -> Diagnosis:
     if not ordered:
         raise CheckpointError(f"{file} tells of no step, so there is nothing to judge.")
     measured = {name for row in ordered for name in row}
-    silent, early = unheard(Series(ordered))
+    verdicts, unsaid = judge(ordered), unheard(Series(ordered))
+    called = {one.rule.name for one in verdicts}
     figures = {}
     tools = [f"{TOOL_FIGURES}{name}/used" for name in sorted(tool_names(measured))]
     for name in (*FIGURES, *tools):
@@ -100,6 +108,35 @@ def diagnose(run_path: str | Path) -> Diagnosis:
             first, last = values[:_ENDS], values[-_ENDS:]
             figures[name] = (sum(first) / len(first), sum(last) / len(last))
     return Diagnosis(
-        len(ordered), judge(ordered), [rule.name for rule in silent], [rule.name for rule in early], figures,
+        len(ordered), verdicts, [rule.name for rule in unsaid.unmeasured],
+        [rule.name for rule in unsaid.early if rule.name not in called], [rule.name for rule in unsaid.steered],
+        figures, _ceiling_of(ordered),
         lines.damaged + len(lines.rows) - sum(isinstance(row.get("step"), int) for row in lines.rows),
     )  # fmt: skip
+
+
+def ceiling_warning(saturated: int, measurements: int, prompts: int) -> str:
+    """A sentence for people who take the ceiling of an estimate for a good mark.
+
+    Args:
+        saturated: measurements in which the estimate reached its ceiling.
+        measurements: all of them.
+        prompts: how many prompts the last one compared.
+
+    Returns:
+        "" where there are none, or most are below the ceiling.
+    """
+    if not measurements or saturated < measurements / 2:
+        return ""
+    return (
+        f"In {saturated} of {measurements} measurements the estimate is at its ceiling: with {prompts} prompts it says "
+        "that thoughts tell them apart, and no more. More prompts (diagnostics.prompts, or a larger "
+        "diagnostics.max_share) raise the ceiling."
+    )
+
+
+def _ceiling_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    measured = [row for row in rows if number(row.get("information/first/sequence/share")) is not None]
+    prompts = number(measured[-1].get("information/first/prompts")) if measured else None
+    saturated = sum(row.get("information/first/sequence/saturated") == 1.0 for row in measured)
+    return ceiling_warning(saturated, len(measured), int(prompts or 0))

@@ -9,6 +9,7 @@ from markupsafe import Markup, escape
 
 from rehearsal.diagnostics import Thresholds
 from rehearsal.reports.data import ReportData
+from rehearsal.reports.diagnosis import ceiling_warning
 from rehearsal.reports.labels import Box, Room, nearest_edge
 from rehearsal.reports.scales import spell, ticks
 
@@ -46,13 +47,7 @@ class Plane:
     @property
     def warning(self) -> str:
         """A sentence for people who take the ceiling for a good mark; "" where the estimate is below it."""
-        if self.saturated < len(self.steps) / 2:
-            return ""
-        return (
-            f"In {self.saturated} of {len(self.steps)} measurements the estimate is at its ceiling: with "
-            f"{self.prompts} prompts it says that thoughts tell them apart, and no more. More prompts "
-            "(diagnostics.prompts, or a larger diagnostics.max_share) raise the ceiling."
-        )
+        return ceiling_warning(self.saturated, len(self.steps), self.prompts)
 
     def regime(self, place: int) -> str:
         """Which of the four regimes a point lies in, in words."""

@@ -100,15 +100,16 @@ def signal(data: ReportData, templates: jinja2.Environment) -> Markup | None:
     groups, spread = signal_groups(data), spread_chart(data)
     if not (groups or not spread.empty or data.findings or data.archive.blocks):
         return None
-    silent, early = unheard(Series(data.metrics))
+    unsaid, called = unheard(Series(data.metrics)), {one.rule.name for one in data.findings}
     plane = plane_of(data)
     return _fill(
         templates,
         "signal.html.jinja",
         findings=data.findings,
         steps=len(data.steps),
-        unjudged=[rule.title.lower() for rule in silent],
-        too_early=[rule.title.lower() for rule in early],
+        unjudged=[rule.title.lower() for rule in unsaid.unmeasured],
+        too_early=[rule.title.lower() for rule in unsaid.early if rule.name not in called],
+        steered=[rule.title.lower() for rule in unsaid.steered],
         plane=None if plane is None else draw_plane(plane),
         warning="" if plane is None else plane.warning,
         spread=spread,

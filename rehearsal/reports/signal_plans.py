@@ -8,8 +8,8 @@ SIGNAL_PLANS: dict[str, list[Plan]] = {
     "Is there something to learn from?": [
         Plan(
             "Dead groups",
-            "Share of groups whose episodes all got the same reward: they teach the policy nothing. Near 100%, the "
-            "tasks are too easy or too hard.",
+            "Share of groups whose episodes all got the same reward: what compares these learns nothing from them. "
+            "Near 100%, the tasks are too easy or too hard.",
             {
                 "signal/dead_groups": "all",
                 "signal/dead_groups_solved": "all solved",
@@ -19,8 +19,8 @@ SIGNAL_PLANS: dict[str, list[Plan]] = {
             "share",
         ),
         Plan(
-            "Kept groups",
-            "Share of the played groups that the policy learned from, after the filter.",
+            "Kept episodes",
+            "Share of the played episodes with a reward that the filter left for the policy.",
             {"signal/kept_share": "kept"},
             "share",
         ),

@@ -35,7 +35,7 @@ class ToolRow:
         name: of the tool.
         calls: an episode.
         used: share of the episodes that call it.
-        most: the highest mean of that share over five steps, and the last of them.
+        most: the highest mean of that share over five steps (of the present stage), and the last of them.
         failures: share of its calls that fail.
         success_with: success of the episodes that call it.
         success_without: of the others.

@@ -51,7 +51,7 @@ Held-out loss, in nats a token, on {heldout} episodes of the same players with t
 
 ## Limits
 
-It knows FrozenLake, Sokoban, the bandit and Countdown and nothing else: no general language, no facts, no other tasks.
+It knows the environments that are named above and nothing else: no general language, no facts, no other tasks.
 It is meant for learning, tests and demonstrations. Names of bandit arms that it has not met mean nothing to it,
 arithmetic beyond small numbers is unreliable, and positions beyond a few hundred tokens were hardly seen in training.
 """

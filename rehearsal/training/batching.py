@@ -25,7 +25,7 @@ AFTER_DIVERGENCE = "Lower training.learning_rate, or resume from the last checkp
 def policy_batch(
     groups: Sequence[Group], sequences: Sequences, algorithm: Algorithm, passes: Passes, *, step: int,
     keep: np.ndarray | None = None, families: Sequence[int] | None = None, reference: Any | None = None,
-    recompute: bool = False, answers: bool = False,
+    recompute: bool = False, answers: bool = False, truncated: bool = False,
 ) -> tuple[TokenBatch, dict[str, float]]:  # fmt: skip
     """Advantages, old log-probs, and what else objectives read.
 
@@ -40,6 +40,7 @@ def policy_batch(
         reference: the frozen policy, or None.
         recompute: whether old log-probs are taken anew, and not those of sampling.
         answers: whether a world model learns from the environment's answers among the targets.
+        truncated: whether the log-probs of sampling are over a part of the vocabulary.
 
     Returns:
         the batch, and figures worth telling about it.
@@ -65,6 +66,7 @@ def policy_batch(
         keep_S &= ~np.asarray(sequences.cut_off, dtype=bool)
     values_N = np.concatenate(passes.values_of(sequences.items())) if passes.critic is not None else None
     check_finite("values of the critic", values_N, step)
+    family_S = None if families is None else np.asarray(families)[sequences.group]
     advantages_N, returns_N = token_advantages(
         algorithm,
         SequenceRewards(
@@ -77,12 +79,12 @@ def policy_batch(
             turn_rewards=sequences.turn_rewards,
             values_N=values_N,
             policy_S=keep_S,
+            family_S=family_S,
             parts=parts_matrix(groups, [name for name in algorithm.parts if name != OVERLONG]),
         ),
     )
-    if families is not None:
-        family_N = np.asarray(families)[sequences.group][sequence_N]
-        advantages_N = one_scale(advantages_N, family_N, keep_S[sequence_N])
+    if family_S is not None:
+        advantages_N = one_scale(advantages_N, family_S[sequence_N], keep_S[sequence_N])
     if algorithm.self_certainty:
         certainty_N = np.concatenate(passes.certainties(sequences.items()))
         check_finite("self-certainty of the policy", certainty_N, step)
@@ -119,6 +121,7 @@ def policy_batch(
         old_values_N=tensor(values_N),
         returns_N=tensor(returns_N),
         observation_mask_N=tensor(kinds_N == Kind.OBSERVATION) if answers else None,
+        truncated=truncated,
     )
     return batch, figures
 

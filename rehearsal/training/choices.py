@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from rehearsal.algorithms.filters import DropConstant, Filter, KeepAll, make_filter
+import math
+
+from rehearsal.algorithms.filters import DropConstant, Filter, KeepAll, make_filter, most_groups
 from rehearsal.algorithms.presets import Algorithm, preset
 from rehearsal.diagnostics import RULE_NAMES
 from rehearsal.errors import RecipeError
@@ -14,8 +16,8 @@ def chosen(recipe: Recipe) -> tuple[Algorithm, Filter]:
     """The algorithm of a recipe and its filter.
 
     Raises:
-        RecipeError: for a name, an option or a value that does not exist, or groups of one episode where episodes of a
-            group are compared.
+        RecipeError: for a name, an option or a value that does not exist, groups of one episode where episodes of a
+            group are compared, a filter that never lets a step be filled, or a scaling where nothing is filtered.
     """
     algorithm = preset(recipe.algorithm.name, **recipe.algorithm.options)
     choose = make_filter(recipe.filter.name, **recipe.filter.options)
@@ -32,7 +34,24 @@ def chosen(recipe: Recipe) -> tuple[Algorithm, Filter]:
             )
     if algorithm.dynamic_sampling and isinstance(choose, KeepAll):
         choose = DropConstant()
+    if isinstance(choose, KeepAll) and recipe.filter.loss_scaling != "none":
+        raise RecipeError(
+            "filter.loss_scaling scales by what a filter keeps, and there is none: set filter.name, or leave it out."
+        )
+    most, needed = most_groups(choose), _groups_of_one_environment(recipe)
+    if algorithm.dynamic_sampling and most is not None and most < needed:
+        where = " of one environment" if recipe.mixture else ""
+        raise RecipeError(
+            f"With filter.options.k at {most} dynamic sampling never fills a step of {needed} groups{where}: set "
+            f"filter.options.k to {needed} or to a share such as 0.5, or algorithm.options.dynamic_sampling to false."
+        )
     return algorithm, choose
+
+
+def _groups_of_one_environment(recipe: Recipe) -> int:
+    """The most groups of a step that belong to one environment: filters look at each by itself."""
+    weights = [part.weight for part in recipe.mixture] or [1.0]
+    return math.ceil(recipe.training.groups * max(weights) / sum(weights) - 1e-9)  # thirds of 30 are 10
 
 
 def check_verdicts(options: DiagnosticsOptions) -> None:

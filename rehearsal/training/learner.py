@@ -58,6 +58,8 @@ class Learner:
         algorithm: from ``rehearsal.algorithms.presets.preset``.
         options: batches and optimiser.
         temperature: the temperature that episodes are sampled at; log-probs are taken at the same one.
+        truncated: whether episodes are sampled from a part of the vocabulary (top-p, top-k). Log-probs of sampling are
+            then over that part, and figures do not compare the learner's with them.
         reference: the frozen policy for objectives that need one; a copy of ``model`` is made if None.
         world: how the environment's answers are learnt from; None if they are not.
 
@@ -68,12 +70,13 @@ class Learner:
 
     def __init__(
         self, model: Any, algorithm: Algorithm, options: TrainingOptions, *, temperature: float = 1.0,
-        reference: Any | None = None, seed: int = 0, world: WorldModel | None = None,
+        truncated: bool = False, reference: Any | None = None, seed: int = 0, world: WorldModel | None = None,
     ) -> None:  # fmt: skip
         self.model = model
         self.algorithm = algorithm
         self.options = options
         self.temperature = temperature
+        self.truncated = truncated
         self.device = next(causal_lm(model).parameters()).device
         self.world = world
         adapters = adapter_names(model)
@@ -111,8 +114,8 @@ class Learner:
             scale: what the advantages are multiplied by, see :func:`rehearsal.algorithms.filters.loss_scale`.
             probe: groups of each quartile of reward variance whose gradients are taken apart before the update, see
                 :mod:`rehearsal.training.gradient_probe`; 0 for none.
-            families: for each group the environment that it was played in: advantages are brought to one scale in each
-                of them before they meet. One for all if None.
+            families: for each group the environment that it was played in: advantages are whitened and brought to one
+                scale in each of them before they meet. One for all if None.
             situations: what the world model learns beside the answers in these episodes, by the name that its figures
                 get: true answers to what was rehearsed, now or in the past.
 
@@ -187,7 +190,8 @@ class Learner:
             return [], {}
         batch, figures = policy_batch(
             groups, sequences, self.algorithm, self.passes, keep=keep, families=families, reference=self.reference,
-            recompute=self.options.old_logprobs == "recompute", answers=self.world is not None, step=step,
+            recompute=self.options.old_logprobs == "recompute", answers=self.world is not None,
+            truncated=self.truncated, step=step,
         )  # fmt: skip
         return [Work(sequences, batch, objectives, None, np.random.default_rng([self._seed, step]))], figures
 

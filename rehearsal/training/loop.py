@@ -23,7 +23,7 @@ from rehearsal.evaluation.probe import Prober
 from rehearsal.models.adapters import adapter_names, save_adapters
 from rehearsal.models.load import Policy, save_policy
 from rehearsal.rollout import Player, check_failures, rollout_metrics
-from rehearsal.training.batch import Batch, by_environment, kept_figures
+from rehearsal.training.batch import Batch, by_environment, kept_figures, learned_from
 from rehearsal.training.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -102,6 +102,7 @@ class Trainer:
             self.algorithm,
             recipe.training,
             temperature=recipe.sampling.temperature,
+            truncated=recipe.sampling.truncated,
             seed=recipe.seed,
             world=world_of(recipe.world, adapter_names(self.policy.model)),
         )
@@ -138,8 +139,9 @@ class Trainer:
             figures = self.monitor.measure(batch.groups, self.steps_done, self.tasks.families)
             figures |= self.learner.step(
                 batch.groups, self.steps_done, batch.kept.keep_PG,
-                loss_scale(batch.kept, self.recipe.filter.loss_scaling), self.monitor.probe_groups(self.steps_done),
-                self.tasks.families, self.memory.situations(batch.groups, self.steps_done),
+                loss_scale(batch.kept, self.recipe.filter.loss_scaling, self.recipe.training.groups),
+                self.monitor.probe_groups(self.steps_done), self.tasks.families,
+                self.memory.situations(batch.groups, self.steps_done),
             )  # fmt: skip
             figures |= self.memory.figures
             self.steps_done += 1
@@ -243,7 +245,12 @@ class Trainer:
 
     def end_on(self, verdict: Verdict) -> None:
         """Leave the policy that the recipe wants after a verdict, and see how good it is."""
-        if verdict.rule.name in self.recipe.diagnostics.go_back_on:
+        back = verdict.rule.name in self.recipe.diagnostics.go_back_on
+        self.observer.warning(
+            f"The run ends after step {self.steps_done} by the verdict {verdict.rule.name}, as "
+            f"diagnostics.{'go_back_on' if back else 'stop_on'} says."
+        )
+        if back:
             self.go_back(verdict.began)
         if (self.steps_done, "test") not in [(step, split) for step, split, _ in self.evaluations]:
             self.evaluate("test", self.recipe.evaluation.episodes)
@@ -251,17 +258,13 @@ class Trainer:
     def go_back(self, step: int) -> None:
         """Take up the weights of the last checkpoint before a step, if there is one."""
         assert self.policy is not None
-        if self.folder is None:
-            return
         earlier = self.checkpoint_before(step)
-        if earlier is None:
-            self.folder.add_warning(
-                f"There is no checkpoint from before step {step} to go back to; the policy is that of the end."
-            )
+        if self.folder is None or earlier is None:
+            self._warn(f"There is no checkpoint from before step {step} to go back to; the policy is that of the end.")
             return
         weights, _ = load_checkpoint(earlier)
         restore_weights(self.policy.model, weights, earlier)
-        self.folder.note_return(step_of(earlier))
+        self.observer.warning(self.folder.note_return(step_of(earlier)))
 
     def checkpoint_before(self, step: int) -> Path | None:
         """The last checkpoint from before a step that is still there."""
@@ -297,7 +300,8 @@ class Trainer:
             self.folder.append_metrics(self.steps_done, figures)
             if _due(self.steps_done, self.recipe.save_trajectories_every):
                 path = self.folder.trajectory_path("train", self.steps_done)
-                each = list(zip(batch.groups, batch.kept.keep_PG.tolist(), batch.kept.reasons, strict=True))
+                learned = learned_from(batch, self.algorithm)
+                each = list(zip(batch.groups, learned.keep_PG.tolist(), learned.reasons, strict=True))
                 extra = {
                     "kept": [keep_G[g] for group, keep_G, _ in each for g in range(len(group))],
                     "filter_reason": [reason for group, _, reason in each for _ in group],
@@ -346,7 +350,8 @@ class Trainer:
         remove_after(where, self.steps_done)
         self.folder.forget_return()
         self.monitor.replay(self.folder.metrics().rows)
-        self.ended_by = self.monitor.end_of(self.monitor.watch.verdicts)
+        # What has ended is no reason to end on; the recipe may name it only now.
+        self.ended_by = self.monitor.end_of([one for one in self.monitor.watch.verdicts if one.ended is None])
         for row in self.folder.evaluations().rows:
             figures = {name: value for name, value in row.items() if name not in ("step", "time", "split")}
             self.evaluations.append((row["step"], row["split"], figures))
@@ -366,6 +371,8 @@ class Trainer:
         summary["verdicts"] = sorted({verdict.rule.name for verdict in self.monitor.watch.verdicts})
         if self.ended_by is not None:
             summary["ended_by"] = self.ended_by.rule.name
+            if self.folder is not None and self.folder.info.went_back_to is not None:
+                summary["went_back_to"] = self.folder.info.went_back_to
         if held_out:
             summary["episodes"] = held_out[0][1]["episodes"]
             for name in ("success", "success_low", "success_high", "reward"):

@@ -132,6 +132,11 @@ class SamplingOptions(Options):
     top_p: float = Field(default=1.0, gt=0, le=1, description="smallest set of tokens with this probability")
     top_k: int = Field(default=0, ge=0, description="the k likeliest tokens; 0 for all")
 
+    @property
+    def truncated(self) -> bool:
+        """Whether tokens are drawn from a part of the vocabulary."""
+        return self.top_p < 1 or self.top_k > 0
+
 
 class RewardOptions(Options):
     """What training adds to the rewards of the environment."""
@@ -166,7 +171,7 @@ class FilterOptions(Options):
         default_factory=dict, description="of the filter: k, p, mass, include_constant, top, bottom, like"
     )
     loss_scaling: Literal["none", "share", "sqrt"] = Field(
-        default="none", description="multiply advantages by the kept share of the groups, or by its root"
+        default="none", description="multiply advantages by the share of the episodes that is kept, or by its root"
     )
 
 

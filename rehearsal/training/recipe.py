@@ -38,6 +38,13 @@ from rehearsal.training.options import (
     WorldOptions,
 )
 
+_CURRICULA: dict[str, tuple[str, ...]] = {
+    "tasks": ("uniform", "difficulty", "variance", "progress"), "low": ("difficulty",), "high": ("difficulty",),
+    "retry": ("difficulty",), "explore": ("variance", "progress"),
+}  # fmt: skip
+"""The options of a curriculum that only some of them read, with those that do. Those of stages are not here, so that a
+recipe that comes with stages is played without them by emptying ``curriculum.stages``, and no more."""
+
 
 class Recipe(Options):
     """Everything about a run."""
@@ -79,16 +86,21 @@ class Recipe(Options):
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
-        truncated = self.sampling.top_p < 1 or self.sampling.top_k > 0
-        if truncated and self.training.old_logprobs == "sampling":
+        if self.sampling.truncated and self.training.old_logprobs == "sampling":
             # The learner's log-probs are over the whole vocabulary; those of sampling would be over a part of it.
             raise ValueError(
                 "with top_p or top_k the log-probs of sampling are over a part of the vocabulary, and ratios to them "
                 "are biased; set training.old_logprobs to recompute, or sample without truncation"
             )
+        if self.diagnostics.go_back_on and self.checkpoint.every == 0:
+            raise ValueError(
+                "diagnostics.go_back_on goes back to a checkpoint, and with checkpoint.every = 0 there is none before "
+                "the end: set it above 0, or name the verdicts in diagnostics.stop_on"
+            )
         if self.agent.rehearse and not self.agent.thinking:
             raise ValueError("agent.rehearse needs a thought to do it in: set agent.thinking to true")
         self._world_is_used()
+        self._curriculum_is_used()
         apart = self.world.mode in ("dual", "inactive", "placebo")
         if apart and self.adapters.world_rank == 0 and self.adapters.world_folder is None:
             raise ValueError(
@@ -175,6 +187,18 @@ class Recipe(Options):
                 f"world.learning_rate_ratio is the rate of a world adapter, and world.mode {world.mode} trains none "
                 "here: set world.mode to dual, or leave it out"
             )
+
+    def _curriculum_is_used(self) -> None:
+        """Refuse options of the curriculum that would do nothing."""
+        own, usual = self.curriculum, CurriculumOptions()
+        for name, readers in _CURRICULA.items():
+            if own.name not in readers and getattr(own, name) != getattr(usual, name):
+                *others, last = readers
+                known = f"{', '.join(others)} or {last}" if others else last
+                raise ValueError(
+                    f"curriculum.{name} does nothing where curriculum.name is {own.name}: set curriculum.name to "
+                    f"{known}, or leave it out"
+                )
 
     def to_toml(self) -> str:
         """The resolved recipe as TOML, which :func:`resolve_recipe` reads back as the same recipe."""

@@ -293,10 +293,11 @@ class RunFolder:
         self.info.policy_step = step
         self._save()
 
-    def note_return(self, step: int) -> None:
-        """Record that the policy has the weights of an earlier step again, for people too."""
+    def note_return(self, step: int) -> str:
+        """Record that the policy has the weights of an earlier step again; returns the sentence that says so."""
         self.info.went_back_to = step
         self.add_warning(_RETURNED.format(step=step))
+        return self.info.warnings[-1]
 
     def forget_return(self) -> None:
         """Take back what :meth:`note_return` recorded, as the run goes on from that step."""

@@ -52,11 +52,17 @@ def term_of(
 
 
 def _sampling_figures(micro: TokenBatch, output: PolicyOutput, figures: PackFigures) -> None:
-    """How far the learner's policy is from the one that sampled: k3 estimate of the KL, and the entropy."""
+    """How far the learner's policy is from the one that sampled: k3 estimate of the KL, and the entropy.
+
+    Log-probs of truncated sampling are over a part of the vocabulary and the learner's over all of it. The policy is
+    then compared with itself at the start of the step, and nothing tells whether engine and learner agree.
+    """
     mask_N = micro.policy_mask_N
-    difference = (output.logprobs_N.detach() - micro.rollout_logprobs_N)[mask_N]
+    before_N = micro.old_logprobs_N if micro.truncated else micro.rollout_logprobs_N
+    difference = (output.logprobs_N.detach() - before_N)[mask_N]
     figures.add("policy/kl_sampling", torch.expm1(difference) - difference)
-    figures.add("policy/mismatch", difference.abs())
+    if not micro.truncated:
+        figures.add("policy/mismatch", difference.abs())
     # A log-ratio beyond this is a sign of its own; its square must not drown everything else.
     weights = difference.clamp(-20.0, 20.0).exp()
     figures.add(WEIGHT, weights)

@@ -124,13 +124,13 @@ def test_results_are_observations_and_counts_are_notices(chatml_renderer: ChatRe
     shown = game.call(("look", {"where": "safe"}), ("fail", {}))
     assert shown == (
         "\n<|im_start|>tool\nResult 1, look:\n42\nResult 2, fail:\nError: OSError: stuck\n"
-        "Calls 1 to 2 of 3. Turn 2 of 6, 2 actions, 1 tool call left.<|im_end|>\n<|im_start|>assistant\n"
+        "Calls 1 to 2 of 3; cost 0.5. Turn 2 of 6, 2 actions, 1 tool call left.<|im_end|>\n<|im_start|>assistant\n"
     )
     shown = game.call(("nothing", {}), ("look", {"where": "desk"}))
     assert 'Result 1, nothing:\nThere is no tool "nothing".' in shown
     assert (
         "Result 2, look:\nNo tool calls are left: all 3 are used.\n"
-        "Call 3 of 3. Turn 3 of 6, 2 actions, 0 tool calls left." in shown
+        "Call 3 of 3; cost 0.25. Turn 3 of 6, 2 actions, 0 tool calls left." in shown
     )
     segment = game.agent.transcript.segment()
     text = {kind: chatml_renderer.decode(segment.token_ids[segment.kinds == kind]) for kind in Kind}

@@ -336,6 +336,9 @@ def test_costs() -> None:
     assert [one.cost for one in told] == [0.5, 2.0, 0.5, 0.0]
     assert [one.result for one in told] == [result.told for result in results]
     assert [one.error for one in told] == ["", "arguments", "unknown", "limit"]
+    assert box.count_notice(told) == "Calls 1 to 3 of 3; cost 3."
+    dear = Toolbox([as_tool(forecast)], ToolLimits(cost=0.25))
+    assert dear.count_notice(dear.play([ToolCall("forecast", {"city": "x"})])[0]) == "Cost 0.25."
 
 
 def test_counts_are_told() -> None:

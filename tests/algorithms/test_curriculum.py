@@ -81,6 +81,15 @@ def test_no_task_twice_in_a_step_unless_the_pool_is_too_small(name: str) -> None
     assert max(many.values()) <= 3
 
 
+@pytest.mark.parametrize("name", list(MAKERS))
+def test_who_chooses_by_success_says_so(name: str) -> None:
+    sampler = MAKERS[name]()
+    told = name in ("difficulty", "variance", "progress")
+    assert sampler.figures().get("curriculum/adaptive", 0.0) == float(told), "from the first step on"
+    both = Mixture([sampler, Fresh(1)], [1, 1])
+    assert ("curriculum/adaptive/0" in both.figures()) == told
+
+
 def test_uniform_is_uniform() -> None:
     drawn = counts(taught(Uniform(8), {0: 0.0, 1: 1.0}))
     assert min(drawn.values()) > 0.75 * max(drawn.values())

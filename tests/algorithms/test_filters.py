@@ -25,6 +25,7 @@ from rehearsal.algorithms.filters import (
     at_most,
     loss_scale,
     make_filter,
+    most_groups,
     within_families,
 )
 from rehearsal.algorithms.variance import group_variance, has_variance, variance_mass
@@ -112,6 +113,9 @@ def test_top_p_by_hand(p: float, mass: Any, expected: list[int]) -> None:
         (TopK(0.5), [2, 3]),  # of the four groups that have rewards
         (TopK(0.01), [3]),
         (TopK(0.99), [1, 2, 3]),
+        (TopK(1.0), [1, 2, 3]),
+        (TopK(1.0, include_constant=True), [0, 1, 2, 3]),
+        (TopK(np.int64(2)), [2, 3]),
         (MinP(4 / 9), [2, 3]),
         (MinP(0.45), [3]),
         (MinP(0.3, "deviation"), [1, 2, 3]),
@@ -278,9 +282,49 @@ def test_no_more_than_a_step_needs() -> None:
     assert np.array_equal(at_most(found, 5).keep_PG, found.keep_PG)
 
 
+def test_most_groups() -> None:
+    assert [most_groups(one) for one in (TopK(3), RandomLike(TopK(3)))] == [3, 3]
+    assert {most_groups(one) for one in (TopK(1.0), TopK(0.5), TopP(), RandomLike(), Extremes(), KeepAll())} == {None}
+
+
 def test_loss_scaling() -> None:
-    quarter = Kept(np.array([[True], [False], [False], [False]]), ("",) * 4)
-    assert [loss_scale(quarter, scaling) for scaling in ("none", "share", "sqrt")] == [1.0, 0.25, 0.5]
+    quarter = Kept(np.array([[True], [False], [False], [False]]), np.ones((4, 1), dtype=bool), ("",) * 4)
+    assert [loss_scale(quarter, scaling, 4) for scaling in ("none", "share", "sqrt")] == [1.0, 0.25, 0.5]
+
+
+def test_the_kept_share_is_one_of_episodes() -> None:
+    rewards_PG = np.tile(np.arange(8.0), (4, 1))
+    extremes = Extremes(1, 1)(rewards_PG)
+    assert (extremes.share, loss_scale(extremes, "share", 4)) == (0.25, 0.25)
+    # Two of the four groups of which anything has a reward are kept, and so are two of their eight episodes.
+    mixed = extremes.of(np.array([0, 2]))
+    assert (mixed.share, len(mixed.reasons), mixed.keep_PG.shape) == (0.25, 2, (2, 8))
+
+
+def test_what_failed_was_not_filtered() -> None:
+    rewards_PG = np.tile([0.0, 1.0, NAN, NAN], (4, 1))
+    rewards_PG[2:] = NAN
+    for filter_ in (KeepAll(), DropConstant(), TopP(1.0)):
+        found = filter_(rewards_PG)
+        assert (found.share, loss_scale(found, "share", 4)) == (1.0, 1.0)
+    rewards_PG[1, 1] = 0.0
+    half = within_families(DropConstant(), rewards_PG, [0, 1, 0, 1], np.random.default_rng(0))
+    assert half.share == half.share_of_step(4) == 0.5
+    assert half.of(np.array([1, 3])).share == 0.0
+    assert KeepAll()(np.full((4, 3), NAN)).share == 1.0
+
+
+def test_a_step_is_measured_by_the_groups_that_it_was_to_have() -> None:
+    alive, dead, failed = [0.0, 1.0, 1.0, NAN], [1.0, 1.0, 1.0, 1.0], [NAN] * 4
+    refilled = at_most(DropConstant()(np.array([dead, alive, failed, alive, dead, alive, alive])), 3)
+    assert refilled.share == 9 / 20
+    assert refilled.share_of_step(3) == 1.0
+    assert [loss_scale(refilled, scaling, 3) for scaling in ("none", "share", "sqrt")] == [1.0, 1.0, 1.0]
+    # One group is missing, and in its place stands one that was turned down.
+    short = DropConstant()(np.array([failed, dead, alive, dead, alive]))
+    assert short.share_of_step(3) == 6 / 10
+    extremes = Extremes(1, 1)(np.array([dead, alive, alive]))
+    assert extremes.share_of_step(2) == 4 / 6
 
 
 def test_filters_by_name() -> None:
@@ -306,8 +350,16 @@ def test_filters_by_name() -> None:
         ("top_p", {"include_constant": 1}, "must be true or false"),
         ("min_p", {"p": -1}, "p of a min_p filter"),
         ("top_k", {"k": 1.5}, "k of a top_k filter"),
+        ("top_k", {"k": 4.0}, "such as 4, or a share of them with a point, above 0.0 and up to 1.0, not 4.0"),
+        ("top_k", {"k": 0}, "k of a top_k filter"),
+        ("top_k", {"k": 0.0}, "k of a top_k filter"),
         ("top_k", {"k": True}, "must be a number"),
-        ("extremes", {"top": 0, "bottom": 0}, "at least one episode"),
+        ("extremes", {"top": 0, "bottom": 0}, "at least one episode of a group: set top or bottom to 1 or more"),
+        ("extremes", {"top": -1}, "^top of an extremes filter must be a number of episodes from 0 on, not -1"),
+        ("extremes", {"bottom": -2}, "^bottom of an extremes filter"),
+        ("random", {"like": "none"}, "^A random filter like none would keep everything: name the filter"),
+        ("random", {"like": None}, "^A random filter like none would keep everything: name the filter"),
+        ("random", {"like": 3}, "must be the name of another filter, not 3"),
         ("extremes", {"top": 1.5}, "must be a whole number"),
         ("random", {"like": "random"}, "some other filter"),
         ("random", {"like": "nothing"}, "There is no filter 'nothing'"),

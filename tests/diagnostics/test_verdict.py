@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rehearsal.diagnostics import RULE_NAMES, RULES, Rule, Series, Thresholds, Watch, judge
+from rehearsal.diagnostics import RULE_NAMES, RULES, Rule, Series, Thresholds, Watch, judge, unheard
+from rehearsal.training.gradient_probe import gradient_figures
 
 HEALTHY: dict[str, Callable[[int], float]] = {
     "signal/dead_groups": lambda i: 0.2 + 0.2 * i / 60,
@@ -157,23 +159,109 @@ def test_what_looks_alike_and_is_not(changes: dict[str, Callable[[int], float]])
     assert names(run(**changes)) == set()
 
 
-def test_a_noisy_gradient_needs_several_looks() -> None:
-    def rows(ratio: float, every: int, better: float = 0.0) -> list[dict[str, float]]:
-        found = run(train__reward=late(0.3, 0.3 + better, begin=5), train__success=lambda i: 0.3)
-        for i, row in enumerate(found):
-            del row["gradient/policy/snr"], row["gradient/policy/norm"]
-            if i % every == 0:
+def noisy_rows(ratio: float | None, every: int, steps: int = 60, **changes: Callable[[int], float]) -> list[Any]:
+    """A run that gets nowhere, with a look at its gradients now and then; None for rewards without any gradient."""
+    found = run(steps, **{"train__reward": lambda i: 0.3, "train__success": lambda i: 0.3} | changes)
+    for i, row in enumerate(found):
+        del row["gradient/policy/snr"], row["gradient/policy/norm"]
+        if i % every == 0:
+            row["gradient/policy/norm"] = 0.0 if ratio is None else 0.1
+            if ratio is not None:
                 row["gradient/policy/snr"] = ratio
-        return found
+    return found
 
-    def noisy(some: list[dict[str, float]]) -> set[str]:
-        # That the reward stays where it was is told by a rule of its own.
-        return names(some) - {"no_progress"}
 
-    assert noisy(rows(0.0, 30)) == set()
-    assert noisy(rows(0.0, 5)) == {"noise"}
-    assert noisy(rows(0.0, 5, better=0.3)) == set(), "a run that learns has a signal"
-    assert noisy(rows(0.3, 5)) == set()
+def noisy(rows: list[dict[str, float]]) -> list[int]:
+    """The steps at which it was called. That the reward stays where it was is told by a rule of its own."""
+    return [verdict.called for verdict in judge(rows) if verdict.rule.name == "noise"]
+
+
+def test_a_noisy_gradient_needs_several_looks() -> None:
+    assert noisy(noisy_rows(0.0, 30)) == []
+    assert noisy(noisy_rows(0.0, 5)) == [16]
+    better = late(0.3, 0.6, begin=5)
+    assert noisy(noisy_rows(0.0, 5, train__reward=better)) == [], "a run that learns has a signal"
+    assert noisy(noisy_rows(0.3, 5)) == []
+
+
+def test_four_looks_are_enough_to_judge_noise() -> None:
+    assert noisy(noisy_rows(0.0, 10, 30)) == []
+    early = unheard(Series(noisy_rows(0.0, 10, 30))).early
+    assert "noise" in [rule.name for rule in early]
+    assert noisy(noisy_rows(0.0, 10, 40)) == [31]
+    assert "noise" not in [rule.name for rule in unheard(Series(noisy_rows(0.3, 10, 40))).early]
+    one_finds_some = noisy_rows(0.0, 10, 40)
+    one_finds_some[30]["gradient/policy/snr"] = 0.3
+    assert noisy(one_finds_some) == []
+
+
+def test_rewards_without_any_gradient_beside_terms_that_have_one() -> None:
+    """The textbook case: equal rewards have exactly none, so there is no ratio of signal and noise either."""
+    sums = gradient_figures(
+        [[0], [1]], np.zeros(2), iter([{"policy": [torch.zeros(2)], "kl": [torch.ones(2)]} for _ in range(2)])
+    )
+    assert sums["gradient/policy/norm"] == 0.0
+    assert "gradient/policy/snr" not in sums
+    rows = [{"step": step, **(sums if step % 10 == 1 else {})} for step in range(1, 21)]
+    (verdict,) = judge(rows)
+    assert (verdict.rule.name, verdict.began, verdict.called) == ("noise", 1, 11)
+    assert verdict.evidence == "Beside the gradient of the KL term the rewards give next to none."
+    # Where nothing else moves the weights, dead groups are told by rules of their own.
+    assert noisy(noisy_rows(None, 5)) == []
+
+
+def test_looks_without_a_ratio_are_none_that_find_nothing() -> None:
+    rows = noisy_rows(0.0, 10, 40)
+    del rows[30]["gradient/policy/snr"]
+    rows[30]["gradient/policy/norm"] = 0.0
+    assert noisy(rows) == []
+
+
+def test_a_reward_that_a_curriculum_holds_is_no_evidence_of_noise() -> None:
+    chosen: dict[str, Any] = {"curriculum__adaptive": lambda i: 1.0}
+    assert noisy(noisy_rows(0.0, 5, **chosen)) == []
+    assert noisy(noisy_rows(0.3, 5, **chosen, gradient__entropy__norm=lambda i: 0.5)) == [6]
+
+
+def echo(spread_falls: int, reward_falls: int, **changes: Callable[[int], float]) -> list[Any]:
+    rows = run(
+        signal__reward_std_in_group=late(0.35, 0.05, spread_falls),
+        train__reward=lambda i: min(0.5, 0.2 + i / 60) if i < reward_falls else 0.25,
+        train__success=lambda i: 0.4, **changes,
+    )  # fmt: skip
+    return [verdict for verdict in judge(rows) if verdict.rule.name == "echo_trap"]
+
+
+def test_in_an_echo_trap_the_spread_falls_first() -> None:
+    for earlier in (0, 1, 2, 5, 15):
+        (verdict,) = echo(35 - earlier, 35)
+        assert 36 <= verdict.began <= 38, "when both have fallen"
+    for later in (3, 5, 15):
+        assert echo(35 + later, 35) == [], "what is left after the fall of the reward differs less"
+
+
+def test_the_order_of_two_falls_is_told_in_spite_of_scatter() -> None:
+    rng = random.Random(3)
+
+    def scattered(apart: int) -> bool:
+        spread, reward = ([rng.gauss(0, size) for _ in range(60)] for size in (0.02, 0.04))
+        rows = run(
+            signal__reward_std_in_group=lambda i: late(0.35, 0.1, 30 + apart)(i) + spread[i],
+            train__reward=lambda i: late(0.6, 0.4, 30)(i) + reward[i], train__success=lambda i: 0.4,
+        )  # fmt: skip
+        return "echo_trap" in names(rows)
+
+    assert sum(scattered(0) for _ in range(40)) >= 38
+    assert sum(scattered(-6) for _ in range(40)) >= 38
+    assert sum(scattered(8) for _ in range(40)) <= 2
+
+
+def test_a_jump_of_the_gradient_is_evidence_and_no_condition() -> None:
+    (calm,) = echo(30, 35)
+    assert "gradient" not in calm.evidence
+    (jump,) = echo(30, 35, policy__grad_norm=late(0.3, 3.0, 34))
+    assert jump.evidence.endswith("The gradient has jumped to 10.0 times its median.")
+    assert jump.called == calm.called
 
 
 def flag(values: list[Any]) -> list[dict[str, float]]:
@@ -257,6 +345,11 @@ def test_series() -> None:
     assert not series.until(2).fresh("x")
     assert series.until(3).last("x") == 3.0
     assert series.until(3).step == 5
+    assert math.isnan(series.fell_at("x", 1)), "it rises"
+    falls = Series([{"step": i + 1, "x": value} for i, value in enumerate([5.0, 1.0, 5.0, 5.0, 2.0, 2.0])])
+    assert falls.fell_at("x", 1) == 4.0, "the last time"
+    assert falls.fell_at("x", 2) == 4.0
+    assert math.isnan(falls.fell_at("x", 7))
     assert math.isnan(Series([]).last("x"))
     assert math.isnan(series.recent("y"))
 
@@ -295,6 +388,16 @@ def test_the_docs_say_what_each_rule_suggests() -> None:
     for rule in RULES:
         assert f"| `{rule.name}` | " in page
         assert f" | {rule.suggestion} |" in page, f"what {rule.name} suggests has changed; change docs/diagnostics.md"
+
+
+def test_whoever_is_sent_back_is_told_how() -> None:
+    """Resuming goes on from the newest checkpoint and refuses another algorithm or filter."""
+    back = {rule.name for rule in RULES if "checkpoint" in rule.suggestion}
+    assert {"template_collapse", "entropy_collapse", "entropy_rise", "echo_trap", "success_fell"} < back
+    for rule in RULES:
+        if rule.name in back:
+            assert "rehearsal export RUN FOLDER --step N, then --model.path FOLDER" in rule.suggestion
+        assert "--resume" not in rule.suggestion
 
 
 def test_a_series_grows_as_if_it_had_been_made_whole() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from rehearsal.cli import main
 from rehearsal.errors import CheckpointError
 from rehearsal.reports import write_report
 from rehearsal.reports.data import gather
@@ -198,6 +199,26 @@ def test_diagnosis_of_a_folder(tmp_path: Path) -> None:
     told: dict[str, Any] = json.loads(json.dumps(found.as_json()))
     assert told["verdicts"][0]["name"] == "length_drift"
     assert math.isfinite(told["figures"]["train/success"]["end"])
+
+
+@pytest.mark.parametrize(("saturated", "warned"), [(1.0, True), (0.0, False)])
+def test_diagnosis_warns_of_the_ceiling_too(
+    saturated: float, warned: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    look = {"share": 0.99, "conditional_entropy": 3.0, "saturated": saturated}
+    with RunFolder.create(tmp_path / "run", "", "rehearsal train", device="cpu") as run:
+        for step in range(1, 13):
+            row = {f"information/first/sequence/{name}": value for name, value in look.items()}
+            run.append_metrics(step, row | {"information/first/prompts": 12.0} if step % 4 == 1 else {})
+    plane = plane_of(gather(run.path))
+    assert plane is not None
+    found = diagnose(run.path)
+    assert found.ceiling == found.as_json()["ceiling"] == plane.warning
+    assert main(["diagnose", str(run.path)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    words = "note What thoughts say of their prompt: In 3 of 3 measurements the estimate is at its ceiling: with 12"
+    assert (words in told) == warned
+    assert ("ceiling" in told) == warned
 
 
 def test_metrics_that_were_cut_short(tmp_path: Path) -> None:

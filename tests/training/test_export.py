@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rehearsal.errors import CheckpointError
+from rehearsal.errors import CheckpointError, RecipeError
 from rehearsal.models.adapters import POLICY, WORLD, activate, active_names
 from rehearsal.training.export import export_policy
+from rehearsal.training.loop import Trainer
 from rehearsal.training.observer import SilentObserver
 from rehearsal.training.playing import policy_of
 from rehearsal.training.recipe import Recipe
@@ -137,3 +138,19 @@ def test_what_is_there_is_not_written_over(whole: Path, tmp_path: Path) -> None:
     assert export_policy(whole, tmp_path / "empty").is_dir()
     with pytest.raises(CheckpointError, match="nowhere holds no run"):
         export_policy(tmp_path / "nowhere", tmp_path / "policy")
+
+
+def test_another_run_goes_on_from_a_checkpoint(whole: Path, small: Callable[..., Recipe], tmp_path: Path) -> None:
+    """As verdicts suggest: the algorithm and the filter may change, which resuming refuses."""
+    changes = {"algorithm.options.clip_high": 0.3, "filter.name": "top_p"}
+    with pytest.raises(RecipeError, match="cannot be resumed with another"):
+        train(output=whole, resume=True, overrides=changes)
+    folder = export_policy(whole, tmp_path / "before", step=1)
+    overrides = {name.replace(".", "__"): value for name, value in changes.items()}
+    trainer = Trainer(small(model__path=str(folder), training__steps=1, evaluation__episodes=0, **overrides))
+    assert trainer.policy is not None
+    begun = {name: weight.detach().clone() for name, weight in trainer.policy.model.state_dict().items()}
+    for name, tensor in weights(folder).items():
+        assert torch.equal(begun[name], tensor), name
+    summary = trainer.run()
+    assert summary["steps"] == 1

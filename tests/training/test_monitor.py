@@ -13,10 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rehearsal.algorithms.filters import loss_scale
 from rehearsal.diagnostics import RULES, Verdict, judge, thought_of_turn
 from rehearsal.errors import CheckpointError, RecipeError
 from rehearsal.training import monitor as monitor_module
+from rehearsal.training.batch import Batch
 from rehearsal.training.checkpoint import standing_checkpoints
+from rehearsal.training.choices import chosen
 from rehearsal.training.export import export_policy
 from rehearsal.training.loop import Trainer
 from rehearsal.training.observer import SilentObserver
@@ -55,6 +58,31 @@ def test_every_step_is_measured(small: Callable[..., Recipe]) -> None:
         first["information/first/sequence/conditional_entropy"] + first["information/first/sequence/mutual_information"]
     )
     assert first["gradient/entropy/norm"] > 0
+
+
+@pytest.mark.parametrize("truncation", [{"sampling__top_p": 0.9}, {"sampling__top_k": 5}])
+def test_truncated_sampling_is_no_disagreement(truncation: dict[str, Any], small: Callable[..., Recipe]) -> None:
+    """Its log-probs are over a part of the vocabulary, so the learner's differ from them however well both agree."""
+    options = {
+        "evaluation__episodes": 0, "training__old_logprobs": "recompute", "training__group_size": 6,
+        "training__learning_rate": 1e-5, "diagnostics__every": 0,
+    }  # fmt: skip
+    trainer = Trainer(small(**options, **truncation))
+    plain = Trainer(small(**options, training__steps=1))
+    blind = Trainer(small(**options, **truncation, training__steps=1))
+    blind.learner.truncated = False
+    for one in (trainer, plain, blind):
+        one.run()
+    rows = [row for row in trainer.history if row["policy/updates"]]
+    assert len(rows) >= 2
+    for row in rows:
+        assert not [name for name in row if "mismatch" in name]
+        # Of a single update: the policy has not moved yet.
+        assert row["policy/kl_sampling"] < 1e-6
+        assert row["policy/effective_sample_share"] == pytest.approx(1.0, abs=1e-5)
+        assert row["policy/entropy"] > 0
+    assert plain.history[0]["policy/mismatch_first"] < 1e-5, "a control: without truncation it is told"
+    assert blind.history[0]["policy/mismatch_first"] > 1e-4, "another: unlike distributions were compared"
 
 
 def test_looking_changes_nothing(small: Callable[..., Recipe]) -> None:
@@ -143,16 +171,16 @@ def test_groups_of_one_where_groups_are_compared(
 
 
 class Cry:
-    """A rule that holds from a step on."""
+    """A rule that holds from a step on, and ends as soon as it does not."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, begin: int) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, begin: int, last: int = 99) -> None:
         def condition(series: Any, _: Any) -> str | None:
-            return f"It is step {series.step}." if series.step >= begin else None
+            return f"It is step {series.step}." if begin <= series.step <= last else None
 
         rules = [
             monitor_module.Watch()
             .rules[0]
-            .__class__(rule.name, rule.title, rule.sentence, rule.suggestion, "train/reward", condition, 1, 3)
+            .__class__(rule.name, rule.title, rule.sentence, rule.suggestion, "train/reward", condition, 1, 1)
             for rule in RULES
             if rule.name == "too_hard"
         ]
@@ -163,9 +191,14 @@ class Cry:
 class Listener(SilentObserver):
     def __init__(self) -> None:
         self.heard: list[tuple[int, str]] = []
+        self.warned: list[str] = []
 
     def verdict(self, step: int, verdict: Verdict) -> None:
         self.heard.append((step, verdict.rule.name))
+
+    def warning(self, sentence: str) -> None:
+        if "verdict" in sentence or "checkpoint" in sentence:
+            self.warned.append(sentence)
 
 
 def test_a_verdict_is_told_when_it_is_called(
@@ -184,8 +217,11 @@ def test_a_run_may_end_on_a_verdict(
     small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     Cry(monkeypatch, 2)
-    result = train(small(diagnostics__stop_on=["too_hard"]), output=tmp_path / "run")
+    listener = Listener()
+    result = train(small(diagnostics__stop_on=["too_hard"]), output=tmp_path / "run", observer=listener)
+    assert listener.warned == ["The run ends after step 2 by the verdict too_hard, as diagnostics.stop_on says."]
     assert result.summary["steps"] == 2
+    assert "went_back_to" not in result.summary
     assert result.summary["ended_by"] == "too_hard"
     assert "success_after" in result.summary
     folder = RunFolder.open(tmp_path / "run")
@@ -209,8 +245,13 @@ def test_a_run_may_go_back_on_a_verdict(
     Cry(monkeypatch, 3)
     # With room for one checkpoint alone: that of the end must not push out the one to go back to.
     recipe = small(diagnostics__go_back_on=["too_hard"], checkpoint__every=1, checkpoint__keep=1)
-    back = train(recipe, output=tmp_path / "back")
-    assert back.summary["steps"] == 3
+    listener = Listener()
+    back = train(recipe, output=tmp_path / "back", observer=listener)
+    assert (back.summary["steps"], back.summary["went_back_to"]) == (3, 2)
+    assert listener.warned == [
+        "The run ends after step 3 by the verdict too_hard, as diagnostics.go_back_on says.",
+        "The policy is that of step 2, the last checkpoint before the verdict began.",
+    ]
     monkeypatch.undo()
     two = train(small(training__steps=4), output=tmp_path / "two", observer=StopAfter(2))
     for (name, one), (_, other) in zip(
@@ -248,9 +289,40 @@ def test_going_back_without_a_checkpoint_says_so(
     small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     Cry(monkeypatch, 1)
-    result = train(small(diagnostics__go_back_on=["too_hard"]), output=tmp_path / "run")
+    listener = Listener()
+    result = train(small(diagnostics__go_back_on=["too_hard"]), output=tmp_path / "run", observer=listener)
     assert result.summary["steps"] == 1
     assert "no checkpoint from before step 1" in RunFolder.open(tmp_path / "run").info.warnings[0]
+    assert listener.warned[-1] == RunFolder.open(tmp_path / "run").info.warnings[0], "people are told too"
+    assert "went_back_to" not in result.summary
+
+
+def test_a_run_without_a_folder_cannot_go_back_and_says_so(
+    small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Cry(monkeypatch, 1)
+    listener = Listener()
+    Trainer(small(diagnostics__go_back_on=["too_hard"], evaluation__episodes=0), observer=listener).run()
+    assert listener.warned[-1].startswith("There is no checkpoint from before step 1")
+
+
+def test_going_back_needs_checkpoints(small: Callable[..., Recipe]) -> None:
+    with pytest.raises(RecipeError, match=r"go_back_on goes back to a checkpoint, and with checkpoint\.every = 0"):
+        small(diagnostics__go_back_on=["too_hard"], checkpoint__every=0)
+    small(diagnostics__stop_on=["too_hard"], checkpoint__every=0)
+
+
+@pytest.mark.parametrize("option", ["stop_on", "go_back_on"])
+@pytest.mark.parametrize(("last", "steps"), [(1, 4), (99, 2)])
+def test_a_resumed_run_ends_on_a_verdict_that_stands(
+    option: str, last: int, steps: int, small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The recipe names it only now. One that has ended is past."""
+    Cry(monkeypatch, 1, last)
+    train(small(), output=tmp_path / "run", observer=StopAfter(2))
+    further = train(output=tmp_path / "run", resume=True, overrides={f"diagnostics.{option}": ["too_hard"]})
+    assert further.summary["steps"] == steps
+    assert further.summary.get("ended_by") == ("too_hard" if last > 2 else None)
 
 
 class StopAfter(SilentObserver):
@@ -313,18 +385,69 @@ def test_filters_in_a_run(small: Callable[..., Recipe], tmp_path: Path) -> None:
         assert row["policy/updates"] == float(row["signal/kept_groups"] > 0)
 
 
-def test_refilling_goes_with_every_filter(small: Callable[..., Recipe]) -> None:
-    for name in ("top_p", "top_k", "min_p", "random", "extremes", "none"):
-        trainer = Trainer(
-            small(
-                algorithm__options__dynamic_sampling=True, algorithm__options__max_refill_tries=2, filter__name=name,
-                evaluation__episodes=0,
-            )
+REFILLED: list[tuple[str, dict[str, Any]]] = [
+    ("none", {}), ("constant", {}), ("top_p", {}), ("top_k", {}), ("top_k", {"k": 4}), ("top_k", {"k": 1.0}),
+    ("min_p", {}), ("random", {}), ("random", {"like": "top_k", "k": 4}), ("extremes", {"top": 1, "bottom": 1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options"), REFILLED)
+def test_refilling_goes_with_every_filter(name: str, options: dict[str, Any], small: Callable[..., Recipe]) -> None:
+    def play(tries: int) -> Batch:
+        recipe = small(
+            algorithm__options__dynamic_sampling=True, algorithm__options__max_refill_tries=tries, filter__name=name,
+            filter__options=options, filter__loss_scaling="share", evaluation__episodes=0,
         )  # fmt: skip
+        trainer = Trainer(recipe)
         batch = trainer.play()
-        assert 1 <= batch.rounds <= 3
-        assert len(batch.groups) <= 12
-        assert int(batch.kept.keep_P.sum()) <= 4
+        trainer.close()
+        assert 1 <= batch.rounds <= tries + 1
         assert len(batch.kept.reasons) == len(batch.groups)
-        again = Trainer(trainer.recipe).play()
-        assert np.array_equal(again.kept.keep_PG, batch.kept.keep_PG)
+        return batch
+
+    batch = play(10)
+    assert int(batch.kept.keep_P.sum()) == 4, "it is really filled"
+    assert batch.rounds > 1
+    assert len(batch.groups) > 4
+    # Two of three episodes of each group are the extremes; of the other filters every group is whole.
+    assert loss_scale(batch.kept, "share", 4) == pytest.approx(2 / 3 if name == "extremes" else 1.0)
+    assert batch.kept.share < loss_scale(batch.kept, "share", 4)
+    assert np.array_equal(play(10).kept.keep_PG, batch.kept.keep_PG)
+    short = play(1)
+    assert short.rounds == 2
+    assert int(short.kept.keep_P.sum()) < 4, "a control: one round more is not enough"
+    assert loss_scale(short.kept, "share", 4) < loss_scale(batch.kept, "share", 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"filter__name": "top_k", "filter__options__k": 3},
+            "^With filter.options.k at 3 dynamic sampling never fills a step of 4 groups: set filter.options.k to 4 or",
+        ),
+        ({"filter__name": "random", "filter__options": {"like": "top_k", "k": 1}}, "never fills a step of 4 groups:"),
+        (
+            {
+                "filter__name": "top_k", "filter__options__k": 2,
+                "mixture": [{"name": "frozenlake", "weight": 3.0}, {"name": "bandit"}],
+            },
+            "never fills a step of 3 groups of one environment: set filter.options.k to 3",
+        ),
+    ],
+)  # fmt: skip
+def test_a_filter_that_never_lets_a_step_be_filled(
+    options: dict[str, Any], message: str, small: Callable[..., Recipe]
+) -> None:
+    for asked in (chosen, describe_plan):
+        with pytest.raises(RecipeError, match=message):
+            asked(small(algorithm__options__dynamic_sampling=True, **options))
+    chosen(small(**options))
+    chosen(small(algorithm__options__dynamic_sampling=True, **{**options, "training__groups": 1}))
+
+
+def test_scaling_by_what_is_kept_needs_a_filter(small: Callable[..., Recipe]) -> None:
+    with pytest.raises(RecipeError, match="scales by what a filter keeps, and there is none"):
+        chosen(small(filter__loss_scaling="share"))
+    chosen(small(filter__loss_scaling="share", filter__name="constant"))
+    chosen(small(filter__loss_scaling="share", algorithm__options__dynamic_sampling=True))

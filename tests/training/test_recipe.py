@@ -222,6 +222,50 @@ def test_wrong_options(overrides: list[str], message: str) -> None:
     assert said == message or said.startswith(message + " Did you mean")
 
 
+@pytest.mark.parametrize(("text", "value"), [("1.0", 1.0), ("1", 1), ("0.5", 0.5)])
+def test_a_share_stays_a_share(text: str, value: float, tmp_path: Path) -> None:
+    """A filter takes 1.0 for all groups and 1 for one."""
+    file = tmp_path / "mine.toml"
+    file.write_text(f'[filter]\nname = "top_k"\noptions = {{ k = {text} }}')
+    typed = resolve_recipe(None, ["filter.name=top_k", f"filter.options.k={text}"])
+    for recipe in (resolve_recipe(file), typed, resolve_recipe(tomllib.loads(typed.to_toml()))):
+        found = recipe.filter.options["k"]
+        assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["curriculum.low=0.3"],
+            "curriculum.low does nothing where curriculum.name is fresh: set curriculum.name to difficulty, or leave "
+            "it out.",
+        ),
+        (
+            ["curriculum.name=difficulty", "curriculum.explore=0.3"],
+            "curriculum.explore does nothing where curriculum.name is difficulty: set curriculum.name to variance or "
+            "progress, or leave it out.",
+        ),
+        (
+            ["curriculum.tasks=4"],
+            "curriculum.tasks does nothing where curriculum.name is fresh: set curriculum.name to uniform, difficulty, "
+            "variance or progress, or leave it out.",
+        ),
+    ],
+)
+def test_options_of_another_curriculum(overrides: list[str], message: str) -> None:
+    assert sentence(None, overrides) == message
+
+
+def test_options_of_a_curriculum_that_reads_them() -> None:
+    for name, option in (("difficulty", "low=0.3"), ("variance", "explore=0.3"), ("progress", "tasks=9")):
+        resolve_recipe(None, [f"curriculum.name={name}", f"curriculum.{option}"])
+    # A recipe that comes with stages can be played without.
+    resolve_recipe("lookup", ["curriculum.name=fresh", "curriculum.stages=[]"])
+    # The usual values say nothing.
+    resolve_recipe(None, ["curriculum.low=0.2", "curriculum.explore=0.1", "curriculum.tasks=512"])
+
+
 @pytest.mark.parametrize("truncation", ["sampling.top_p=0.9", "sampling.top_k=20"])
 def test_truncated_sampling_needs_log_probs_computed_again(truncation: str) -> None:
     assert "set training.old_logprobs to recompute" in sentence(None, [truncation])
