@@ -101,7 +101,7 @@ def obstacle(model: Any) -> str | None:
 
     Asked when adapters are put into a model: at the end of a run it would be too late.
     """
-    from peft.utils import AuxiliaryTrainingWrapper
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     owners: dict[int, int] = {}
