@@ -455,7 +455,8 @@ class Rollout:
 
 
 class UnreadableError(CarriedError):
-    """Carries what an agent raised that could not read an answer: that is its own episode's trouble."""
+    """Carries what was raised about one answer, by an agent that could not read it or a server that would not give it:
+    that is its own episode's trouble."""
 
 
 @contextlib.contextmanager
