@@ -52,7 +52,7 @@ from rehearsal.training.playing import (
 from rehearsal.training.recipe import Recipe
 from rehearsal.training.replay import Memory
 from rehearsal.training.runs import RunFolder
-from rehearsal.training.storage import storage_errors
+from rehearsal.training.storage import flush_tree, storage_errors
 from rehearsal.training.tasks import TaskSource
 from rehearsal.training.trackers import Tracker, make_trackers
 from rehearsal.training.trajectory_store import write_trajectories
@@ -375,7 +375,8 @@ class Trainer:
             where = self.folder.path / "policy"
             with storage_errors(where), tensor_errors():
                 save_policy(self.policy.model, self.policy.tokenizer, where)
-                save_adapters(self.policy.model, self.folder.path / "adapters")
+                for written in (where, *save_adapters(self.policy.model, self.folder.path / "adapters")):
+                    flush_tree(written)
             self.folder.write_summary(summary)
             self.folder.set_status("finished" if done else "stopped")
         for tracker in self.trackers:

@@ -245,6 +245,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(
     output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output
     assert_same_run(run, reference)
+    assert not [*run.rglob(".*.tmp"), *run.rglob(".partial-*")]
 
 
 @pytest.mark.slow
