@@ -53,7 +53,7 @@ from rehearsal.training.playing import (
 from rehearsal.training.recipe import Recipe
 from rehearsal.training.replay import Memory
 from rehearsal.training.runs import RunFolder
-from rehearsal.training.storage import storage_errors
+from rehearsal.training.storage import flush_tree, storage_errors
 from rehearsal.training.tasks import TaskSource
 from rehearsal.training.trackers import Tracker, make_trackers
 from rehearsal.training.trajectory_store import write_trajectories
@@ -385,7 +385,8 @@ class Trainer:
             where = self.folder.path / "policy"
             with storage_errors(where), tensor_errors():
                 save_policy(self.policy.model, self.policy.tokenizer, where)
-                save_adapters(self.policy.model, self.folder.path / "adapters")
+                for written in (where, *save_adapters(self.policy.model, self.folder.path / "adapters")):
+                    flush_tree(written)
             back = self.folder.info.went_back_to
             self.folder.note_policy(self.steps_done if back is None else back)
             self.folder.write_summary(summary)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rehearsal.training.checkpoint as checkpoint_module
 import rehearsal.training.loop as loop_module
+import rehearsal.training.playing as playing_module
 from rehearsal.environments.base import TextEnv
 from rehearsal.environments.registry import register
 from rehearsal.errors import CheckpointError, EnvironmentFault, RecipeError, TrainingDiverged
@@ -243,6 +245,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(
     output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output
     assert_same_run(run, reference)
+    assert not [*run.rglob(".*.tmp"), *run.rglob(".partial-*")]
 
 
 @pytest.mark.slow
@@ -572,6 +575,62 @@ def test_too_many_failed_episodes_end_the_run(
     assert "of 24 episodes failed, more than training.abort_failed_share allows" in message
     assert message.endswith("Unreliable.reset raised ConnectionError: the simulator is gone.")
     assert RunFolder.open(tmp_path / "run").info.status == "failed"
+
+
+class HardToMake(Unreliable):
+    """A share of its constructors fails, or the first one hangs."""
+
+    name = "hard-to-make"
+    fast = False
+    made = 0
+    easy = 0
+    hangs = False
+
+    def __init__(self) -> None:
+        kind = type(self)
+        kind.made += 1
+        if kind.hangs:
+            threading.Event().wait(60)
+        if kind.made > kind.easy and kind.made % 4 == 0:
+            raise ConnectionError("the simulator is full")
+
+
+register("test-hard-to-make", HardToMake)
+
+
+def hard_to_make(small: Callable[..., Recipe]) -> Recipe:
+    recipe = small(environment__name="test-hard-to-make", evaluation__episodes=0, training__groups=8).model_copy(
+        deep=True
+    )
+    recipe.environment.params = {}
+    return recipe
+
+
+def test_constructors_that_fail_on_the_way_cost_their_episodes(
+    small: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HardToMake, "made", 0)
+    monkeypatch.setattr(HardToMake, "easy", 5)
+    assert train(hard_to_make(small), output=tmp_path / "run").summary["steps"] == 4
+    episodes = [t for file in sorted((tmp_path / "run" / "trajectories").iterdir()) for t in episodes_of(file)]
+    told = {trajectory.error for trajectory in episodes if trajectory.failed}
+    assert sum(row["train/failed_episodes"] for row in rows_of(tmp_path / "run")) > 0
+    assert told == {"The environment test-hard-to-make could not be made: ConnectionError: the simulator is full"}
+
+
+def test_an_environment_that_cannot_be_made_at_all_is_told_before_a_run_begins(
+    small: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HardToMake, "made", 3)
+    with pytest.raises(EnvironmentFault, match="test-hard-to-make could not be made: ConnectionError"):
+        train(hard_to_make(small), output=tmp_path / "run")
+    monkeypatch.setattr(HardToMake, "hangs", True)
+    monkeypatch.setattr(playing_module, "_SECONDS_TO_BEGIN", 0.1)
+    recipe = hard_to_make(small)
+    recipe.environment.step_timeout = 0.1
+    with pytest.raises(EnvironmentFault, match=r"test-hard-to-make was not made within 0\.1 s; .*step_timeout\.$"):
+        train(recipe, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # Replacing groups that can teach nothing
