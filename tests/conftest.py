@@ -80,6 +80,36 @@ def tiny_qwen3() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def tiny_gpt2() -> Callable[..., Any]:
+    """Makes a GPT-2, whose layers hold their weights transposed; those behind its attention are square."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def build(vocabulary: int = 97, seed: int = 0) -> Any:
+        torch.manual_seed(seed)
+        settings = {"n_positions": 512, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0}
+        return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **settings)).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_experts() -> Callable[..., Any]:
+    """Makes a mixture of experts, whose matrices are stacked."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    def build(vocabulary: int = 97, seed: int = 0) -> Any:
+        torch.manual_seed(seed)
+        settings = {
+            "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_experts": 4,
+            "num_experts_per_tok": 2, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "head_dim": 8, "initializer_range": 0.2,
+        }  # fmt: skip
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=vocabulary, **settings)).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def taught_folder(
     tmp_path_factory: pytest.TempPathFactory, base_tokenizer: Any, renderer: Any, tiny_qwen3: Callable[..., Any]
 ) -> Path:

@@ -1,8 +1,8 @@
 """What a policy knows of the world: gaps in episodes that it has to fill.
 
 A gap is a piece of an episode that follows from the rest, with some other things that might stand there. The policy
-fills it with what it finds likeliest; how often it is right, against the share that guessing would get, tells what it
-knows, apart from how it plays:
+fills it with what it finds likeliest; how often it is right, against what one would get who does not look, tells what
+it knows, apart from how it plays:
 
 ===========  ===========================================  =============================================================
 kind         given                                        the gap
@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,8 @@ from rehearsal.trajectory import Kind, SampleStop
 PROBES = ("action", "forward", "inverse", "reward", "budget")
 """The kinds of gaps."""
 
+_IN_WORDS = ("reward", "budget")
+"""Kinds whose right answer is often the same: most rewards are 0, and most budgets suffice."""
 _MOST_ACTIONS = 8
 _ROWS = 1024
 _REWARD = " What was the reward of the last action?"
@@ -75,6 +78,11 @@ class Gap:
     def chance(self) -> float:
         """The share of right candidates."""
         return len(self.right) / len(self.candidates)
+
+    @property
+    def answers(self) -> list[bytes]:
+        """What stands in the gap where it is filled right."""
+        return [self.candidates[i][0][self.candidates[i][1] :].tobytes() for i in sorted(self.right)]
 
 
 class _Walk:
@@ -282,24 +290,27 @@ def fill_gaps(model: Any, gaps: Sequence[Gap], *, pack_tokens: int = 4096) -> di
         pack_tokens: tokens of one forward pass.
 
     Returns:
-        for each kind that there are gaps of ``KIND/accuracy``, ``KIND/chance``, ``KIND/exact`` (share of gaps that
-        greedy generation fills with a right candidate, token for token) and ``KIND/count``; and ``perplexity`` of the
-        environment's answers, a token, with ``symbols``, the number of different tokens that they are made of.
+        for each kind that there are gaps of ``KIND/accuracy``, ``KIND/chance`` (what guessing would get; for questions
+        in words, what the best answer would get that is always the same), ``KIND/exact`` (share of gaps that greedy
+        generation fills with a right candidate, token for token) and ``KIND/count``; and ``perplexity`` of the
+        environment's answers, a token, with ``symbols``, the number of different tokens that they are made of. A model
+        that finds several candidates equally likely is right by their share.
     """
     items: list[PackItem] = []
     for number, gap in enumerate(gaps):
         items += [PackItem(ids, np.arange(first, len(ids)), number) for ids, first in gap.candidates]
     scored = _scored(model, items, pack_tokens) if items else []
-    hits: dict[str, list[tuple[bool, bool, float]]] = {}
+    hits: dict[str, list[tuple[float, bool]]] = {}
     nats = tokens = 0.0
     symbols: set[int] = set()
     position = 0
     for gap in gaps:
         own = scored[position : position + len(gap.candidates)]
         position += len(gap.candidates)
-        best = int(np.argmax([float(one[:, 0].sum(dtype=np.float64)) for one in own]))
+        scores = np.array([float(one[:, 0].sum(dtype=np.float64)) for one in own])
+        best = np.flatnonzero(scores == scores.max()).tolist()
         exact = any(bool(own[i][:, 1].all()) for i in gap.right)
-        hits.setdefault(gap.kind, []).append((best in gap.right, exact, gap.chance))
+        hits.setdefault(gap.kind, []).append((len(gap.right.intersection(best)) / len(best), exact))
         if gap.kind == "forward":
             (true,) = gap.right
             ids, first = gap.candidates[true]
@@ -310,14 +321,23 @@ def fill_gaps(model: Any, gaps: Sequence[Gap], *, pack_tokens: int = 4096) -> di
     for kind in PROBES:
         if kind not in hits:
             continue
-        right, exactly, chances = zip(*hits[kind], strict=True)
+        right, exactly = zip(*hits[kind], strict=True)
         figures |= {
-            f"{kind}/accuracy": sum(right) / len(right), f"{kind}/chance": float(np.mean(chances)),
+            f"{kind}/accuracy": sum(right) / len(right), f"{kind}/chance": _chance([g for g in gaps if g.kind == kind]),
             f"{kind}/exact": sum(exactly) / len(exactly), f"{kind}/count": float(len(right)),
         }  # fmt: skip
     if tokens:
         figures |= {"perplexity": math.exp(min(50.0, nats / tokens)), "symbols": float(len(symbols))}
     return figures
+
+
+def _chance(gaps: Sequence[Gap]) -> float:
+    """What somebody gets in gaps of one kind who does not look at what is given."""
+    guessed = float(np.mean([gap.chance for gap in gaps]))
+    if gaps[0].kind not in _IN_WORDS:
+        return guessed
+    often = Counter(answer for gap in gaps for answer in gap.answers)
+    return max(guessed, max(often.values()) / len(gaps))
 
 
 def _scored(model: Any, items: Sequence[PackItem], pack_tokens: int) -> list[np.ndarray]:

@@ -19,6 +19,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from rehearsal.errors import ModelError
-from rehearsal.models.lora import is_low_rank
+from rehearsal.models.lora import bare_name, is_low_rank, obstacle
 
 POLICY = "policy"
 WORLD = "world"
@@ -85,16 +86,21 @@ def add_adapters(model: Any, settings: AdapterSettings, seed: int = 0) -> Any:
         the model wrapped by PEFT, or ``model`` itself if all ranks are 0.
 
     Raises:
-        ModelError: if the model has adapters already, or has no layer that the targets name.
+        ModelError: if the model has adapters already, or has no layer that the targets name, or one whose adapter could
+            not be multiplied into its weight. The model is as it was then.
     """
     if hasattr(model, "peft_config"):
         raise ModelError("The model has adapters already; load the base and its adapters apart.")
+    before = _trainable(model)
     wrapped = model
     for name, rank in settings.ranks.items():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(2 * seed + (name == WORLD))
             wrapped = _add(wrapped, name, _config(settings, rank))
     if wrapped is not model:
+        if reason := obstacle(wrapped):
+            _take_out(wrapped, list(settings.ranks), before)
+            raise ModelError(f"No adapter can be put into this model: {reason}; leave it out of adapters.targets.")
         _settle(wrapped)
     return wrapped
 
@@ -131,6 +137,21 @@ def _settle(model: Any) -> None:
     model.eval()
 
 
+def _trainable(model: Any) -> list[tuple[nn.Parameter, bool]]:
+    return [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+
+def _take_out(wrapped: Any, names: Sequence[str], before: list[tuple[nn.Parameter, bool]]) -> None:
+    """Leave a model as it was before these adapters were put into it."""
+    if set(adapter_names(wrapped)) == set(names):
+        wrapped.unload()
+    else:
+        for name in names:
+            wrapped.delete_adapter(name)
+    for parameter, trained in before:
+        parameter.requires_grad_(trained)
+
+
 def adapter_names(model: Any) -> list[str]:
     """The adapters of a model, in the order in which they were added; none for a model without."""
     return list(getattr(model, "peft_config", {}))
@@ -162,6 +183,16 @@ def trained_parameters(model: Any, name: str) -> list[nn.Parameter]:
     if name == "all":
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
     return list(adapter_parameters(model, name).values())
+
+
+def check_adapters(model: Any) -> None:
+    """Look at the adapters of a model that others may have made.
+
+    Raises:
+        ModelError: if they are more than low-rank factors, so that they could neither be kept apart nor multiplied out.
+    """
+    if adapter_names(model) and (reason := obstacle(model)):
+        raise ModelError(f"The adapters of this model cannot be trained here: {reason}.")
 
 
 def active_names(model: Any) -> tuple[str, ...]:
@@ -250,35 +281,47 @@ def concatenated(model: Any, names: Sequence[str]) -> tuple[Any, dict[str, Tenso
     """Several adapters as one of summed rank that gives the same logits.
 
     The factors of all adapters stand side by side, and the scale of each is multiplied into its second factor, so that
-    the sum needs a scale of 1 whatever the ranks and their stabilisation are.
+    the sum needs a scale of 1 whatever the ranks and their stabilisation are. Ranks are those of the tensors: a
+    configuration may give each layer another one.
 
     Returns:
         a PEFT configuration and the tensors by the names that PEFT saves them under.
     """
     from peft import LoraConfig
 
-    ranks = [int(model.peft_config[name].r) for name in names]
     state: dict[str, Tensor] = {}
-    targets: set[str] = set()
+    ranks: dict[str, int] = {}
+    modules: list[str] = []
+    stacks: list[str] = []
     for key, module in model.named_modules():
         if not is_low_rank(module):
             continue
+        # The factors of stacked matrices (experts) are stacked too: rows of the first by matrix and then by rank,
+        # columns of the second by rank and then by matrix.
+        count = getattr(module, "num_experts", 1)
         inputs, outputs = [], []
-        for name, rank in zip(names, ranks, strict=True):
-            if name in module.lora_A:
-                inputs.append(module.lora_A[name].weight.detach())
-                outputs.append(module.lora_B[name].weight.detach() * float(module.scaling[name]))
-            else:
-                # An adapter that leaves this layer alone.
-                other = next(iter(module.lora_A))
-                inputs.append(module.lora_A[other].weight.new_zeros(rank, module.in_features))
-                outputs.append(module.lora_B[other].weight.new_zeros(module.out_features, rank))
-        state[f"{key}.lora_A.weight"] = torch.cat(inputs, dim=0)
-        state[f"{key}.lora_B.weight"] = torch.cat(outputs, dim=1)
-        targets.add(key.removeprefix("base_model.model."))
+        for name in names:
+            if name in module.lora_A:  # another leaves this layer alone
+                first, second = module.lora_A[name].weight.detach(), module.lora_B[name].weight.detach()
+                inputs.append(first.unflatten(0, (count, -1)))
+                outputs.append(second.unflatten(1, (-1, count)) * float(module.scaling[name]))
+        if not inputs:
+            continue
+        state[f"{key}.lora_A.weight"] = torch.cat(inputs, dim=1).flatten(0, 1)
+        state[f"{key}.lora_B.weight"] = torch.cat(outputs, dim=1).flatten(1, 2)
+        place = bare_name(key.removeprefix("base_model.model."))
+        if hasattr(module, "parameter_name"):
+            place = f"{place}.{module.parameter_name}"
+            stacks.append(place)
+        else:
+            modules.append(place)
+        ranks[place] = sum(len(factors[0]) for factors in inputs)
+    usual = max(set(ranks.values()), key=list(ranks.values()).count)
+    others = {re.escape(place): rank for place, rank in ranks.items() if rank != usual}
     config = LoraConfig(
-        r=sum(ranks), lora_alpha=sum(ranks), target_modules=sorted(targets), lora_dropout=0.0, bias="none",
-        task_type="CAUSAL_LM",
+        r=usual, lora_alpha=usual, rank_pattern=dict(others), alpha_pattern=dict(others),
+        target_modules=sorted(modules) or None, target_parameters=sorted(stacks) or None, lora_dropout=0.0, bias="none",
+        fan_in_fan_out=any(model.peft_config[name].fan_in_fan_out for name in names), task_type="CAUSAL_LM",
     )  # fmt: skip
     config.base_model_name_or_path = model.peft_config[names[0]].base_model_name_or_path
     return config, state
@@ -318,7 +361,8 @@ def load_adapter(model: Any, folder: str | Path, name: str) -> Any:
         the model wrapped by PEFT.
 
     Raises:
-        ModelError: if the folder holds no adapter, or one of another base.
+        ModelError: if the folder holds no adapter, one of another base, or one that is more than low-rank factors. The
+            model is as it was then.
     """
     from peft import LoraConfig
 
@@ -332,18 +376,24 @@ def load_adapter(model: Any, folder: str | Path, name: str) -> Any:
         state = _read_tensors(folder)
     except Exception as error:  # whatever a third-party reader raises is about this folder
         raise ModelError(f"The adapter {folder} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    if reason := _more_than_factors(config):
+        raise ModelError(f"The adapter {folder} cannot be used: {reason}; only adapters of plain LoRA can.")
     stored = folder / _BASE_FILE
-    if stored.is_file() and json.loads(stored.read_text())["base"] != base_digest(model):
+    if stored.is_file() and json.loads(stored.read_text())["base"] not in (base_digest(model), _exact_digest(model)):
         raise ModelError(f"The adapter {folder} was trained over another base; load the model that it belongs to.")
     config.inference_mode = False
     if getattr(config, "lora_dropout", 0.0):
         logging.getLogger(__name__).warning("The adapter %s has dropout, which is not used here.", folder)
         config.lora_dropout = 0.0
+    before = _trainable(model)
     wrapped = _add(model, name, config)
+    if reason := obstacle(wrapped):
+        _take_out(wrapped, [name], before)
+        raise ModelError(f"The adapter {folder} cannot be used: {reason}.")
     own = {_plain_key(key, name): parameter for key, parameter in adapter_parameters(wrapped, name).items()}
     wrong = sorted(set(own) ^ set(state)) or [key for key in own if own[key].shape != state[key].shape]
     if wrong:
-        wrapped.delete_adapter(name)
+        _take_out(wrapped, [name], before)
         raise ModelError(f"The adapter {folder} belongs to another base: {wrong[0]} does not fit.")
     with torch.no_grad():
         for key, parameter in own.items():
@@ -361,16 +411,46 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)
 
 
+_BESIDE_FACTORS = {
+    "use_dora": "it has magnitudes beside its factors (DoRA)",
+    "lora_bias": "its factors have biases (lora_bias)",
+    "modules_to_save": "whole modules were trained with it (modules_to_save)",
+    "trainable_token_indices": "rows of the embeddings were trained with it (trainable_token_indices)",
+}
+
+
+def _more_than_factors(config: Any) -> str | None:
+    """What an adapter consists of beside low-rank factors, as part of a sentence; None if of nothing."""
+    from peft import LoraConfig
+
+    if not isinstance(config, LoraConfig):
+        return f"it is of the kind {getattr(config.peft_type, 'value', config.peft_type)}"
+    if config.bias != "none":
+        return f"biases of the base were trained with it (bias = {config.bias})"
+    return next((told for name, told in _BESIDE_FACTORS.items() if getattr(config, name, None)), None)
+
+
 def base_digest(model: Any) -> str:
-    """What tells one base from another: shapes and the first numbers of all its own weights."""
+    """What tells one base from another: shapes and the first numbers of all its own weights.
+
+    The numbers are taken to the precision of bfloat16, so that a base is the same in float32 and in bfloat16.
+    """
+    return _digest(model, torch.bfloat16)
+
+
+def _exact_digest(model: Any) -> str:
+    """The digest in folders that were written when it told apart what a base was rounded to."""
+    return _digest(model, torch.float32)
+
+
+def _digest(model: Any, precision: torch.dtype) -> str:
     digest = hashlib.blake2b(digest_size=12)
     lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     for key, parameter in lm.named_parameters():
         if "lora_" in key:
             continue
-        name = key.replace(".base_layer", "")
-        some = parameter.detach().flatten()[:256].float().cpu().numpy()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + some.tobytes())
+        some = parameter.detach().flatten()[:256].to(precision).float().cpu().numpy()
+        digest.update(f"{bare_name(key)}{tuple(parameter.shape)}".encode() + some.tobytes())
     return digest.hexdigest()
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rehearsal.errors import ModelError
 from rehearsal.models.adapters import adapter_names
 from rehearsal.models.chat import ChatRenderer
-from rehearsal.models.lora import plain_state
+from rehearsal.models.lora import plain_buffers, plain_state
 from rehearsal.models.packed import causal_lm, verify_packing
 
 _HUB_SECONDS = 10.0
@@ -101,7 +101,8 @@ def load_policy(
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=weights)
+            found: Any = AutoModelForCausalLM.from_pretrained(source, dtype=weights, output_loading_info=True)
+            model, loaded = found
     except Exception as error:  # whatever a third-party loader raises is about this folder
         told = " ".join(str(error).split())[:300]
         if local and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
@@ -111,6 +112,12 @@ def load_policy(
         raise ModelError(f"The model {source} cannot be loaded: {told}") from error
     if local and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ModelError(f"{folder} has no tokenizer; save it there with tokenizer.save_pretrained({str(folder)!r}).")
+    if missing := sorted(loaded["missing_keys"]):
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(
+            f"The model {source} is incomplete: it lacks {missing[0]}{others}, which would be made up at random; save "
+            "it again, or load the model that it was made of."
+        )
     text_config = model.config.get_text_config()
     if len(tokenizer) > text_config.vocab_size:
         raise ModelError(
@@ -198,9 +205,7 @@ def save_policy(model: Any, tokenizer: Any, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with quiet_transformers():
         if adapter_names(model):
-            lm = causal_lm(model)
-            kept = {name: tensor for name, tensor in lm.state_dict().items() if name in dict(lm.named_buffers())}
-            lm.save_pretrained(folder, state_dict={**plain_state(model), **kept})
+            causal_lm(model).save_pretrained(folder, state_dict={**plain_state(model), **plain_buffers(model)})
         else:
             model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

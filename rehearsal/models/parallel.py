@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from rehearsal.models.lora import rewrites_weights
 from rehearsal.models.packed import is_narrow, packed_attention
 
 P = TypeVar("P")
@@ -21,8 +22,9 @@ R = TypeVar("R")
 
 
 def pack_workers(model: Any) -> int:
-    """How many packs to work on at the same time: one for each thread of a processor, for models that are not wide."""
-    return torch.get_num_threads() if is_narrow(model) else 1
+    """How many packs to work on at the same time: one for each thread of a processor, for models that are not wide and
+    stay as they are in a pass."""
+    return torch.get_num_threads() if is_narrow(model) and not rewrites_weights(model) else 1
 
 
 def _in_order(work: Callable[[P], R], packs: Iterable[P], workers: int) -> Iterator[R]:

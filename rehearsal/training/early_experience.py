@@ -41,7 +41,7 @@ from rehearsal.training.recipe import Recipe
 from rehearsal.training.reflection import reflect
 from rehearsal.training.sequences import collect_situations
 from rehearsal.training.tasks import TaskSource
-from rehearsal.training.world import WorldModel, policy_parameters, world_model
+from rehearsal.training.world import WorldMode, WorldModel, policy_parameters, world_model
 from rehearsal.trajectory import Kind
 
 
@@ -138,7 +138,8 @@ def early_experience(policy: Policy, recipe: Recipe, settings: EarlySettings | N
     own.
 
     Args:
-        policy: is changed; it gets the adapters of the recipe if it has none.
+        policy: is changed; it gets the adapters of the recipe if it has none, and those are put to work that world.mode
+            plays and learns with.
         recipe: environments, agent, adapters, optimiser, and who learns from answers. A ``world.mode`` of policy_only
             means here that the policy's own parameters do, as nobody else could.
         settings: the usual ones if None.
@@ -156,13 +157,17 @@ def early_experience(policy: Policy, recipe: Recipe, settings: EarlySettings | N
     settings = settings or EarlySettings()
     if settings.reflect and not recipe.agent.thinking and not policy.renderer.opens_thought:
         raise RecipeError("Reflections need a thought to stand in: set agent.thinking to true, or reflect to False.")
-    if not adapter_names(policy.model):
-        policy.model = with_adapters(policy.model, recipe)
+    policy.model = with_adapters(policy.model, recipe, _mode(recipe))
     rollout = make_rollout(recipe, policy)
     try:
         return _Course(policy, recipe, settings, rollout).run()
     finally:
         rollout.close()
+
+
+def _mode(recipe: Recipe) -> WorldMode:
+    """Who learns from answers: somebody has to."""
+    return "world_only" if recipe.world.mode == "policy_only" else recipe.world.mode
 
 
 class _Course:
@@ -173,8 +178,7 @@ class _Course:
         adapters = adapter_names(policy.model)
         if WORLD in adapters and POLICY not in adapters:
             raise RecipeError("adapters.policy_rank is 0, which leaves imitation nothing to learn with; raise it.")
-        mode = "world_only" if recipe.world.mode == "policy_only" else recipe.world.mode
-        world = world_model(mode, adapters, learning_rate_ratio=recipe.world.learning_rate_ratio)
+        world = world_model(_mode(recipe), adapters, learning_rate_ratio=recipe.world.learning_rate_ratio)
         assert world is not None
         # Nothing else is in the loss, so no weight has a meaning.
         self.world = replace(world, policy=False, hindsight=1.0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from rehearsal.errors import CheckpointError
-from rehearsal.models.adapters import adapter_names, save_adapters
+from rehearsal.models.adapters import active_adapters, adapter_names, save_adapters
 from rehearsal.models.load import Policy, save_policy
 from rehearsal.training.checkpoint import (
     checkpoints,
@@ -19,7 +19,7 @@ from rehearsal.training.checkpoint import (
     tensor_errors,
     trainable_weights,
 )
-from rehearsal.training.playing import policy_of
+from rehearsal.training.playing import active_in, policy_of
 from rehearsal.training.recipe import resolve_recipe
 from rehearsal.training.runs import RunFolder
 from rehearsal.training.storage import flush_tree, storage_errors
@@ -53,8 +53,8 @@ def export_policy(
             raise CheckpointError(f"{folder} exists already and is not an empty folder; choose another name.")
     weights, _ = load_checkpoint(checkpoint)
     before: dict[str, torch.Tensor] = {}
+    recipe = resolve_recipe(run / "recipe.toml").model_copy(deep=True)
     if policy is None:
-        recipe = resolve_recipe(run / "recipe.toml").model_copy(deep=True)
         recipe.model.device, recipe.model.gradient_checkpointing = "cpu", False
         if recipe.model.dtype == "auto" and any(tensor.dtype == torch.bfloat16 for tensor in weights.values()):
             recipe.model.dtype = "bfloat16"  # as it was trained, on whatever device
@@ -66,7 +66,9 @@ def export_policy(
     try:
         with storage_errors(folder), tensor_errors():
             shutil.rmtree(partial, ignore_errors=True)
-            save_policy(policy.model, policy.tokenizer, partial)
+            # What the run played with, whatever else the model was used for since.
+            with active_adapters(policy.model, active_in(policy.model, recipe.world.mode)):
+                save_policy(policy.model, policy.tokenizer, partial)
             if adapter_names(policy.model):
                 save_adapters(policy.model, partial / "adapters")
             flush_tree(partial)

@@ -45,7 +45,7 @@ from rehearsal.training.passes import Passes
 from rehearsal.training.sequences import collect
 from rehearsal.training.terms import WEIGHT, WEIGHT_SQUARED, PackFigures, term_of
 from rehearsal.training.works import Work, parameter_sets, world_works
-from rehearsal.training.world import WorldModel, all_objectives, policy_objectives
+from rehearsal.training.world import WorldModel, all_objectives, policy_objectives, policy_parameters
 from rehearsal.trajectory import SAMPLED_KINDS, Group, rewards_matrix
 
 
@@ -156,7 +156,7 @@ class Learner:
                 norms[name].append(norm)
             n_tokens += used
             saved += shared
-            metrics["policy/updates"] += used > 0 and len(parts) == len(works)
+            metrics["policy/updates"] += _shown(self._trained_by_policy()) in taken
         metrics |= {name: sums[name] / counts[name] for name in sums if counts[name]}
         if (mean_square := metrics.pop(WEIGHT_SQUARED, 0.0)) > 0:
             # Kish's effective sample size over the number of tokens: 1 where what is learned from was sampled by the
@@ -233,8 +233,10 @@ class Learner:
                 used, shared = self._accumulate(work, part, step, updates, sums, counts)
             n_tokens += used
             saved += shared
-        if not n_tokens:
-            return {}, 0, 0  # nothing has a gradient; an optimiser would still move, by momentum
+        # Without a gradient an optimiser has no part in the update: it would have nothing to clip and no norm to tell.
+        updates = [update for update in updates if _has_gradients(update)]
+        if not updates:
+            return {}, n_tokens, saved
         norms = clipped_updates(updates, self.options.max_grad_norm, f"step {step + 1}")
         self.updates += 1
         return {update.name: norm for update, norm in zip(updates, norms, strict=True)}, n_tokens, saved
@@ -256,6 +258,9 @@ class Learner:
             [mini_items[i] for i in wanted], self.options.pack_tokens, share_prefixes=self.options.share_prefixes,
             device=self.device, workers=self._workers,
         )  # fmt: skip
+        # A term without a gradient is a sum of zeros, and with zeros for a gradient an optimiser would still move, by
+        # momentum and weight decay. Whether it does must not depend on who shares the passes.
+        teaching = {objective.name for objective in work.objectives if _teaches(objective, mini)}
         names = list(dict.fromkeys(objective.parameters for objective in work.objectives))
         trained = [list(self._trained[name]) for name in names]
         values = any(objective.needs_values for objective in work.objectives)
@@ -271,8 +276,9 @@ class Learner:
             losses: dict[str, Tensor] = {}
             for objective in work.objectives:
                 term = term_of(objective, micro, output, totals[objective.name].select(numbers), figures)
-                losses[objective.parameters] = losses.get(objective.parameters, 0.0) + term
-            figures.finite = all(bool(torch.isfinite(loss.detach())) for loss in losses.values())
+                figures.finite &= bool(torch.isfinite(term.detach()))
+                if objective.name in teaching:
+                    losses[objective.parameters] = losses.get(objective.parameters, 0.0) + term
             return [losses.get(name) for name in names], figures
 
         models = [self.model, self.critic] if values else [self.model]
@@ -300,7 +306,9 @@ class Learner:
         return weight
 
     def _trained_by_policy(self) -> str:
-        """Whose parameters the policy's loss is differentiated by."""
+        """Whose parameters the policy's loss is differentiated by, or would be in a mode in which it does not learn."""
+        if not self.policy_objectives:
+            return policy_parameters(adapter_names(self.model))
         return self.policy_objectives[0].parameters
 
     def _probe(self, groups: Sequence[Group], work: Work, each: int, rng: np.random.Generator) -> dict[str, float]:
@@ -365,10 +373,7 @@ class Learner:
         """
         alive_N = torch.zeros(len(mini), dtype=torch.bool)
         for objective in objectives:
-            mask_N = objective.mask(mini)
-            if isinstance(objective, PolicyLoss | CISPOLoss):
-                mask_N = mask_N & (mini.advantages_N != 0)
-            alive_N |= mask_N
+            alive_N |= _alive(objective, mini)
         alive_S = torch.bincount(mini.sequence_N[alive_N], minlength=mini.n_sequences) > 0
         return np.flatnonzero(alive_S.numpy())
 
@@ -438,6 +443,23 @@ def _frozen_copy(model: Any) -> Any:
     frozen = copy.deepcopy(model, memo=dict(shared))
     frozen.requires_grad_(False)
     return frozen.eval()
+
+
+def _alive(objective: Objective, batch: TokenBatch) -> Tensor:
+    """bool of shape (N,): the tokens of an objective that can have a gradient, whatever the model says."""
+    mask_N = objective.mask(batch)
+    if isinstance(objective, PolicyLoss | CISPOLoss):
+        mask_N = mask_N & (batch.advantages_N != 0)
+    return mask_N
+
+
+def _teaches(objective: Objective, batch: TokenBatch) -> bool:
+    """Whether an objective can have a gradient at all. One with a weight of 0 has none, and is told of all the same."""
+    return objective.coefficient != 0 and bool(_alive(objective, batch).any())
+
+
+def _has_gradients(update: Update) -> bool:
+    return any(weight.grad is not None for group in update.optimiser.param_groups for weight in group["params"])
 
 
 def _answer_tokens(work: Work) -> int:

@@ -70,7 +70,8 @@ class Trainer:
         recipe: what to do.
         folder: where it is written; None writes nothing (tests, experiments).
         observer: who watches.
-        policy: loaded from the recipe if not given.
+        policy: loaded from the recipe if not given. One that is given gets the adapters of the recipe if it has none,
+            and those are put to work that world.mode plays and learns with.
     """
 
     recipe: Recipe
@@ -88,7 +89,7 @@ class Trainer:
         self.shaping = RewardShaping(**recipe.rewards.model_dump())
         if self.policy is None:
             self.policy = policy_of(recipe)
-        elif not adapter_names(self.policy.model):
+        else:
             self.policy = replace(self.policy, model=with_adapters(self.policy.model, recipe))
         # The number of places bears on rounding: a run that is resumed must not have another one by chance.
         recipe = self.recipe = with_memory(recipe, self.policy)

@@ -18,15 +18,25 @@ from rehearsal.agents.toolbox import Toolkit, ToolLimits
 from rehearsal.agents.toolkit import make_source, source_name, tool_path
 from rehearsal.environments.base import TextEnv
 from rehearsal.environments.registry import check_names, import_path
-from rehearsal.errors import EnvironmentFault, RecipeError
+from rehearsal.errors import EnvironmentFault, ModelError, RecipeError
 from rehearsal.generation.local import LocalEngine, free_memory
 from rehearsal.generation.sampling import SamplingParams
-from rehearsal.models.adapters import POLICY, WORLD, AdapterSettings, activate, add_adapters, load_adapter
+from rehearsal.models.adapters import (
+    POLICY,
+    WORLD,
+    AdapterSettings,
+    activate,
+    active_names,
+    adapter_names,
+    add_adapters,
+    load_adapter,
+)
 from rehearsal.models.load import Policy, load_policy, save_policy
 from rehearsal.rollout import ProcessRollout, Rollout, may_share
 from rehearsal.rollout.places import HungError, in_time
 from rehearsal.training.recipe import Recipe
 from rehearsal.training.tasks import Variant, unlocked_tools, variants_of
+from rehearsal.training.world import APART, WorldMode
 
 _MANY_EPISODES = 4000
 """A process takes seconds to begin, which fewer episodes than these do not pay for."""
@@ -51,13 +61,51 @@ def _without_adapters(recipe: Recipe) -> Policy:
     )  # fmt: skip
 
 
-def with_adapters(model: Any, recipe: Recipe) -> Any:
-    """A model with the adapters of a recipe, and those of them active that it plays with.
+def with_adapters(model: Any, recipe: Recipe, mode: WorldMode | None = None) -> Any:
+    """A model with adapters, its own or, where it has none, those of a recipe; and those of them active that are played
+    with and learnt, whoever had it before.
+
+    Args:
+        model: the base, or a model with adapters.
+        recipe: for the adapters and the mode.
+        mode: another one than the recipe's.
 
     Raises:
-        ModelError: if they do not fit the model.
+        ModelError: if they do not fit the model, or one is missing that the mode needs.
     """
-    options, needed = recipe.adapters, recipe.world.mode in ("dual", "inactive", "placebo")
+    mode = mode or recipe.world.mode
+    if names := adapter_names(model):
+        if missing := [name for name in (POLICY, WORLD) if mode in APART and name not in names]:
+            raise ModelError(
+                f"world.mode {mode} needs the adapters policy and world, and the given model lacks {missing[0]} "
+                f"(it has: {', '.join(names)}); put it in, or give a model without adapters, which gets the recipe's."
+            )
+    else:
+        model = _fresh_adapters(model, recipe)
+    activate(model, active_in(model, mode, recipe.algorithm.options.get("parameters")))
+    return model
+
+
+def active_in(model: Any, mode: WorldMode, named: str | None = None) -> tuple[str, ...]:
+    """Which adapters of a model are at work in a mode: what is trained, but for a world adapter that is kept apart.
+
+    What the mode does not speak of stays as it is: a population of other adapters, or a world adapter where only
+    rewards are learnt from.
+
+    Args:
+        model: with or without adapters.
+        mode: who learns from answers.
+        named: the adapter that the algorithm names, if it does.
+    """
+    now, wanted = active_names(model), {POLICY, named}
+    if mode in ("dual", "placebo", "world_only"):
+        wanted.add(WORLD)
+    apart = {WORLD} if mode == "inactive" else set()
+    return tuple(name for name in adapter_names(model) if (name in now or name in wanted) and name not in apart)
+
+
+def _fresh_adapters(model: Any, recipe: Recipe) -> Any:
+    options, needed = recipe.adapters, recipe.world.mode in APART
     usual = AdapterSettings() if needed else AdapterSettings(0, 0)
     targets = options.targets if isinstance(options.targets, str) else tuple(options.targets)
     settings = AdapterSettings(
@@ -73,8 +121,6 @@ def with_adapters(model: Any, recipe: Recipe) -> Any:
     for name, folder in folders.items():
         if folder is not None:
             model = load_adapter(model, folder, name)
-    if recipe.world.mode == "inactive":
-        activate(model, (POLICY,))
     return model
 
 

@@ -13,7 +13,7 @@ import torch
 from rehearsal.agents.rehearse import Hindsight
 from rehearsal.algorithms.batch import Objective, TokenBatch
 from rehearsal.errors import RecipeError
-from rehearsal.models.adapters import trained_parameters
+from rehearsal.models.adapters import check_adapters, trained_parameters
 from rehearsal.training.placebo import with_other_answers, with_shuffled_answers
 from rehearsal.training.sequences import Sequences, collect, collect_situations
 from rehearsal.training.world import WorldModel
@@ -44,8 +44,9 @@ def parameter_sets(model: Any, objectives: Sequence[Objective]) -> dict[str, lis
 
     Raises:
         RecipeError: if one of them updates everything and another an adapter, which is part of everything.
-        ModelError: if there is no such adapter.
+        ModelError: if there is no such adapter, or the model has one that is more than low-rank factors.
     """
+    check_adapters(model)
     names = list(dict.fromkeys(objective.parameters for objective in objectives)) or ["all"]
     if "all" in names and len(names) > 1:
         raise RecipeError(

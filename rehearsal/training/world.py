@@ -15,7 +15,7 @@ from rehearsal.training.options import WorldOptions
 
 WorldMode = Literal["policy_only", "shared", "dual", "inactive", "placebo", "world_only"]
 WORLD_MODES: tuple[str, ...] = get_args(WorldMode)
-_APART: tuple[str, ...] = ("dual", "inactive", "placebo")
+APART: tuple[str, ...] = ("dual", "inactive", "placebo")
 """The modes in which policy and world model have an adapter each."""
 
 MODE_TEXTS: dict[str, str] = {
@@ -114,7 +114,7 @@ def world_model(
     world = WORLD if WORLD in adapters else own
     if mode == "policy_only":
         return None
-    if mode in _APART and WORLD not in adapters:
+    if mode in APART and WORLD not in adapters:
         raise RecipeError(
             f"world.mode {mode} needs an adapter for the world model; set adapters.world_rank above 0, or world.mode "
             "to shared."

@@ -111,8 +111,42 @@ def test_one_who_knows_fills_them_all_and_a_guesser_gets_chance(
                 assert figures[f"{kind}/accuracy"] == figures[f"{kind}/exact"] == 1.0
             else:
                 spread = 4 * math.sqrt(0.25 / figures[f"{kind}/count"])
-                assert abs(figures[f"{kind}/accuracy"] - figures[f"{kind}/chance"]) < spread
+                guessing = float(np.mean([gap.chance for gap in gaps if gap.kind == kind]))
+                assert abs(figures[f"{kind}/accuracy"] - guessing) < spread
+                assert figures[f"{kind}/chance"] == guessing or kind in ("reward", "budget")
                 assert figures[f"{kind}/exact"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "answer"),
+    [("frozenlake", "budget", "yes"), ("frozenlake", "reward", "0"), ("helpdesk", "reward", "0"),
+     ("helpdesk", "budget", "no")],
+)  # fmt: skip
+def test_one_who_always_says_the_same_gets_no_more_than_chance(
+    name: str, kind: str, answer: str, gaps_of: Callable[..., list[Gap]], renderer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    gaps = [gap for gap in gaps_of(name, count=80) if gap.kind == kind]
+    told = [
+        renderer.decode(ids[first:]).startswith(f"<answer>{answer}<") for gap in gaps for ids, first in gap.candidates
+    ]
+    lengths = [len(ids) - first for gap in gaps for ids, first in gap.candidates]
+    rows = [np.tile([-0.1 / n if own else -5.0, float(own)], (n, 1)) for own, n in zip(told, lengths, strict=True)]
+    monkeypatch.setattr(world_model_module, "_scored", lambda *_: rows)
+    figures = fill_gaps(None, gaps)
+    # Most answers are this one, so that it is right far more often than one candidate in several.
+    assert figures[f"{kind}/accuracy"] == figures[f"{kind}/chance"] > np.mean([gap.chance for gap in gaps]) + 0.05
+
+
+@pytest.mark.parametrize("kind", ["forward", "action", "inverse"])
+def test_one_to_whom_all_is_alike_gets_chance(
+    kind: str, gaps_of: Callable[..., list[Gap]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gaps = [gap for gap in gaps_of() if gap.kind == kind]
+    rows = [np.zeros((len(ids) - first, 2)) for gap in gaps for ids, first in gap.candidates]
+    monkeypatch.setattr(world_model_module, "_scored", lambda *_: rows)
+    figures = fill_gaps(None, gaps)
+    assert figures[f"{kind}/accuracy"] == pytest.approx(figures[f"{kind}/chance"])
 
 
 def test_scores_are_those_of_plain_passes(gaps_of: Callable[..., list[Gap]], tiny_qwen3: Callable[..., Any]) -> None:

@@ -20,11 +20,20 @@ from rehearsal.environments.frozenlake import FrozenLake
 from rehearsal.errors import EnvironmentFault, RecipeError
 from rehearsal.generation.sampling import SamplingParams
 from rehearsal.generation.session import Sampled
-from rehearsal.models.adapters import POLICY, WORLD, AdapterSettings, adapter_names, adapter_parameters, add_adapters
+from rehearsal.models.adapters import (
+    POLICY,
+    WORLD,
+    AdapterSettings,
+    active_names,
+    adapter_names,
+    adapter_parameters,
+    add_adapters,
+)
 from rehearsal.rollout import Rollout, Task
 from rehearsal.training.branches import Branch, Experience, State, any_legal, collect_branches
 from rehearsal.training.early_experience import EarlySettings, early_experience, imitation_situations
 from rehearsal.training.learner import Learner
+from rehearsal.training.loop import Trainer
 from rehearsal.training.options import TrainingOptions
 from rehearsal.training.playing import make_rollout
 from rehearsal.training.recipe import Recipe
@@ -643,6 +652,22 @@ def test_each_stage_changes_its_own_adapter(
     for name in (POLICY, WORLD):
         parameters = adapter_parameters(taught_policy.model, name)
         assert any(bool(p.any()) for key, p in parameters.items() if "lora_B" in key) == (name == own)
+
+
+@pytest.mark.parametrize("mode", ["dual", "policy_only"])
+def test_a_policy_whose_world_adapter_was_kept_apart_learns_with_it(
+    mode: str, small: Callable[..., Recipe], taught_policy: Any
+) -> None:
+    changes = {**DUAL, "world__mode": "inactive", "evaluation__episodes": 0}
+    trainer = Trainer(small(**changes), policy=taught_policy)
+    trainer.close()
+    policy = trainer.policy
+    assert policy is not None and active_names(policy.model) == (POLICY,)
+    settings = replace(SHORT, episodes=3, held_out=0, imitation_epochs=0)
+    figures = early_experience(policy, small(**{**changes, "world__mode": mode}), settings)
+    assert active_names(policy.model) == (POLICY, WORLD)
+    assert figures["world/steps"] > 0
+    assert any(bool(p.any()) for key, p in adapter_parameters(policy.model, WORLD).items() if "lora_B" in key)
 
 
 def test_several_environments(small: Callable[..., Recipe], taught_policy: Any) -> None:

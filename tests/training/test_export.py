@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rehearsal.errors import CheckpointError, RecipeError
+from rehearsal.models.adapters import POLICY, WORLD, activate, active_names
 from rehearsal.training.export import export_policy
 from rehearsal.training.loop import Trainer
 from rehearsal.training.observer import SilentObserver
@@ -113,6 +114,19 @@ def test_a_model_that_was_given_stays_as_it_was(whole: Path, small: Callable[...
     assert all(
         torch.equal(tensor, weights(whole / "policy")[name]) for name, tensor in weights(tmp_path / "policy").items()
     )
+
+
+def test_a_model_that_was_given_is_written_as_its_run_played(
+    small: Callable[..., Recipe], taught_folder: Path, tmp_path: Path
+) -> None:
+    recipe = small(world__mode="inactive", training__steps=1, evaluation__episodes=0, evaluation__every=0)
+    run = train(recipe, output=tmp_path / "run").path
+    policy = policy_of(recipe)
+    activate(policy.model, (POLICY, WORLD))
+    folder = export_policy(run, tmp_path / "policy", policy=policy)
+    mine, theirs = weights(folder), weights(run / "policy")
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert active_names(policy.model) == (POLICY, WORLD)
 
 
 def test_what_is_there_is_not_written_over(whole: Path, tmp_path: Path) -> None:

@@ -24,9 +24,12 @@ from rehearsal.models.adapters import (
     WORLD,
     AdapterSettings,
     activate,
+    active_names,
     adapter_names,
     adapter_parameters,
     add_adapters,
+    load_adapter,
+    save_adapters,
     trained_parameters,
 )
 from rehearsal.models.load import _compute_activations_again, load_policy, save_policy
@@ -217,6 +220,31 @@ def test_gradients_of_both_losses_are_those_of_each_alone(build: Callable[..., A
         assert norms["dual"][name] == pytest.approx(norms["inactive"][name], rel=1e-4), name
 
 
+def test_experts_learn_the_same_however_many_threads_there_are(
+    tiny_experts: Callable[..., Any], make_groups: MakeGroups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Their adapters are put into the weights for the time of a pass: two at once would be in each other's way.
+    found = []
+    for threads in (1, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        model = add_adapters(tiny_experts(), AdapterSettings(3, 5))
+        learner = learner_of(model, "dual", pack_tokens=64, share_prefixes=False)
+        for step in range(2):
+            figures = learner.step(make_groups(model), step)
+            assert figures["policy/grad_norm"] > 0 and figures["world/grad_norm"] > 0
+        found.append({name: weights(model, name) for name in (POLICY, WORLD)})
+    assert all(same(found[0][name], found[1][name]) for name in (POLICY, WORLD))
+
+
+def test_a_model_whose_adapters_are_more_than_factors_is_refused(tiny_qwen3: Callable[..., Any]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_qwen3(tie_word_embeddings=False), config, adapter_name=POLICY)
+    with pytest.raises(ModelError, match="cannot be trained here: lm_head is trained beside the low-rank factors"):
+        learner_of(model, "policy_only")
+
+
 @pytest.mark.parametrize("pack_tokens", [16, 64])
 def test_however_a_step_is_cut(pack_tokens: int, build: Callable[..., Any], make_groups: MakeGroups) -> None:
     whole, cut = build(), build()
@@ -252,6 +280,123 @@ def test_groups_without_reward_variance_teach_it_too(build: Callable[..., Any], 
     before = weights(model, WORLD)
     learner_of(model).step(groups, 0)
     assert moved(before, weights(model, WORLD))
+
+
+CONTROLS: tuple[WorldMode, ...] = ("policy_only", "inactive", "placebo", "dual")
+"""The modes that are compared with each other: what they do to the policy must differ by the answers alone."""
+
+
+def in_mode(build: Callable[..., Any], mode: WorldMode) -> Any:
+    model = build(3, 0) if mode in ("policy_only", "shared") else build()
+    if mode == "inactive":
+        activate(model, (POLICY,))
+    return model
+
+
+def with_equal_rewards(groups: list[Group], some: Callable[[int], bool] = lambda number: True) -> list[Group]:
+    for number, group in enumerate(groups):
+        for trajectory in group if some(number) else ():
+            for turn in trajectory.turns:
+                turn.rewards = [1.0 / len(trajectory.turns)]
+    return groups
+
+
+@pytest.mark.parametrize(
+    ("changes", "filtered"),
+    [
+        ({}, False), ({}, True), ({"weight_decay": 0.1}, False), ({"minibatches": 3}, False),
+        # Its critic learns from the rewards of episodes that the policy may not learn from.
+        ({"algorithm": "ppo"}, True),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("mode", CONTROLS)
+def test_a_step_that_teaches_the_policy_nothing_leaves_it_where_it_is(
+    mode: WorldMode, changes: dict[str, Any], filtered: bool, build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    model = in_mode(build, mode)
+    groups = make_groups(model)
+    learner = learner_of(model, mode, **changes)
+    learner.step(groups, 0)  # gives the optimisers momentum to move by
+    before = {name: weights(model, name) for name in adapter_names(model)}
+    if filtered:
+        figures = learner.step(groups, 1, np.zeros(len(groups), dtype=bool))
+    else:
+        figures = learner.step(with_equal_rewards(groups), 1)
+    assert same(before[POLICY], weights(model, POLICY))
+    assert figures["policy/updates"] == figures["policy/grad_norm"] == 0.0
+    if mode != "policy_only":
+        assert moved(before[WORLD], weights(model, WORLD)) and figures["world/grad_norm"] > 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"kl": 0.1}, {"entropy": 0.1}], ids=str)
+@pytest.mark.parametrize("minibatches", [1, 4])
+def test_the_policy_takes_as_many_steps_in_every_mode(
+    minibatches: int, changes: dict[str, float], build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    algorithm = {f"{name}_coefficient": value for name, value in changes.items()}
+    told: dict[str, list[float]] = {}
+    for mode in CONTROLS:
+        model = in_mode(build, mode)
+        options = TrainingOptions(learning_rate=1e-2, steps=10, groups=4, group_size=3, minibatches=minibatches)
+        world = world_model(mode, adapter_names(model))
+        learner = Learner(model, preset("grpo", **algorithm), options, world=world)
+        groups = make_groups(model)
+        first = learner.step(groups, 0)
+        # All of one step, and then one group of four: with minibatches there are some that teach nothing.
+        second = learner.step(with_equal_rewards(make_groups(model)), 1)
+        third = learner.step(with_equal_rewards(make_groups(model), lambda number: number > 0), 2)
+        told[mode] = [figures["policy/updates"] for figures in (first, second, third)]
+        assert {int(s["step"]) for s in learner.optimisers[POLICY].state.values()} == {int(sum(told[mode]))}
+    assert all(told[mode] == told["policy_only"] for mode in CONTROLS)
+    assert told["dual"][0] == minibatches
+    # A term that keeps the policy near another, or broad, has a gradient without any advantage.
+    assert told["dual"][1] == (minibatches if changes else 0)
+    assert told["dual"][2] == minibatches if changes or minibatches == 1 else 0 < told["dual"][2] < minibatches
+
+
+def test_minibatches_without_answers_leave_the_world_adapter_where_it_is(
+    build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    taken = {}
+    for mode in ("dual", "placebo", "inactive"):
+        model = in_mode(build, mode)
+        groups = make_groups(model)
+        learner = learner_of(model, mode)
+        learner.step(groups, 0)
+        before = weights(model, WORLD)
+        for trajectory in (trajectory for group in groups for trajectory in group):
+            segment = trajectory.segments[0]
+            kinds = np.where(segment.kinds == Kind.OBSERVATION, int(Kind.NOTICE), segment.kinds)
+            trajectory.segments = [replace(segment, kinds=kinds)]
+        assert learner.step(groups, 1)["policy/updates"] == 1.0
+        taken[mode] = same(before, weights(model, WORLD))
+    assert all(taken.values())
+
+
+def test_one_set_of_parameters_takes_a_step_where_anything_teaches_it(
+    build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    model = in_mode(build, "shared")
+    groups = make_groups(model)
+    learner = learner_of(model, "shared")
+    learner.step(groups, 0)
+    before = weights(model, POLICY)
+    figures = learner.step(with_equal_rewards(groups), 1)
+    assert figures["policy/updates"] == 1.0 and figures["policy/grad_norm"] > 0
+    assert moved(before, weights(model, POLICY))
+
+
+@pytest.mark.parametrize("mode", ["dual", "inactive"])
+def test_a_weight_of_0_tells_the_loss_and_moves_nothing(
+    mode: WorldMode, build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    model = in_mode(build, mode)
+    before = weights(model, WORLD)
+    learner = learner_of(model, mode, coefficient=0.0, weight_decay=0.1)
+    figures = [learner.step(make_groups(model), step) for step in range(2)]
+    assert same(before, weights(model, WORLD))
+    assert all(one["world/prediction_loss"] > 0 and one["policy/updates"] == 1.0 for one in figures)
 
 
 def test_world_only_leaves_the_policy_alone(build: Callable[..., Any], make_groups: MakeGroups) -> None:
@@ -694,6 +839,53 @@ def test_a_stopped_run_goes_on_with_both_adapters(taught_folder: Path, tmp_path:
         assert same(one, two)
 
 
+@pytest.mark.parametrize(
+    ("first", "then", "at_work"),
+    [
+        ("inactive", "dual", (POLICY, WORLD)), ("inactive", "world_only", (POLICY, WORLD)),
+        ("dual", "inactive", (POLICY,)), ("dual", "placebo", (POLICY, WORLD)),
+        # Rewards alone say nothing of a world adapter: the policy plays on as it was.
+        ("dual", "policy_only", (POLICY, WORLD)), ("inactive", "policy_only", (POLICY,)),
+    ],
+)  # fmt: skip
+def test_a_policy_goes_from_one_mode_to_another(
+    first: WorldMode, then: WorldMode, at_work: tuple[str, ...], taught_folder: Path
+) -> None:
+    policy = policy_of(recipe_of(taught_folder, world__mode=first))
+    trainer = Trainer(recipe_of(taught_folder, world__mode=then, training__steps=1), policy=policy)
+    assert active_names(policy.model) == at_work
+    before = weights(policy.model, WORLD)
+    trainer.run()
+    assert same(before, weights(policy.model, WORLD)) == (then == "policy_only")
+    if then != "policy_only":
+        assert trainer.history[-1]["world/grad_norm"] > 0
+
+
+def test_an_adapter_that_an_algorithm_names_is_put_to_work(taught_folder: Path, tmp_path: Path) -> None:
+    policy = policy_of(recipe_of(taught_folder, world__mode="policy_only", adapters__world_rank=0))
+    save_adapters(policy.model, tmp_path)
+    policy.model = load_adapter(policy.model, tmp_path / POLICY, "anna")
+    activate(policy.model, (POLICY,))
+    recipe = recipe_of(
+        taught_folder, world__mode="policy_only", adapters__world_rank=0, training__steps=1,
+        algorithm__options__parameters="anna",
+    )  # fmt: skip
+    Trainer(recipe, policy=policy)
+    assert active_names(policy.model) == (POLICY, "anna")
+
+
+@pytest.mark.parametrize(("ranks", "missing"), [((4, 0), "world"), ((0, 4), "policy")])
+@pytest.mark.parametrize("mode", ["dual", "inactive", "placebo"])
+def test_a_policy_without_the_adapters_of_a_mode(
+    mode: WorldMode, ranks: tuple[int, int], missing: str, taught_folder: Path
+) -> None:
+    policy = load_policy(taught_folder, device="cpu")
+    policy.model = add_adapters(policy.model, AdapterSettings(*ranks))
+    with pytest.raises(ModelError, match=rf"world.mode {mode} needs .* lacks {missing} \(it has: ") as caught:
+        Trainer(recipe_of(taught_folder, world__mode=mode), policy=policy)
+    assert "\n" not in str(caught.value)
+
+
 def test_other_processes_play_with_the_adapters(taught_folder: Path) -> None:
     recipe = recipe_of(taught_folder, world__mode="dual")
     policy = policy_of(recipe)
@@ -879,6 +1071,6 @@ def test_one_situation_and_many_minibatches(
     learner = learner_of(model, mode, algorithm, minibatches=minibatches)
     figures = learner.step(groups, 0, situations={"hindsight": situations_of(groups, 1)})
     assert figures["hindsight/prediction_loss"] > 0
-    assert 1 <= figures["policy/updates"] <= minibatches
+    assert (mode != "world_only") <= figures["policy/updates"] <= minibatches * (mode != "world_only")
     assert ("policy/loss/value" in figures) == (algorithm == "ppo" and mode != "world_only")
     assert moved(before, weights(model, WORLD))
