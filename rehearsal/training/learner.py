@@ -427,6 +427,13 @@ class Learner:
 
     # State
 
+    def is_finite(self) -> bool:
+        """Whether all that it has learnt is finite: weights and moments."""
+        optimisers = [*self.optimisers.values(), *([self.critic_optimiser] if self.critic_optimiser else [])]
+        held = [p for optimiser in optimisers for group in optimiser.param_groups for p in group["params"]]
+        held += [value for optimiser in optimisers for state in optimiser.state.values() for value in state.values()]
+        return all(bool(torch.isfinite(one).all()) for one in held if isinstance(one, Tensor))
+
     def state_dict(self) -> dict[str, Any]:
         """Everything but the policy's weights."""
         optimisers = {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()}
