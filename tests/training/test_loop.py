@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -25,15 +26,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rehearsal.training.checkpoint as checkpoint_module
+import rehearsal.training.learner as learner_module
 import rehearsal.training.loop as loop_module
 import rehearsal.training.playing as playing_module
+from rehearsal.agents.rehearse import Hindsight
 from rehearsal.environments.base import TextEnv
 from rehearsal.environments.registry import register
 from rehearsal.errors import CheckpointError, EnvironmentFault, RecipeError, TrainingDiverged
 from rehearsal.rollout import tasks_of_step
+from rehearsal.training.checkpoint import load_checkpoint
 from rehearsal.training.loop import Trainer
 from rehearsal.training.observer import SilentObserver
+from rehearsal.training.optimiser import clipped_updates
 from rehearsal.training.recipe import Recipe, resolve_recipe
+from rehearsal.training.replay import Memory
 from rehearsal.training.run import free_folder, train
 from rehearsal.training.runs import RunFolder
 from rehearsal.training.trajectory_store import read_trajectories
@@ -525,6 +531,94 @@ def test_a_divergence_ends_the_run_and_keeps_the_last_good_state(
     assert info.status == "failed"
     assert "TrainingDiverged" in info.error
     assert train(output=run, resume=True).summary["steps"] == 4
+
+
+def diverges_once(at: int) -> Callable[..., Any]:
+    """Stands for the update of a step: the one of that number, counted from 1, has gradients that are not finite."""
+    numbers = itertools.count(1)
+
+    def update(updates: Any, *rest: Any) -> Any:
+        if next(numbers) == at:
+            updates[0].optimiser.param_groups[0]["params"][0].grad.fill_(math.inf)
+        return clipped_updates(updates, *rest)
+
+    return update
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"training__minibatches": 2, "algorithm__name": "ppo"},
+        {"curriculum__name": "difficulty", "curriculum__tasks": 8},
+    ],
+    ids=["plain", "minibatches", "curriculum"],
+)
+def test_steps_before_a_divergence_are_kept(
+    changes: dict[str, Any], small: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without waiting for the next checkpoint, and so that the run goes on from there as if nothing had happened."""
+    recipe = small(**changes, checkpoint__every=0)
+    train(recipe, output=tmp_path / "reference")
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(learner_module, "clipped_updates", diverges_once(2 * recipe.training.minibatches + 1))
+        with pytest.raises(TrainingDiverged, match="gradient of the policy at step 3 is not finite"):
+            train(recipe, output=run)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000002"]
+    train(output=run, resume=True)
+    assert_same_run(run, tmp_path / "reference")
+
+
+def test_what_a_diverging_step_brought_into_memory_is_not_kept(
+    small: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It will be brought there again."""
+
+    def situations(self: Memory, groups: Any, step: int) -> dict[str, Any]:
+        self.replay.add([Hindsight(np.array([step, 1], dtype=np.int32), 1, "", "frozenlake", False)])
+        return {}
+
+    monkeypatch.setattr(Memory, "situations", situations)
+    monkeypatch.setattr(learner_module, "clipped_updates", diverges_once(3))
+    with pytest.raises(TrainingDiverged):
+        train(small(checkpoint__every=0), output=tmp_path / "run")
+    _, state = load_checkpoint(tmp_path / "run" / "checkpoints" / "step_000002")
+    assert [one["token_ids"] for one in state["memory"]["situations"]] == [[0, 1], [1, 1]]
+
+
+def test_a_step_that_was_learnt_in_part_is_not_kept(
+    small: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small(training__minibatches=2, checkpoint__every=0)
+    monkeypatch.setattr(learner_module, "clipped_updates", diverges_once(2 * 2 + 2))
+    with pytest.raises(TrainingDiverged, match="step 3"):
+        train(recipe, output=tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_divergence_costs_no_earlier_checkpoint_and_keeps_nothing_unsound(
+    small: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def left_by(run: Path) -> list[str]:
+        with pytest.raises(TrainingDiverged, match="step 4"):
+            train(small(checkpoint__every=2, checkpoint__keep=1), output=run)
+        return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learner_module, "clipped_updates", diverges_once(4))
+        assert left_by(tmp_path / "sound") == ["step_000002", "step_000003"]
+    original = loop_module.Learner.step
+
+    def poisoned(self: Any, groups: Any, step: int, *rest: Any) -> dict[str, float]:
+        if step == 3:
+            groups[0].trajectories[0].turns[0].rewards = [1.0]  # something to learn, so something to compute
+            with torch.no_grad():
+                self.model.model.norm.weight[0] = math.inf
+        return original(self, groups, step, *rest)
+
+    monkeypatch.setattr(loop_module.Learner, "step", poisoned)
+    assert left_by(tmp_path / "unsound") == ["step_000002"]
 
 
 # Failures of the environment
