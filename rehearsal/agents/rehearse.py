@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
@@ -73,17 +74,19 @@ def find_predictions(
         positions are counted from the beginning of ``sampled_ids``.
     """
     ids = [int(index) for index in sampled_ids]
-    thought = decode(ids).partition(end)[0]
-    _, *bodies = thought.split(PREDICT_OPEN)
+    text = decode(ids)
+    _, *bodies = text.partition(end)[0].split(PREDICT_OPEN)
     found: list[Prediction] = []
     places = [at + 1 for at, index in enumerate(ids) if index == open_id] if open_id is not None else []
+    if len(places) != text.count(PREDICT_OPEN):
+        places = []  # the tag is spelled in other tokens too, so that the n-th token is not the n-th tag
     for number, body in enumerate(bodies, 1):
         head, line, rest = body.partition(PREDICT_CLOSE)[0].partition("\n")
         parts = [head] if separator is None else head.split(separator)
         actions = tuple(part.strip() for part in parts if part.strip())
         if not line or not actions:
             continue
-        position = places[number - 1] if number <= len(places) else _place(ids, decode, number)
+        position = places[number - 1] if places else _place(ids, decode, number)
         found.append(Prediction(actions, rest.strip(), position))
     return found
 
@@ -142,13 +145,22 @@ def hindsight(
 
 def _taken(trajectory: Trajectory, number: int, prediction: Prediction, horizon: int) -> int | None:
     """The first turn, from its own on, in which the actions of a prediction were taken, and no others. Of those behind
-    the one that ended the episode nothing more could have come."""
+    the one that ended the episode nothing more could have come.
+
+    An action goes by the words that the answer of that turn had for it, and by those of the environment, which may call
+    it something else.
+    """
     wanted = [_plain(action) for action in prediction.actions]
     over = trajectory.stop_reason in (StopReason.TERMINATED, StopReason.TRUNCATED)
     for later in range(number, min(number + horizon + 1, len(trajectory.turns))):
-        done = [_plain(action) for action in trajectory.turns[later].executed]
+        turn = trajectory.turns[later]
+        done = [
+            {_plain(action) for action in names} for names in zip_longest(turn.executed, turn.actions, fillvalue="")
+        ]
+        del done[len(turn.executed) :]  # written, and not executed
         ended = over and later == len(trajectory.turns) - 1
-        if done and done == (wanted[: len(done)] if ended else wanted):
+        compared = wanted[: len(done)] if ended else wanted
+        if done and len(done) == len(compared) and all(one in names for one, names in zip(compared, done, strict=True)):
             return later
     return None
 

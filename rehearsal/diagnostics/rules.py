@@ -80,7 +80,8 @@ class Rule:
         title: for people.
         sentence: what it means.
         suggestion: what to try.
-        needs: a metric without which it cannot be judged in a step.
+        needs: a metric without which it cannot be judged in a step; "*" in it stands for what differs by run, as the
+            names of environments.
         condition: returns the evidence if it holds for the last step of a series, else None.
         begins_after: judged steps in a row with the condition before the verdict begins.
         ends_after: judged steps in a row without it before the verdict ends.
@@ -111,6 +112,7 @@ _ADAPTIVE = "curriculum/adaptive"
 """Told by curricula that choose tasks by success: success and reward in training are where such a one puts them."""
 _SAME_TIME = 2
 """Steps that two falls may be apart by chance: means of five steps tell no order that is finer than half of them."""
+_PERPLEXITIES = "probe/*perplexity"
 _IGNORED_LOOKS = 4
 _NOISE_LOOKS = 4
 _UNPAID_LOOKS = 5
@@ -324,10 +326,16 @@ def _sure_and_worse(series: Series, limits: Thresholds) -> str | None:
 
 
 def _foreign_world(series: Series, limits: Thresholds) -> str | None:
-    perplexity, symbols = series.last("probe/perplexity"), series.last("probe/symbols")
-    if not perplexity > symbols:
-        return None
-    return f"The perplexity of what the environment answers is {perplexity:.0f}, and it has {symbols:.0f} symbols."
+    told = []
+    for name in series.fresh_like(_PERPLEXITIES):
+        lead = name.removesuffix("perplexity")
+        perplexity, symbols = series.last(name), series.last(f"{lead}symbols")
+        if perplexity > symbols:
+            where = lead.removeprefix("probe/").rstrip("/") or "the environment"
+            told.append(
+                f"The perplexity of what {where} answers is {perplexity:.0f}, and it has {symbols:.0f} symbols."
+            )
+    return " ".join(told) or None
 
 
 def _nothing_to_foretell(series: Series, limits: Thresholds) -> str | None:
@@ -468,7 +476,7 @@ RULES: tuple[Rule, ...] = (
         "foreign_world", "Foreign world",
         "The policy foretells the environment worse than somebody who knows nothing but its symbols.",
         "Let it learn the world first: world.mode = world_only for some steps, or dual from the start.",
-        "probe/perplexity", _foreign_world, begins_after=1, ends_after=1,
+        _PERPLEXITIES, _foreign_world, begins_after=1, ends_after=1,
     ),
     Rule(
         "nothing_to_foretell", "Nothing to foretell",

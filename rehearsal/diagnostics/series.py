@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import TypeGuard
 
 import numpy as np
@@ -82,8 +83,19 @@ class Series:
         return float(values[-1]) if len(values) else math.nan
 
     def fresh(self, name: str) -> bool:
-        """Whether the figure was measured in the last step."""
-        return not math.isnan(self.last(name))
+        """Whether the figure was measured in the last step; of a name with a "*", one of those that it stands for."""
+        return bool(self.fresh_like(name)) if "*" in name else not math.isnan(self.last(name))
+
+    def fresh_like(self, pattern: str) -> list[str]:
+        """The figures of a form (``a/*b``) that were measured in the last step."""
+        return [name for name in self.fresh_names() if fnmatchcase(name, pattern)]
+
+    def where(self, name: str) -> NDArray[np.bool_]:
+        """bool of shape (rows,): the steps in which the figure was measured, or one that its "*" stands for."""
+        if "*" not in name:
+            return ~np.isnan(self.values(name))
+        rows = self._rows[: self._end]
+        return np.array([any(fnmatchcase(key, name) and _is_number(row[key]) for key in row) for row in rows], bool)
 
     def told(self, name: str) -> NDArray[np.bool_]:
         """bool of shape (rows,): where the figure was measured, or one of its parts (``NAME/...``, as in a mixture)."""

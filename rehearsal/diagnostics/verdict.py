@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
-
 from rehearsal.diagnostics.rules import RULES, Rule, Thresholds
 from rehearsal.diagnostics.series import Series
 
@@ -117,7 +115,7 @@ def unheard(series: Series, rules: Sequence[Rule] | None = None) -> Unheard:
     """The rules that cannot have said anything of a run, or not all that they are for."""
     found = Unheard([], [], [])
     for rule in RULES if rules is None else rules:
-        measured = ~np.isnan(series.values(rule.needs))
+        measured = series.where(rule.needs)
         judged = measured & ~series.told(rule.unless) if rule.unless else measured
         if not measured.any():
             found.unmeasured.append(rule)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from rehearsal.reports.chart_plans import PLANS, Plan
@@ -41,7 +42,8 @@ _TIME_PARTS = {
 }
 _STOPS = "train/stop/"
 _LOSSES = "policy/loss/"
-_GAPS = re.compile(r"probe/(?P<kind>[^/]+)/accuracy")
+_PROBES = "probe/"
+_GAPS = re.compile(r"(?P<lead>probe/(?:.+/)?)(?P<kind>[^/]+)/accuracy")
 _COLOURS = 5
 _GRADIENTS = ("gradient/policy/norm",)
 """Whose verdicts are marked on the plots of gradients."""
@@ -83,7 +85,7 @@ def finding_spans(data: ReportData, needs: Sequence[str] = ()) -> list[Span]:
     return [
         Span(one.began, last if one.ended is None else one.ended, one.rule.title, place, one.ended is not None)
         for place, one in enumerate(data.findings, start=1)
-        if not needs or one.rule.needs in needs
+        if not needs or any(fnmatchcase(name, one.rule.needs) for name in needs)
     ]
 
 
@@ -124,7 +126,7 @@ def chart_groups(data: ReportData) -> list[ChartGroup]:
     """The plots of the learning curves that have values, by question."""
     groups = []
     for title, plans in PLANS.items():
-        charts = [_chart(data, plan) for plan in plans]
+        charts = [_chart(data, one) for plan in plans for one in _by_environment(data, plan)]
         if title == "The policy":
             charts += list(_losses(data))
         if title == "How fast it runs":
@@ -190,8 +192,60 @@ def _measured(data: ReportData, name: str, label: str, smooth: bool, low: Values
     return Series(label, x, y, [low[place] for place in known], [high[place] for place in known], smooth=smooth)
 
 
+def _probed(data: ReportData, name: str, label: str, colour: int, low: str = "", high: str = "") -> Series:
+    """A figure of a probe, at the evaluations that it was taken at.
+
+    Steps tell it too, for the rules of the verdict, but the first one as of step 1, and the last one, after which no
+    step comes, not at all.
+    """
+
+    def over_steps(one: str) -> dict[int, float]:
+        told = zip(data.steps, data.series(one), strict=True)
+        return data.evaluated(one) or {step: value for step, value in told if value is not None}
+
+    values, lows, highs = over_steps(name), over_steps(low), over_steps(high)
+    known = bool(lows)
+    return Series(
+        label, list(values), list(values.values()), [lows.get(step) for step in values] if known else (),
+        [highs.get(step) for step in values] if known else (), colour=colour, markers=True,
+    )  # fmt: skip
+
+
+def _probe_names(data: ReportData) -> list[str]:
+    """The figures of probes, in the order of their first appearance."""
+    rows = [row for rows in data.evaluations.values() for row in rows]
+    told = [name for row in rows for name, value in row.items() if number(value) is not None]
+    return [name for name in dict.fromkeys([*data.metric_names, *told]) if name.startswith(_PROBES)]
+
+
+def _by_environment(data: ReportData, plan: Plan) -> list[Plan]:
+    """The plan; of probes, which have figures of their own in each environment of several, one for each."""
+    if not all(name.startswith(_PROBES) for name in plan.metrics):
+        return [plan]
+    ends = [name.removeprefix(_PROBES) for name in plan.metrics]
+    leads: dict[str, None] = {}
+    for name in _probe_names(data):
+        for end in ends:
+            if name == f"{_PROBES}{end}" or name.endswith(f"/{end}"):
+                leads[name.removesuffix(end)] = None
+    return [
+        replace(
+            plan, title=plan.title + _where(lead),
+            metrics={lead + name.removeprefix(_PROBES): label for name, label in plan.metrics.items()},
+        )
+        for lead in leads
+    ]  # fmt: skip
+
+
+def _where(lead: str) -> str:
+    environment = lead.removeprefix(_PROBES).rstrip("/")
+    return f" ({environment})" if environment else ""
+
+
 def _planned(data: ReportData, plan: Plan, name: str) -> Series:
     label = plan.metrics[name]
+    if name.startswith(_PROBES):
+        return _probed(data, name, label, 0)
     if name not in plan.errors:
         return _measured(data, name, label, plan.smooth)
     pairs = list(zip(data.series(name), data.series(plan.errors[name]), strict=True))
@@ -203,7 +257,7 @@ def _planned(data: ReportData, plan: Plan, name: str) -> Series:
 
 
 def _chart(data: ReportData, plan: Plan) -> Chart:
-    present = set(data.metric_names)
+    present = {*data.metric_names, *_probe_names(data)}
     shown = [name for name in plan.metrics if name in present]
     series = [_planned(data, plan, name) for name in shown]
     if plan.evaluated and data.verdict.split:
@@ -227,9 +281,7 @@ def _chart(data: ReportData, plan: Plan) -> Chart:
 
 
 def _colour(series: Series, place: int) -> int:
-    """Held-out values have the same colour in every plot, and training another."""
-    if series.markers:
-        return 0
+    """Held-out values come first and have the same colour in every plot, and training another."""
     return 1 if series.name == "train" else place
 
 
@@ -254,20 +306,20 @@ def _time_shares(data: ReportData) -> Chart:
 
 
 def _gaps(data: ReportData) -> Iterator[Chart]:
-    """What was probed of the policy's knowledge of the world, one plot a kind of gap."""
-    kinds = [match["kind"] for match in map(_GAPS.fullmatch, data.metric_names) if match]
-    for kind in kinds:
-        names = {name: f"probe/{kind}/{name}" for name in ("accuracy", "exact", "chance", "low", "high")}
-        low, high = data.series(names["low"]), data.series(names["high"])
-        lines = [
-            _measured(data, names["accuracy"], "best guess", False, low, high),
-            _measured(data, names["exact"], "word for word", False),
-            _measured(data, names["chance"], "guessing", False),
-        ]
-        coloured = [replace(line, colour=place) for place, line in enumerate(lines)]
-        note = "Share of gaps filled right." + (" The band is the 95% interval." if any(low) else "")
-        yield Chart(f"Gaps: {kind}", note, coloured, "share", metrics=list(names.values()))
-    counts = [f"probe/{kind}/count" for kind in kinds[:_COLOURS]]
-    lines = [_measured(data, name, kind, False) for name, kind in zip(counts, kinds, strict=False)]
-    coloured = [replace(line, colour=place) for place, line in enumerate(lines)]
-    yield Chart("Gaps asked", "How many there were of each kind.", coloured, metrics=counts)
+    """What was probed of the policy's knowledge of the world, one plot a kind of gap and environment."""
+    kinds: dict[str, list[str]] = {}
+    for match in filter(None, map(_GAPS.fullmatch, _probe_names(data))):
+        kinds.setdefault(match["lead"], []).append(match["kind"])
+    for lead, own in kinds.items():
+        for kind in own:
+            names = {name: f"{lead}{kind}/{name}" for name in ("accuracy", "exact", "chance", "low", "high")}
+            lines = [
+                _probed(data, names["accuracy"], "best guess", 0, names["low"], names["high"]),
+                _probed(data, names["exact"], "word for word", 1),
+                _probed(data, names["chance"], "chance", 2),
+            ]
+            note = "Share of gaps filled right." + (" The band is the 95% interval." if any(lines[0].low) else "")
+            yield Chart(f"Gaps: {kind}{_where(lead)}", note, lines, "share", metrics=list(names.values()))
+        counts = [f"{lead}{kind}/count" for kind in own[:_COLOURS]]
+        lines = [_probed(data, name, kind, place) for place, (name, kind) in enumerate(zip(counts, own, strict=False))]
+        yield Chart(f"Gaps asked{_where(lead)}", "How many there were of each kind.", lines, metrics=counts)

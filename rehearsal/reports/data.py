@@ -74,6 +74,12 @@ class ReportData:
         """One metric over :attr:`steps`; None where a step has no finite value."""
         return [number(row.get(name)) for row in self.metrics]
 
+    def evaluated(self, name: str) -> dict[int, float]:
+        """A figure of the evaluations over their steps, whatever the split: for what is measured on the same tasks each
+        time, as probes are."""
+        rows = sorted((row for rows in self.evaluations.values() for row in rows), key=lambda row: row["step"])
+        return {row["step"]: value for row in rows if (value := number(row.get(name))) is not None}
+
     @property
     def seconds(self) -> float | None:
         """Seconds of training, pauses left out; None if nothing was recorded."""

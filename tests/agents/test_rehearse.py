@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rehearsal.agents.agent import Agent, Limits
-from rehearsal.agents.play import PlayResult
+from rehearsal.agents.play import PlayResult, play_actions
 from rehearsal.agents.protocol import Protocol
 from rehearsal.agents.rehearse import PREDICT_CLOSE, PREDICT_OPEN, Hindsight, find_predictions, hindsight
+from rehearsal.environments import make
 from rehearsal.errors import RecipeError
 from rehearsal.trajectory import SampleStop, StopReason, Trajectory
 
@@ -94,6 +95,67 @@ def test_any_text_can_be_read(renderer: Any, parts: list[str]) -> None:
     fast = find_predictions(ids, renderer.decode, open_id=renderer.single_token(PREDICT_OPEN))
     assert fast == find_predictions(ids, renderer.decode)
     assert all(0 < prediction.position <= len(ids) for prediction in fast)
+
+
+SPELT = ["<", "pre", "dict", ">"]
+"""The opening tag in ordinary tokens, which read like it."""
+
+
+@given(st.lists(st.sampled_from([PREDICT_OPEN, PREDICT_CLOSE, "Left\n", *SPELT, "".join(SPELT[1:]), "</think>", "x"])))
+def test_a_tag_in_ordinary_tokens_moves_no_other(renderer: Any, parts: list[str]) -> None:
+    ids = np.concatenate([np.empty(0, np.int64), *(renderer.encode(part) for part in parts)]).astype(int)
+    fast = find_predictions(ids, renderer.decode, open_id=renderer.single_token(PREDICT_OPEN))
+    assert fast == find_predictions(ids, renderer.decode)
+    for one in fast:
+        assert renderer.decode(ids[: one.position]).endswith(PREDICT_OPEN)
+
+
+@pytest.mark.parametrize("real", [f"{PREDICT_OPEN}Up\ny{PREDICT_CLOSE}</think>", f"</think>{PREDICT_OPEN}"])
+def test_a_tag_in_ordinary_tokens_has_a_place_of_its_own(real: str, renderer: Any) -> None:
+    spelt = [index for part in SPELT for index in renderer.encode(part)]
+    ids = [*renderer.encode("<think>a "), *spelt, *renderer.encode(f"Left\nx{PREDICT_CLOSE} b {real}")]
+    first, *others = find_predictions(ids, renderer.decode, open_id=renderer.single_token(PREDICT_OPEN))
+    assert first.actions == ("Left",)
+    assert renderer.decode(ids[: first.position]) == f"<think>a {PREDICT_OPEN}"
+    for other in others:
+        assert other.actions == ("Up",)
+        assert renderer.decode(ids[: other.position]).endswith(f" b {PREDICT_OPEN}")
+
+
+@pytest.mark.parametrize("foretold", ["ask  Card", "look up card"])
+def test_an_action_goes_by_either_of_its_names(foretold: str, renderer: Any) -> None:
+    desk = Desk(renderer)
+    desk.turn(say(predict(foretold, "a number"), action="ask card"), "It is 17.", executed="look up card")
+    desk.turn(say(predict("give card", "thanks"), action="Left"), "Bye.", over=True)
+    (one,) = hindsight(desk.episode(), renderer)
+    before, answer = text_of(renderer, one)
+    # What is learnt has the environment's name for it.
+    assert before.endswith(f"{PREDICT_OPEN}look up card\n") and answer == f"It is 17.{PREDICT_CLOSE}"
+
+
+def test_what_was_written_and_not_executed_was_not_done(renderer: Any) -> None:
+    desk = Desk(renderer)
+    desk.turn(
+        say(predict("ask card || give card", "x"), action="ask card || give card"), "No.", executed="look up card"
+    )
+    desk.agent.turns[0].actions = ["ask card", "give card"]
+    assert hindsight(desk.episode(), renderer) == []
+
+
+def test_a_call_for_a_fact_is_answered_at_the_desk_itself(renderer: Any) -> None:
+    env = make("helpdesk")
+    observation, _ = env.reset(seed=0)
+    agent = Agent(renderer, Protocol(rehearse=True), LIMITS)
+    assert agent.opening(env.instructions, observation, "", env) is not None
+    fact = next(action for action in env.legal_actions() or () if action.startswith("look up ")).removeprefix(
+        "look up "
+    )
+    ids = renderer.encode(say(predict(f"ask {fact}", "a number"), action=f"ask {fact}") + "<|im_end|>")
+    turn = agent.read(np.asarray(ids), np.zeros(len(ids), np.float32), SampleStop.END)
+    agent.next_turn(play_actions(env, turn, agent.protocol, agent.actions_left))
+    assert agent.turns[0].executed == [f"look up {fact}"]
+    played = Trajectory("desk", 0, segments=[agent.transcript.segment()], turns=agent.turns)
+    assert len(hindsight(played, renderer)) == 1
 
 
 def test_the_true_answer_is_the_target(renderer: Any) -> None:

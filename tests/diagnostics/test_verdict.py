@@ -68,6 +68,25 @@ def test_a_healthy_run_has_no_verdict() -> None:
     assert names(run()) == set()
 
 
+def test_a_world_is_foreign_by_environment() -> None:
+    figures: dict[str, Callable[[int], float]] = {
+        "probe__lake__perplexity": late(1.5, 40.0), "probe__lake__symbols": lambda i: 13.0,
+        "probe__bandit__perplexity": late(1.5, 50.0), "probe__bandit__symbols": lambda i: 60.0,
+    }  # fmt: skip
+    rows = run(**figures)
+    for row in rows:
+        del row["probe/perplexity"], row["probe/symbols"]
+    (verdict,) = judge(rows)
+    assert (verdict.rule.name, verdict.began) == ("foreign_world", 31)
+    assert verdict.evidence == "The perplexity of what lake answers is 40, and it has 13 symbols."
+    # Between probes nothing is judged, and a run without any is told that this was not looked at.
+    for row in rows[31:]:
+        row.pop("probe/lake/perplexity"), row.pop("probe/bandit/perplexity")
+    assert judge(rows)[0].ended is None
+    assert "foreign_world" not in {rule.name for rule in unheard(Series(rows)).unmeasured}
+    assert "foreign_world" in {rule.name for rule in unheard(Series([{"step": 1, "train/reward": 1.0}])).unmeasured}
+
+
 def test_one_step_that_went_too_far_is_no_verdict() -> None:
     assert names(run(policy__kl_sampling=lambda i: 0.2 if i in (20, 41) else 1e-3)) == set()
     assert names(run(policy__kl_sampling=lambda i: 0.02 if i % 5 in (0, 2, 4) else 1e-3)) == {"large_steps"}

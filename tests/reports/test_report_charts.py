@@ -49,6 +49,7 @@ def all_charts(data: ReportData) -> list[Chart]:
 
 @pytest.mark.parametrize("needs", sorted({rule.needs for rule in RULES}))
 def test_every_figure_that_a_rule_judges_has_a_curve_of_its_own(needs: str, tmp_path: Path) -> None:
+    needs = needs.replace("*", "")
     beside = {"train/tools/search/calls": 0.5, "train/tools/search/used": 0.5} if "tools" in needs else {}
     data = run_of(tmp_path / "run", [{needs: 0.5 + step / 10, **beside} for step in range(4)])
     charts = [chart for chart in all_charts(data) if needs in chart.metrics and chart.title != needs]
@@ -75,6 +76,55 @@ def test_nothing_that_was_recorded_is_left_out(tmp_path: Path) -> None:
     for name in ("signal/new", "information/new", "behaviour/new", "time/new", "mine/own"):
         assert f"<b>{name}</b>" in page, "what nobody planned for comes last"
     assert "<b>signal/self_certainty</b>" not in page
+
+
+@pytest.mark.parametrize("lead", ["probe/", "probe/frozenlake/", "probe/package.module:Class/"])
+def test_probes_are_drawn_from_before_the_first_step_to_after_the_last(lead: str, tmp_path: Path) -> None:
+    def probed(value: float) -> dict[str, float]:
+        names = [*(f"forward/{name}" for name in ("accuracy", "low", "high", "chance", "exact", "count")),
+                 "inverse/accuracy", "perplexity", "symbols"]  # fmt: skip
+        return {f"{lead}{name}": value for name in names}
+
+    with RunFolder.create(tmp_path / "run", "", "rehearsal train", device="cpu") as run:
+        run.append_evaluation(0, "test", {"success": 0.1, **probed(0.1)})
+        for step in range(1, 5):
+            # With each step the probe of the evaluation before it is told.
+            run.append_metrics(step, {"train/reward": 0.5, **(probed(0.1) if step == 1 else {}),
+                                      **(probed(0.2) if step == 3 else {})})  # fmt: skip
+            if step == 2:
+                run.append_evaluation(2, "validation", {"success": 0.1, **probed(0.2)})
+        run.append_evaluation(4, "test", {"success": 0.1, **probed(0.3)})
+    data = gather(tmp_path / "run")
+    charts = {chart.title: chart for chart in all_charts(data)}
+    where = f" ({lead.removeprefix('probe/').rstrip('/')})" if lead != "probe/" else ""
+    for title in ("Gaps filled", "Perplexity of answers", "Gaps: forward", "Gaps asked"):
+        for line in [line for line in charts[f"{title}{where}"].series[:2] if not line.empty]:
+            assert list(line.x) == [0, 2, 4], title
+            assert list(line.y) == [0.1, 0.2, 0.3], title
+    assert len({line.colour for line in charts[f"Gaps filled{where}"].series}) == 2
+    assert list(charts[f"Gaps: forward{where}"].series[0].low) == [0.1, 0.2, 0.3]
+    shown = {name for chart in charts.values() for name in chart.metrics}
+    assert set(probed(0.0)) <= shown
+    assert not [title for title in charts if title.startswith("probe/")], "each has a plot that was planned"
+    page = write_report(data.path).read_text(encoding="utf-8")
+    assert f"Gaps filled{where}" in page
+
+
+def test_probes_of_a_run_whose_evaluations_are_lost_are_those_of_its_steps(tmp_path: Path) -> None:
+    rows = [{"probe/perplexity": 3.0, "probe/symbols": 9.0}, {"train/reward": 0.5}, {"probe/perplexity": 2.0}]
+    charts = {chart.title: chart for chart in all_charts(run_of(tmp_path / "run", rows))}
+    lines = charts["Perplexity of answers"].series
+    assert [(list(line.x), list(line.y)) for line in lines] == [([1, 3], [3.0, 2.0]), ([1], [9.0])]
+
+
+def test_a_world_that_is_foreign_is_marked_in_its_own_plot(tmp_path: Path) -> None:
+    rows = [{"probe/lake/perplexity": 30.0, "probe/lake/symbols": 9.0, "probe/bandit/perplexity": 2.0,
+             "probe/bandit/symbols": 9.0} for _ in range(3)]  # fmt: skip
+    data = run_of(tmp_path / "run", rows)
+    (finding,) = data.findings
+    assert finding.evidence == "The perplexity of what lake answers is 30, and it has 9 symbols."
+    charts = {chart.title: chart for chart in all_charts(data)}
+    assert [span.label for span in charts["Perplexity of answers (lake)"].spans] == ["Foreign world"]
 
 
 def test_gradients_by_quantile_of_variance(tmp_path: Path) -> None:
