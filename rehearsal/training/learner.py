@@ -227,8 +227,8 @@ class Learner:
         updates = self._updates(step, {objective.parameters for work, _ in parts for objective in work.objectives})
         self.model.train()
         n_tokens, saved = self._gradients(parts, step, updates, sums, counts)
-        # Without a gradient an optimiser has no part in the update: it would have nothing to clip and no norm to tell, and
-        # would still move, by momentum.
+        # Without a gradient an optimiser has no part in the update: it would have nothing to clip and no norm to tell,
+        # and would still move, by momentum.
         updates = [update for update in updates if _has_gradients(update)]
         if not updates:
             return {}, n_tokens, saved
