@@ -45,7 +45,7 @@ from rehearsal.training.options import TrainingOptions
 from rehearsal.training.passes import Passes
 from rehearsal.training.sequences import collect
 from rehearsal.training.terms import WEIGHT, WEIGHT_SQUARED, PackFigures, term_of
-from rehearsal.training.works import Work, parameter_sets, world_works
+from rehearsal.training.works import Work, check_at_work, parameter_sets, world_works
 from rehearsal.training.world import WorldModel, all_objectives, policy_objectives, policy_parameters
 from rehearsal.trajectory import SAMPLED_KINDS, Group, rewards_matrix
 
@@ -252,6 +252,7 @@ class Learner:
             if not len(part):
                 continue
             with active_adapters(self.model, work.adapters):
+                check_at_work(self.model, work.objectives)
                 used, shared = self._accumulate(work, part, step, updates, sums, counts, look)
             n_tokens += used
             saved += shared

@@ -12,8 +12,8 @@ import torch
 
 from rehearsal.agents.rehearse import Hindsight
 from rehearsal.algorithms.batch import Objective, TokenBatch
-from rehearsal.errors import RecipeError
-from rehearsal.models.adapters import check_adapters, trained_parameters
+from rehearsal.errors import ModelError, RecipeError
+from rehearsal.models.adapters import active_names, check_adapters, trained_parameters
 from rehearsal.training.placebo import with_other_answers, with_shuffled_answers
 from rehearsal.training.sequences import Sequences, collect, collect_situations
 from rehearsal.training.world import WorldModel
@@ -53,7 +53,26 @@ def parameter_sets(model: Any, objectives: Sequence[Objective]) -> dict[str, lis
             f'One objective updates "all" parameters and another the adapter "{next(n for n in names if n != "all")}", '
             'which is a part of them; set algorithm.options.parameters to "policy".'
         )
-    return {name: trained_parameters(model, name) for name in names}
+    found = {name: trained_parameters(model, name) for name in names}
+    for name, parameters in found.items():
+        for parameter in parameters if name != "all" else ():
+            # PEFT's own switch freezes all adapters but the one that is chosen.
+            parameter.requires_grad_(True)
+    return found
+
+
+def check_at_work(model: Any, objectives: Sequence[Objective]) -> None:
+    """Look whether a pass goes through every adapter that is learnt: it would have no gradient, and nobody would know.
+
+    Raises:
+        ModelError: naming one that it does not go through.
+    """
+    active = active_names(model)
+    for name in {objective.parameters for objective in objectives} - {"all", *active}:
+        raise ModelError(
+            f'The adapter "{name}" is to be learnt and passes do not go through it (but through: '
+            f"{', '.join(active) or 'none'}); put it to work with rehearsal.models.adapters.activate."
+        )
 
 
 def world_works(

@@ -20,12 +20,15 @@ from rehearsal.models.adapters import (
     POLICY,
     WORLD,
     AdapterSettings,
+    _add,
+    _settle,
     activate,
     active_adapters,
     active_names,
     adapter_names,
     adapter_parameters,
     add_adapters,
+    check_adapters,
     load_adapter,
     save_adapters,
     summary,
@@ -186,19 +189,106 @@ def test_a_pass_through_one_adapter_has_no_gradient_for_the_other(build: Callabl
     assert all(gradient is None for gradient in gradients)
 
 
-def test_cross_gradients_are_exactly_zero_in_float64(build: Callable[..., Any]) -> None:
-    model = build().double()
-    before = {name: [p.clone() for p in trained_parameters(model, name)] for name in (POLICY, WORLD)}
-    optimiser = torch.optim.SGD(trained_parameters(model, POLICY), lr=1.0)
-    for parameter, gradient in zip(
-        trained_parameters(model, POLICY), torch.autograd.grad(loss_of(model), trained_parameters(model, POLICY)),
-        strict=True,
-    ):  # fmt: skip
-        parameter.grad = gradient
+def grads(loss: torch.Tensor, model: Any, name: str) -> list[torch.Tensor | None]:
+    return list(torch.autograd.grad(loss, trained_parameters(model, name), retain_graph=True, allow_unused=True))
+
+
+def test_adapters_may_be_chosen_between_a_forward_and_its_backward_pass(build: Callable[..., Any]) -> None:
+    model = build()
+    wanted = {name: grads(loss_of(model), model, name) for name in (POLICY, WORLD)}
+    loss = loss_of(model)
+    for chosen in ((POLICY,), (WORLD,), ()):
+        activate(model, chosen)
+        for name in (POLICY, WORLD):
+            found = grads(loss, model, name)
+            assert all(a is not None and torch.equal(a, b) for a, b in zip(found, wanted[name], strict=True))
+    # PEFT's own switch takes the gradients of the others away, although they were part of the pass.
+    activate(model, (POLICY, WORLD))
+    loss = loss_of(model)
+    model.base_model.set_adapter([POLICY])
+    loss.backward()
+    assert all(p.grad is not None for p in trained_parameters(model, POLICY))
     assert all(p.grad is None for p in trained_parameters(model, WORLD))
-    optimiser.step()
-    assert all(torch.equal(a, b) for a, b in zip(before[WORLD], trained_parameters(model, WORLD), strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(before[POLICY], trained_parameters(model, POLICY), strict=True))
+
+
+def test_several_adapters_are_chosen_at_once(build: Callable[..., Any]) -> None:
+    model = build()
+    with pytest.raises(TypeError):  # PEFT's model takes one name, and its tuner several
+        model.set_adapter([POLICY, WORLD])
+    model.set_adapter(POLICY)
+    assert active_names(model) == (POLICY,)
+    activate(model, (POLICY, WORLD))
+    assert active_names(model) == (POLICY, WORLD)
+    # What the switch froze is thawed by whoever trains it; to choose adapters is not to thaw them.
+    assert not any(p.requires_grad for p in trained_parameters(model, WORLD))
+
+
+def test_one_adapter_is_chosen_in_training_as_in_play(build: Callable[..., Any]) -> None:
+    model = build()
+    with active_adapters(model, [WORLD]):
+        wanted = grads(loss_of(model), model, WORLD)
+    model.train()
+    with pytest.raises(ValueError, match="training mode"):  # PEFT names adapters by sequence in play alone
+        model(input_ids=IDS[None], adapter_names=[WORLD], use_cache=False)
+    with active_adapters(model, [WORLD]):
+        loss = loss_of(model)
+        found = grads(loss, model, WORLD)
+        assert all(gradient is None for gradient in grads(loss, model, POLICY))
+    assert all(a is not None and torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("beside", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 2]}], ids=str)
+def test_what_is_trained_beside_adapters_is_refused_with_one_as_with_two(
+    beside: dict[str, Any], tiny_qwen3: Callable[..., Any]
+) -> None:
+    def config() -> LoraConfig:
+        return LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **beside)
+
+    model = get_peft_model(tiny_qwen3(tie_word_embeddings=False), config(), adapter_name=POLICY)
+    with pytest.raises(ModelError, match="beside the low-rank factors"):
+        check_adapters(model)
+    model.add_adapter(WORLD, config())
+    with pytest.raises(ValueError, match="Only one adapter can be set at a time"):  # PEFT only finds out here
+        model.base_model.set_adapter([POLICY, WORLD])
+    with pytest.raises(ModelError, match="beside the low-rank factors"):
+        check_adapters(model)
+
+
+def test_ranks_and_scales_by_layer_are_kept_apart(tiny_qwen3: Callable[..., Any]) -> None:
+    model = tiny_qwen3()
+    for name, pattern in ((POLICY, {"q_proj": 2, "layers.1.mlp.down_proj": 6}), (WORLD, {"v_proj": 1})):
+        config = LoraConfig(
+            r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], rank_pattern=pattern,
+            alpha_pattern={"q_proj": 32}, task_type="CAUSAL_LM",
+        )  # fmt: skip
+        model = _add(model, name, config)
+    check_adapters(model)
+    _settle(stir(model))
+    modules = {name: module for name, module in model.named_modules() if is_low_rank(module)}
+    ranks = {
+        name.partition("layers.")[2]: tuple(len(module.lora_A[own].weight) for own in (POLICY, WORLD))
+        for name, module in modules.items()
+    }
+    assert ranks["0.self_attn.q_proj"] == (2, 4) and ranks["1.mlp.down_proj"] == (6, 4)
+    assert ranks["0.self_attn.v_proj"] == (4, 1) and ranks["0.mlp.down_proj"] == (4, 4)
+    # One pass with both, each differentiated by its own, is the pass of the weights that both were added to.
+    bare = tiny_qwen3()
+    bare.load_state_dict(plain_state(model), strict=False)
+    assert torch.allclose(logits(bare), logits(model), atol=1e-5)
+    loss = loss_of(model)
+    for name in (POLICY, WORLD):
+        assert all(gradient is not None and gradient.abs().max() > 0 for gradient in grads(loss, model, name))
+    before = logits(model)
+    with torch.no_grad():
+        for parameter, gradient in zip(trained_parameters(model, WORLD), grads(loss, model, WORLD), strict=True):
+            parameter -= gradient
+    with active_adapters(model, [POLICY]):
+        alone = logits(model)
+    assert not torch.allclose(logits(model), before, atol=1e-3)
+    with torch.no_grad():
+        for parameter in trained_parameters(model, WORLD):
+            parameter.zero_()
+    assert torch.allclose(logits(model), alone, atol=1e-5)
 
 
 # Folders

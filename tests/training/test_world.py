@@ -34,9 +34,11 @@ from rehearsal.models.adapters import (
 )
 from rehearsal.models.load import _compute_activations_again, load_policy, save_policy
 from rehearsal.rollout import Task
+from rehearsal.training import learner as learner_module
 from rehearsal.training.learner import Learner
 from rehearsal.training.loop import Trainer
 from rehearsal.training.observer import SilentObserver
+from rehearsal.training.optimiser import clipped_updates
 from rehearsal.training.options import TrainingOptions
 from rehearsal.training.placebo import with_other_answers, with_shuffled_answers
 from rehearsal.training.playing import make_processes, make_rollout, policy_of
@@ -160,6 +162,61 @@ def test_no_loss_reaches_the_parameters_of_the_other(
     silent, still = after(scale=0.0)
     assert silent["policy/grad_norm"] == 0.0 < silent["world/grad_norm"]
     assert same(weights(still, POLICY), weights(build(3, 5, dtype), POLICY))
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_gradients_are_apart_to_the_last_bit_in_float64(
+    again: bool, build: Callable[..., Any], make_groups: MakeGroups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # AdamW forgets the size of its first gradient: what is compared is what it is given.
+    given: dict[str, list[Tensor]] = {}
+
+    def record(updates: Any, *rest: Any) -> list[float]:
+        for update in updates:
+            given[update.name] = [p.grad.clone() for group in update.optimiser.param_groups for p in group["params"]]
+        return clipped_updates(updates, *rest)
+
+    monkeypatch.setattr(learner_module, "clipped_updates", record)
+
+    def gradients(coefficient: float = 1.0, scale: float = 1.0) -> dict[str, list[Tensor]]:
+        model = build(3, 5, torch.float64)
+        if again:
+            _compute_activations_again(model.get_base_model())
+        given.clear()
+        learner_of(model, "dual", coefficient=coefficient).step(make_groups(model), 0, scale=scale)
+        assert {gradient.dtype for some in given.values() for gradient in some} == {torch.float64}
+        return dict(given)
+
+    plain, loud_world, loud_policy = gradients(), gradients(coefficient=1024.0), gradients(scale=1024.0)
+    for own, other in ((POLICY, loud_world), (WORLD, loud_policy)):
+        assert all(torch.equal(a, b) for a, b in zip(plain[own], other[own], strict=True))
+        assert all(float(gradient.abs().max()) > 0 for gradient in plain[own])
+    for own, other in ((WORLD, loud_world), (POLICY, loud_policy)):
+        # Weights are float32 numbers in the sum, so a factor is not kept to the last bit.
+        assert all(torch.allclose(1024 * a, b, rtol=1e-5) for a, b in zip(plain[own], other[own], strict=True))
+
+
+def test_an_adapter_that_was_frozen_by_a_switch_is_trained_all_the_same(
+    build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    switched, plain = build(), build()
+    switched.set_adapter(POLICY)  # PEFT's own: freezes the other, and leaves it out of passes
+    activate(switched, (POLICY, WORLD))
+    for model in (switched, plain):
+        learner_of(model, "dual").step(make_groups(plain), 0)
+    assert moved(weights(build(), WORLD), weights(switched, WORLD))
+    assert all(same(weights(switched, name), weights(plain, name)) for name in (POLICY, WORLD))
+
+
+@pytest.mark.parametrize("mode", ["dual", "world_only"])
+def test_an_adapter_that_passes_do_not_go_through_cannot_be_learnt(
+    mode: WorldMode, build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    model = build()
+    activate(model, (POLICY,))
+    learner = learner_of(model, mode)
+    with pytest.raises(ModelError, match=r'"world" is to be learnt .*\(but through: policy\)'):
+        learner.step(make_groups(model), 0)
 
 
 def plain_step(model: Any, groups: list[Group], rate: float, ratio: float, max_norm: float) -> None:
