@@ -84,7 +84,8 @@ def policy_batch(
         ),
     )
     if family_S is not None:
-        advantages_N = one_scale(advantages_N, family_S[sequence_N], keep_S[sequence_N])
+        # Answers among the targets have no advantage; where nobody learns them the scale must be the same.
+        advantages_N = one_scale(advantages_N, family_S[sequence_N], keep_S[sequence_N] & sampled_N)
     if algorithm.self_certainty:
         certainty_N = np.concatenate(passes.certainties(sequences.items()))
         check_finite("self-certainty of the policy", certainty_N, step)
@@ -94,7 +95,8 @@ def policy_batch(
             advantages_N, certainty_N, episode_S[sequence_N], sampled_N, (rewards_PG.shape[0], rewards_PG.shape[1]),
             ~np.isnan(rewards_PG), weight=algorithm.self_certainty, reward_weight=algorithm.reward_weight,
         )  # fmt: skip
-        figures["signal/self_certainty"] = float(certainty_N[sampled_N].mean(dtype=np.float64))
+        if sampled_N.any():  # else there are only answers, of failed episodes
+            figures["signal/self_certainty"] = float(certainty_N[sampled_N].mean(dtype=np.float64))
     old_N = rollout_N
     if recompute:
         old_N = np.concatenate(passes.score(sequences.items()))

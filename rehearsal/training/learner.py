@@ -109,7 +109,7 @@ class Learner:
         """Learn from one batch.
 
         Args:
-            groups: the episodes; failed ones are left out.
+            groups: the episodes; of failed ones the answers alone are learnt.
             step: number of the step, from 0; the schedule and messages use it.
             keep: bool of shape (P,) or (P, G), the groups or episodes that the policy may learn from; all if None.
             scale: what the advantages are multiplied by, see :func:`rehearsal.algorithms.filters.loss_scale`.
@@ -204,21 +204,25 @@ class Learner:
     ) -> Iterator[list[tuple[Work, np.ndarray]]]:
         """What each update of a step learns: a part of everything, and then what was rehearsed by itself."""
         for _ in range(self.options.epochs):
-            for parts in zip(*(self._minibatches(len(work.sequences), work.rng) for work in works), strict=True):
+            for parts in zip(*(self._minibatches(work) for work in works), strict=True):
                 yield list(zip(works, parts, strict=True))
         rehearsed = [work for work in works if any(objective.name in situations for objective in work.objectives)]
         more = self.world.updates - 1 if self.world is not None and rehearsed else 0
         for _ in range(more):
             yield [(work, np.arange(len(work.sequences))) for work in rehearsed]
 
-    def _minibatches(self, n_sequences: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-        if self.options.minibatches == 1:
-            yield np.arange(n_sequences)
+    def _minibatches(self, work: Work) -> Iterator[np.ndarray]:
+        count = self.options.minibatches
+        if count == 1:
+            yield np.arange(len(work.sequences))
             return
-        # Sorted again inside each part, so that members of a group stand together and share their prefix. A part is
-        # empty where there are fewer sequences than parts.
-        for part in np.array_split(rng.permutation(n_sequences), self.options.minibatches):
-            yield np.sort(part)
+        # Failed episodes are dealt out by themselves: which of the others meet in an update must not depend on whether
+        # anybody learns answers. Sorted inside each part, so that members of a group stand together and share their
+        # prefix. A part is empty where there are fewer sequences than parts.
+        failed_S = np.asarray(work.sequences.failed, dtype=bool)
+        others, failed = np.flatnonzero(~failed_S), np.flatnonzero(failed_S)
+        for number, part in enumerate(np.array_split(others[work.rng.permutation(len(others))], count)):
+            yield np.sort(np.concatenate([part, failed[number::count]]))
 
     def _update(
         self, parts: Sequence[tuple[Work, np.ndarray]], step: int, sums: dict[str, float], counts: dict[str, float]
@@ -335,7 +339,7 @@ class Learner:
         sequences, batch = work.sequences, work.batch
         parameters = self._trained[self._trained_by_policy()]
         objectives = [objective for objective in self.policy_objectives if not objective.needs_values]
-        items, group_S = sequences.items(), np.asarray(sequences.group)
+        items, group_S = sequences.items(), np.where(sequences.failed, -1, sequences.group)
         self.model.train()
 
         def gradients_of(group: int) -> dict[str, list[Tensor | None]]:
@@ -364,7 +368,7 @@ class Learner:
             return found
 
         variance_P = group_variance(rewards_matrix(groups))
-        drawn = draw_by_quantile(variance_P, sorted(set(sequences.group)), 4, each, rng)
+        drawn = draw_by_quantile(variance_P, sorted(set(group_S.tolist()) - {-1}), 4, each, rng)
         with torch.enable_grad():
             one_by_one = map_packs([self.model], gradients_of, [p for part in drawn for p in part], self._workers)
             return gradient_figures(drawn, variance_P, one_by_one)

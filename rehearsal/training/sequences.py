@@ -18,7 +18,10 @@ from rehearsal.trajectory import Group, Kind, Segment, Trajectory
 
 @dataclass
 class Sequences:
-    """The sequences of a step with their target tokens, in order of group and sample."""
+    """The sequences of a step with their target tokens, in order of group and sample.
+
+    ``failed`` says which are of failed episodes, whose targets are answers alone.
+    """
 
     segments: list[Segment] = field(default_factory=list)
     targets: list[np.ndarray] = field(default_factory=list)
@@ -26,6 +29,7 @@ class Sequences:
     sample: list[int] = field(default_factory=list)
     turn_rewards: list[np.ndarray] = field(default_factory=list)
     cut_off: list[bool] = field(default_factory=list)
+    failed: list[bool] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.segments)
@@ -45,7 +49,10 @@ class Sequences:
 def collect(
     groups: Sequence[Group], sampled: bool = True, answers: bool = False, foreseeable: bool = True
 ) -> Sequences:
-    """The sequences of all episodes that did not fail.
+    """The sequences of a step.
+
+    A failed episode has no reward, so what was sampled in it teaches the policy nothing. What the environment answered
+    before it broke is as true as any other answer: where answers are learnt, those are.
 
     Args:
         groups: the episodes.
@@ -56,21 +63,24 @@ def collect(
     collected = Sequences()
     for p, group in enumerate(groups):
         for g, trajectory in enumerate(group):
-            if trajectory.failed:
+            if trajectory.failed and not answers:
                 continue
             for segment in trajectory.segments:
                 wanted_T = np.zeros(len(segment), dtype=bool)
-                if sampled:
+                if sampled and not trajectory.failed:
                     wanted_T |= segment.sampled_mask
                 if answers:
                     wanted_T |= answer_mask(segment) if foreseeable else surprise_mask(segment, trajectory)
                 targets = np.nonzero(wanted_T)[0]
+                if trajectory.failed and not len(targets):
+                    continue
                 collected.segments.append(segment)
                 collected.targets.append(targets[targets > 0])
                 collected.group.append(p)
                 collected.sample.append(g)
                 collected.turn_rewards.append(trajectory.turn_rewards)
                 collected.cut_off.append(was_cut_off(trajectory))
+                collected.failed.append(trajectory.failed)
     return collected
 
 
@@ -103,4 +113,5 @@ def collect_situations(situations: Sequence[Hindsight]) -> Sequences:
         collected.sample.append(number)
         collected.turn_rewards.append(np.zeros(1))
         collected.cut_off.append(False)
+        collected.failed.append(False)
     return collected

@@ -47,7 +47,7 @@ from rehearsal.training.run import train
 from rehearsal.training.runs import RunFolder
 from rehearsal.training.sequences import answer_mask, collect, surprise_mask
 from rehearsal.training.world import WORLD_MODES, WorldMode, world_model
-from rehearsal.trajectory import Group, Kind, Segment
+from rehearsal.trajectory import Group, Kind, Segment, StopReason
 
 MakeGroups = Callable[..., list[Group]]
 
@@ -325,6 +325,97 @@ def test_what_a_filter_turns_down_still_teaches_the_world_model(
     assert moved(before[WORLD], weights(model, WORLD))
     assert figures["policy/grad_norm"] == 0
     assert figures["world/grad_norm"] > 0
+
+
+def with_failures(groups: list[Group], some: Callable[[int], bool] = lambda number: number % 3 == 1) -> list[Group]:
+    """The same episodes, of which some broke after their last answer."""
+    for number, trajectory in enumerate(trajectory for group in groups for trajectory in group):
+        if some(number):
+            trajectory.stop_reason, trajectory.error = StopReason.ERROR, "It broke."
+    return groups
+
+
+@pytest.mark.parametrize("mode", [mode for mode in WORLD_MODES if mode != "policy_only"])
+def test_what_was_answered_before_an_episode_failed_is_learnt(
+    mode: WorldMode, build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    model = in_mode(build, mode)
+    groups = with_failures(make_groups(model))
+    answers = [int(answer_mask(t.segments[0]).sum()) for group in groups for t in group]
+    failed = [t.failed for group in groups for t in group]
+    assert any(count for count, broke in zip(answers, failed, strict=True) if broke)
+    learner = learner_of(model, mode)
+    told = learner.prediction_losses(groups)["prediction_loss"]
+    figures = learner.step(groups, 0)
+    assert figures["world/target_tokens"] == sum(answers)
+    assert mode == "placebo" or figures["world/prediction_loss"] == pytest.approx(told, rel=1e-4)
+    # One that broke before anything was answered has nothing to teach.
+    for trajectory in (trajectory for group in groups for trajectory in group if trajectory.failed):
+        segment = trajectory.segments[0]
+        begun = np.flatnonzero(segment.turns == 0)
+        parts = (segment.token_ids, segment.logprobs, segment.kinds, segment.turns)
+        trajectory.segments = [Segment(*(part[begun] for part in parts))]
+    figures = learner.step(groups, 1)
+    assert figures["world/target_tokens"] == sum(c for c, broke in zip(answers, failed, strict=True) if not broke)
+
+
+@pytest.mark.parametrize("changes", [{}, {"algorithm": "ppo"}], ids=str)
+def test_failed_episodes_teach_the_policy_nothing_in_any_mode(
+    changes: dict[str, Any], build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    after: dict[str, dict[str, Tensor]] = {}
+    told: dict[str, dict[str, float]] = {}
+    for mode in CONTROLS:
+        model = in_mode(build, mode)
+        # Of the first group nobody is left.
+        groups = with_failures(make_groups(model), lambda number: number < 3 or number % 3 == 1)
+        learner = learner_of(model, mode, **changes)
+        told[mode] = learner.step(groups, 0, probe=2)
+        after[mode] = weights(model, POLICY)
+    assert same(after["policy_only"], after["inactive"])
+    for name in ("policy/updates", "policy/loss/policy", "policy/grad_norm", "gradient/policy/norm"):
+        assert told["policy_only"][name] == told["inactive"][name]
+        # The same passes, but for the tokens of answers in them.
+        assert told["dual"][name] == pytest.approx(told["placebo"][name], rel=1e-3), name
+
+
+def test_the_policys_minibatches_are_the_same_whoever_learns_failed_episodes(
+    build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    parts: dict[str, list[list[tuple[int, int]]]] = {}
+    for mode in ("policy_only", "dual"):
+        model = in_mode(build, mode)
+        groups = with_failures(make_groups(model))
+        learner = learner_of(model, mode, minibatches=3)
+        ((work,), _) = learner._works(groups, None, 0, None)
+        cuts = [part for _ in range(2) for part in learner._minibatches(work)]
+        assert all(sorted(np.concatenate(cuts[i : i + 3])) == list(range(len(work.sequences))) for i in (0, 3))
+        episodes, failed = work.sequences.episodes(), work.sequences.failed
+        parts[mode] = [[episodes[s] for s in part if not failed[s]] for part in cuts]
+        assert any(failed) == (mode == "dual")
+    assert parts["dual"] == parts["policy_only"]
+
+
+def test_where_every_episode_failed_the_world_is_learnt(build: Callable[..., Any], make_groups: MakeGroups) -> None:
+    for algorithm in ("grpo", "ppo", "reinforce_pp"):
+        model = build()
+        before = {name: weights(model, name) for name in (POLICY, WORLD)}
+        learner = learner_of(model, "dual", algorithm, minibatches=2)
+        figures = learner.step(with_failures(make_groups(model), lambda number: True), 0, probe=1)
+        assert same(before[POLICY], weights(model, POLICY)) and moved(before[WORLD], weights(model, WORLD))
+        assert figures["policy/updates"] == 0.0 and all(math.isfinite(value) for value in figures.values())
+
+
+def test_environments_are_brought_to_the_same_scale_whoever_learns_answers(
+    build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    norms = {}
+    for mode in CONTROLS:
+        model = in_mode(build, mode)
+        figures = learner_of(model, mode).step(make_groups(model), 0, families=[0, 0, 1, 1])
+        norms[mode] = figures["policy/grad_norm"]
+    assert norms["dual"] == pytest.approx(norms["placebo"], rel=1e-4)
+    assert norms["inactive"] == norms["policy_only"]
 
 
 def test_groups_without_reward_variance_teach_it_too(build: Callable[..., Any], make_groups: MakeGroups) -> None:
