@@ -9,11 +9,18 @@ from rehearsal.agents.agent import Agent, Limits
 from rehearsal.agents.protocol import THINK_CLOSE, THINK_OPEN, Protocol
 from rehearsal.agents.text import TextAgent
 from rehearsal.environments.base import TextEnv
-from rehearsal.generation.remote import ChatSession, ContextOverflowError, RemoteEngine
+from rehearsal.errors import GenerationError
+from rehearsal.generation.remote import (
+    ChatSession,
+    ContextOverflowError,
+    RemoteEngine,
+    ServerRefusalError,
+    UnreachableError,
+)
 from rehearsal.generation.sampling import SamplingParams
 from rehearsal.models.chat import Rendered
 from rehearsal.rollout import Episode, Rollout, Task
-from rehearsal.rollout.play import reading
+from rehearsal.rollout.play import UnreadableError, reading
 from rehearsal.trajectory import SampleStop, Turn
 
 
@@ -56,6 +63,11 @@ class ChatRollout(Rollout):
             # The server's context is full: the episode ends here, as it would with a context of our own.
             with reading():
                 return agent.read_text("", SampleStop.CONTEXT)
+        except GenerationError as error:
+            if isinstance(error, UnreachableError) or (isinstance(error, ServerRefusalError) and error.lasting):
+                raise
+            # A filter of the server, or a request that it does not take or cannot answer: the others may still do.
+            raise UnreadableError(error) from error
         text = answer.text
         if answer.reasoning and self.protocol.thinking and THINK_OPEN not in text:
             # The rules ask for thoughts in the answer. A server that takes them out is shown them again, as the model

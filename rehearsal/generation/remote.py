@@ -30,7 +30,7 @@ import numpy as np
 from rehearsal.errors import GenerationError
 from rehearsal.generation.remote_answers import RawAnswer, read_answer
 from rehearsal.generation.remote_dialect import NEUTRAL, Dialect
-from rehearsal.generation.remote_http import ContextOverflowError, ServerRefusalError, Transport
+from rehearsal.generation.remote_http import ContextOverflowError, ServerRefusalError, Transport, UnreachableError
 from rehearsal.generation.remote_text import TokenText
 from rehearsal.generation.sampling import SamplingParams, stream_key
 from rehearsal.generation.session import EngineStats, Sampled
@@ -38,7 +38,7 @@ from rehearsal.trajectory import SampleStop
 
 __all__ = [
     "ChatAnswer", "ChatSession", "ContextOverflowError", "RemoteEngine", "RemoteSession", "ServerRefusalError",
-    "TextSession",
+    "TextSession", "UnreachableError",
 ]  # fmt: skip
 
 
@@ -75,7 +75,9 @@ class TextSession(Protocol):
         Raises:
             ContextOverflowError: if the conversation does not fit into the server's context; an episode ends there with
                 ``StopReason.CONTEXT_LIMIT``.
-            GenerationError: if the server does not answer, or answers something that cannot be used.
+            UnreachableError: if there is no server.
+            ServerRefusalError: if it would not take this request, or, where that is ``lasting``, any.
+            GenerationError: if the server does not answer this request, or answers something that cannot be used.
         """
 
     def fork(self, key: int) -> TextSession:

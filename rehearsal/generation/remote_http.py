@@ -29,6 +29,7 @@ LONGEST_WAIT = 300.0
 _BACKOFF_LIMIT = 30.0
 _CONNECT_TIMEOUT = 10.0
 _RETRIED = frozenset({408, 425, 429})
+_NOBODY_THERE = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError, httpx.UnsupportedProtocol)
 _CONTEXT_WORDS = re.compile(
     r"context[ _](length|window|size|limit)|maximum (context|model length)|max_model_len|max_context"
     r"|(prompt|input|request)[\w ]* too long|too many tokens",
@@ -48,6 +49,15 @@ class ServerRefusalError(GenerationError):
         super().__init__(sentence)
         self.status = status
         self.said = said
+
+    @property
+    def lasting(self) -> bool:
+        """Whether it would refuse any other request too: for a wrong key, a wrong name or a wrong address."""
+        return self.status in (401, 403, 404) or 300 <= self.status < 400
+
+
+class UnreachableError(GenerationError):
+    """Nobody answers at the server's address, however often it is asked."""
 
 
 class ContextOverflowError(ServerRefusalError):
@@ -127,7 +137,8 @@ class Transport:
 
         Raises:
             ContextOverflowError, ServerRefusalError: if the server would not take the request.
-            GenerationError: if it cannot be reached, stays busy or broken, or answers something that is not JSON.
+            UnreachableError: if nobody is there.
+            GenerationError: if it stays busy or broken, or answers something that is not JSON.
         """
         link = self._linked()
         async with link.gate:
@@ -208,7 +219,7 @@ class Transport:
                         )
                     wait = asked + wait
             if attempt == self.max_retries:
-                raise GenerationError(failure) from cause
+                raise (UnreachableError if isinstance(cause, _NOBODY_THERE) else GenerationError)(failure) from cause
             self.stats().retries += 1
             await asyncio.sleep(wait)
         raise AssertionError("unreachable: the last attempt returns or raises")

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from rehearsal import usage
+from rehearsal import signals, usage
 from rehearsal.errors import RewardError
 from rehearsal.rewards.verifier import Failure, Score, Task, VerificationError, Verifier
 
@@ -67,10 +67,11 @@ class WorkerProcess:
         # Where modules are found comes first: what is sent may need it.
         # With the present folder, where a verifier of the user's own may come from.
         paths = list(dict.fromkeys([*map(os.path.abspath, sys.path), os.getcwd()]))
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", f"import sys; sys.path[:] = {paths!r}; from {__name__} import serve; serve()"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **one_thread}, start_new_session=True,
-        )  # fmt: skip
+        with signals.held_back():
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", f"import sys; sys.path[:] = {paths!r}; from {__name__} import serve; serve()"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **one_thread}, start_new_session=True,
+            )  # fmt: skip
         self._input = cast(BinaryIO, self._process.stdin)
         self._listener = threading.Thread(target=self._listen, daemon=True, name="rehearsal-verifier")
         try:
@@ -212,7 +213,7 @@ def serve() -> None:
         os.dup2(2, 1)
         with open(os.devnull, "rb") as nothing:
             os.dup2(nothing.fileno(), 0)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+        signals.leave_to_parent()
 
         def tell(what: str, content: Any) -> None:
             outbox.write(pickle.dumps((what, content), protocol=5))

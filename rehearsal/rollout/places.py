@@ -8,6 +8,7 @@ import queue
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 from rehearsal.environments.base import TextEnv
@@ -47,11 +48,42 @@ def _contained(function: Callable[[], T]) -> T:
         raise OddError(error) from error
 
 
-class _EnvironmentThread:
-    """Runs the calls of one environment in a daemon thread, which can be left behind if a call never returns."""
+def in_time(function: Callable[[], T], seconds: float) -> T:
+    """The result of code of an environment, which runs in a thread that is left behind if it takes longer.
 
-    def __init__(self, env: TextEnv) -> None:
-        self._env = env
+    Raises:
+        HungError: if it does.
+    """
+    outcomes: queue.SimpleQueue[Callable[[], T]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            result = function()
+            outcomes.put(lambda: result)
+        except BaseException as error:
+            outcomes.put(partial(_raise, error))
+
+    threading.Thread(target=work, daemon=True, name="rehearsal-environment").start()
+    try:
+        outcome = outcomes.get(timeout=seconds)
+    except queue.Empty:
+        raise HungError(seconds) from None
+    return outcome()
+
+
+def _raise(error: BaseException) -> Any:
+    raise error
+
+
+class _EnvironmentThread:
+    """Runs the calls of one environment in a daemon thread, which can be left behind if a call never returns.
+
+    Args:
+        at_end: what the thread does last.
+    """
+
+    def __init__(self, at_end: Callable[[], None]) -> None:
+        self._at_end = at_end
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.AbstractEventLoop, asyncio.Future[Any]] | None]
         self._calls = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, daemon=True, name="rehearsal-environment")
@@ -71,7 +103,7 @@ class _EnvironmentThread:
                 loop.call_soon_threadsafe(_resolve, future, result, error)
             except RuntimeError:  # the loop is closed: nobody waits any more
                 break
-        _close_quietly(self._env)
+        self._at_end()
 
     async def call(self, function: Callable[[], T], timeout: float) -> T:
         loop = asyncio.get_running_loop()
@@ -85,17 +117,16 @@ class _EnvironmentThread:
             raise HungError(timeout) from error
 
     def stop(self) -> None:
-        """Close the environment once its present call, if there is one, has returned."""
+        """End it once its present call, if there is one, has returned."""
         self._calls.put(None)
+
+    def dismiss(self) -> None:
+        """End it without what it does last; no call is under way."""
+        self._at_end = lambda: None
+        self.stop()
 
     def join(self, timeout: float) -> None:
         self._thread.join(timeout)
-
-
-def _close_quietly(env: TextEnv) -> None:
-    # Its episodes are over: what it has to say now changes nothing.
-    with contextlib.suppress(Exception):
-        env.close()
 
 
 def _resolve(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
@@ -108,29 +139,58 @@ def _resolve(future: asyncio.Future[Any], result: Any, error: Exception | None) 
 
 
 class Place:
-    """One environment and, if it or one of its agent's tools is not fast, its thread.
+    """One environment and, if it or one of its agent's tools is not fast, its thread, in which it is made too: a
+    constructor may be slow, hang or raise as well as a step.
 
     Args:
-        env: the environment.
-        threaded: whether it gets a thread; if None, where it is not fast.
+        make: makes the environment.
+        threaded: whether it gets a thread.
     """
 
-    def __init__(self, env: TextEnv, threaded: bool | None = None) -> None:
-        self.env = env
-        needed = not env.fast if threaded is None else threaded
-        self.thread = _EnvironmentThread(env) if needed else None
+    def __init__(self, make: Callable[[], TextEnv], threaded: bool) -> None:
+        self._make = make
+        self._made: TextEnv | None = None
+        self.thread = _EnvironmentThread(self._close_env) if threaded else None
+
+    @property
+    def env(self) -> TextEnv:
+        """The environment, once there is one."""
+        assert self._made is not None
+        return self._made
+
+    @property
+    def empty(self) -> bool:
+        """Whether the environment is still to be made."""
+        return self._made is None
+
+    def fill(self) -> TextEnv:
+        """Make the environment; to be given to :meth:`call`."""
+        self._made = self._make()
+        return self._made
 
     async def call(self, function: Callable[[], T], timeout: float) -> T:
         if self.thread is None:
             return _contained(function)
         return await self.thread.call(function, timeout)
 
+    def settle(self) -> None:
+        """Do without the thread from now on."""
+        if self.thread is not None:
+            self.thread.dismiss()
+            self.thread = None
+
     def close(self) -> None:
         """Let go of the environment without waiting for it."""
         if self.thread is None:
-            _close_quietly(self.env)
+            self._close_env()
         else:
             self.thread.stop()
+
+    def _close_env(self) -> None:
+        if self._made is not None:
+            # Its episodes are over: what it has to say now changes nothing.
+            with contextlib.suppress(Exception):
+                self._made.close()
 
 
 async def together(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -79,16 +79,16 @@ class Rollout:
     """Plays an agent in an environment.
 
     Args:
-        make_env: makes one environment; called once for each episode that is played at the same time. Several where
-            tasks name different environments.
+        make_env: makes one environment; called once for each episode that is played at the same time, in a thread of
+            its own unless they are known to be fast. Several where tasks name different environments.
         engine: where answers are sampled.
         renderer, protocol, limits: what the agent sees and may do (no renderer where the server renders); limits for
             each environment, or one for all.
         sampling: the distribution of the answers; its ``max_tokens`` and stop tokens are set here.
         seed: part of the sampling noise.
         workers: how many environments that are not fast may be stepped at the same time.
-        step_timeout: seconds that a reset or the actions of one turn may take, for environments that are not fast,
-            beyond what they say themselves (``step_seconds``).
+        step_timeout: seconds that making an environment, a reset or the actions of one turn may take, for environments
+            that are not fast, beyond what they say themselves (``step_seconds``).
         keep_ending: whether the environment's last words, which no answer follows, are among an episode's tokens; a
             world model learns from them.
         toolkit: the tools that agents have beside those of their environment; closed with the rollout.
@@ -114,6 +114,9 @@ class Rollout:
         self.toolkit = toolkit or Toolkit()
         self.feedback = feedback
         self._places: list[list[Place]] = [[] for _ in self.makers]
+        # What is known of each kind of environment once one of it was made.
+        self._fast: list[bool | None] = [None] * len(self.makers)
+        self._names = [TextEnv.name] * len(self.makers)
 
     @property
     def limits(self) -> Limits:
@@ -147,6 +150,8 @@ class Rollout:
         # ten thousand tasks must not mean ten thousand environments.
         in_flight = asyncio.Semaphore(max(1, 2 * self.engine.capacity // max(1, group_size)))
         stepping = asyncio.Semaphore(self.workers)
+        for kind in sorted({task.environment for task in tasks}):
+            await self._look_at(kind)
 
         async def one(task: Task) -> Group:
             async with in_flight:
@@ -163,9 +168,7 @@ class Rollout:
             RecipeError: if they do not.
         """
         for number, limits in enumerate(self.all_limits):
-            roomy = replace(limits, max_context=1 << 30)
-            task = Task(0, environment=number)
-            episode = run_coroutine(self._open(task, 0, 0, asyncio.Semaphore(1), roomy))
+            episode = run_coroutine(self._first_episode(number, replace(limits, max_context=1 << 30)))
             episode.place.close()
             _close_toolbox(episode.agent)
             needed = 0 if episode.prompt is None else len(episode.prompt)
@@ -175,6 +178,10 @@ class Rollout:
                     f"which leaves no room for an answer in agent.max_context ({limits.max_context} tokens); raise it "
                     f"to {needed + limits.max_tokens_per_turn} or more."
                 )
+
+    async def _first_episode(self, kind: int, limits: Limits) -> Episode:
+        await self._look_at(kind)
+        return await self._open(Task(0, environment=kind), 0, 0, asyncio.Semaphore(1), limits)
 
     def facts(self) -> dict[str, str]:
         """What environments and tools work with, such as the level of isolation of a sandbox."""
@@ -249,13 +256,39 @@ class Rollout:
         assert self.renderer is not None
         return Agent(self.renderer, self.protocol, limits, keep_ending=self.keep_ending)
 
-    def _new_place(self, environment: int) -> Place:
-        env = self.makers[environment]()
-        # Tools are called where the environment is stepped, and users asked: one that takes long must not hold up the
-        # others.
-        return Place(
-            env, threaded=not (env.fast and self.toolkit.fast and (self.feedback is None or self.feedback.fast))
-        )
+    def _place_for(self, kind: int) -> Place:
+        """An idle place for an environment, or a new one that it is still to be made in."""
+        if idle := self._places[kind]:
+            return idle.pop()
+        return Place(self.makers[kind], threaded=not (self._fast[kind] and self._company_is_fast))
+
+    @property
+    def _company_is_fast(self) -> bool:
+        """Tools are called where the environment is stepped, and users asked: one that takes long must not hold up the
+        others."""
+        return self.toolkit.fast and (self.feedback is None or self.feedback.fast)
+
+    async def _look_at(self, kind: int) -> None:
+        """Make the first environment of a kind, before anybody plays, to see whether the others need threads. If that
+        fails, they get them: they may be slow, and what is wrong is told by the episodes that need them."""
+        if self._fast[kind] is not None:
+            return
+        place = Place(self.makers[kind], threaded=True)
+        try:
+            self._meet(kind, await place.call(place.fill, self.step_timeout))
+        except Exception:
+            place.close()
+            return
+        except BaseException:
+            place.close()
+            raise
+        if self._fast[kind] and self._company_is_fast:
+            place.settle()
+        self._places[kind].append(place)
+
+    def _meet(self, kind: int, env: TextEnv) -> None:
+        """Remember what an environment says about all of its kind."""
+        self._fast[kind], self._names[kind] = bool(env.fast), env.name
 
     async def _answer(self, agent: Agent, session: Any, sampling: SamplingParams) -> Turn:
         """Sample the agent's next answer, and have it read."""
@@ -275,14 +308,22 @@ class Rollout:
         self, task: Task, sample: int, step: int, stepping: asyncio.Semaphore, limits: Limits | None = None,
         begun: list[Episode] | None = None,
     ) -> Episode:  # fmt: skip
-        idle = self._places[task.environment]
-        place = idle.pop() if idle else self._new_place(task.environment)
-        env = place.env
-        trajectory = Trajectory(env.name, task.seed, task.split, sample=sample, policy_step=step)
-        agent = self._new_agent(limits or self.all_limits[task.environment])
-        episode = Episode(trajectory, agent, place, kind=task.environment)
+        kind = task.environment
+        place = self._place_for(kind)
+        trajectory = Trajectory(self._names[kind], task.seed, task.split, sample=sample, policy_step=step)
+        agent = self._new_agent(limits or self.all_limits[kind])
+        episode = Episode(trajectory, agent, place, kind=kind)
         if begun is not None:
             begun.append(episode)
+        if place.empty:
+            try:
+                self._meet(kind, await self._call(place, place.fill, stepping))
+            except Exception as error:
+                hung = isinstance(error, HungError)
+                self._failed(episode, error, "Making the environment" if hung else "The environment could not be made")
+                return episode
+        env = place.env
+        trajectory.environment = env.name
 
         def reset() -> tuple[dict[str, Any], Rendered | None]:
             # The members of a group share their task and not their luck: with the same slips and payouts for all, a
@@ -414,7 +455,8 @@ class Rollout:
 
 
 class UnreadableError(CarriedError):
-    """Carries what an agent raised that could not read an answer: that is its own episode's trouble."""
+    """Carries what was raised about one answer, by an agent that could not read it or a server that would not give it:
+    that is its own episode's trouble."""
 
 
 @contextlib.contextmanager

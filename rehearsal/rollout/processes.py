@@ -12,7 +12,6 @@ import contextlib
 import os
 import pickle
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -22,7 +21,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import torch
 
-from rehearsal import usage
+from rehearsal import signals, usage
 from rehearsal.errors import RehearsalError
 from rehearsal.generation.sampling import SamplingParams
 from rehearsal.models.lora import is_low_rank, is_plain_low_rank, plain_state
@@ -123,10 +122,12 @@ class _Worker:
         self._number = number
         self._inbox = inbox
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", "from rehearsal.rollout.processes import serve; serve()"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=os.getcwd(),
-        )  # fmt: skip
+        # In a group of its own, and deaf to stop signals from the start: the parent decides what becomes of the step.
+        with signals.held_back():
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", "from rehearsal.rollout.processes import serve; serve()"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=os.getcwd(), start_new_session=True,
+            )  # fmt: skip
         self._input = cast(BinaryIO, self._process.stdin)
         # Where modules are found comes first: what is sent next may need it.
         self.send([os.path.abspath(path) for path in sys.path])
@@ -177,8 +178,7 @@ def serve() -> None:
         os.dup2(2, 1)
         with open(os.devnull, "rb") as nothing:
             os.dup2(nothing.fileno(), 0)
-        # Ctrl-C is for the parent, who decides what becomes of the step.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signals.leave_to_parent()
         torch.set_num_threads(1)
 
         account = usage.Account()

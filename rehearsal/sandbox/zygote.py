@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rehearsal import signals
 from rehearsal.errors import SandboxError
 from rehearsal.sandbox.inside import landlock, seccomp
 from rehearsal.sandbox.inside.wall import DEVICES
@@ -185,11 +186,13 @@ class Zygote:
                 privileged = settings["become"] is not None
                 command = [*_bubblewrap(readable, settings["scratch"], privileged=privileged), *command]
             try:
-                self._process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                    pass_fds=[its.fileno()], cwd="/", start_new_session=True,
-                    env={"LANG": "C.UTF-8", "PATH": "/usr/local/bin:/usr/bin:/bin"},
-                )  # fmt: skip
+                # Stop signals stay blocked in all that is around a guest, bubblewrap too: it ends with its socket.
+                with signals.held_back():
+                    self._process = subprocess.Popen(
+                        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                        pass_fds=[its.fileno()], cwd="/", start_new_session=True,
+                        env={"LANG": "C.UTF-8", "PATH": "/usr/local/bin:/usr/bin:/bin"},
+                    )  # fmt: skip
             except OSError as error:
                 self._control.close()
                 raise SandboxError(f"{command[0]} does not start: {error}.") from error

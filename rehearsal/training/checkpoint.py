@@ -9,9 +9,9 @@ A checkpoint is a folder ``step_000020`` with three files:
   have learnt so far; the seconds so far.
 - ``manifest.json``: the step again, and checksums of both.
 
-It is written under another name, flushed to disk and renamed, so a folder with the right name is complete. Which tasks
-a step draws, sampling noise and schedules are functions of (seed, step) and of that state, so there is nothing else to
-keep.
+It is written under another name, flushed to disk and renamed, and renamed again before it is deleted, so a folder with
+the right name is complete. Which tasks a step draws, sampling noise and schedules are functions of (seed, step) and of
+that state, so there is nothing else to keep.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 
 from rehearsal.errors import CheckpointError
 from rehearsal.training.runs import RunFolder
-from rehearsal.training.storage import storage_errors
+from rehearsal.training.storage import flush, flush_tree, storage_errors
 
 _NAME = re.compile(r"step_(\d+)")
 _MANIFEST = "manifest.json"
@@ -45,14 +45,6 @@ def _checksum(file: Path) -> int:
         while block := stream.read(1 << 20):
             value = zlib.crc32(block, value)
     return value
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -104,19 +96,31 @@ def save_checkpoint(
                 torch.save({**state, "step": step}, out)
             files = {file.name: _checksum(file) for file in sorted(partial.iterdir())}
             (partial / _MANIFEST).write_text(json.dumps({"step": step, "crc32": files}))
-            for file in partial.iterdir():
-                _flush(file)
-            _flush(partial)
-            shutil.rmtree(target, ignore_errors=True)
+            flush_tree(partial)
+            earlier = _set_aside(target)
             partial.rename(target)
-            _flush(folder)
+            flush(folder)
+            shutil.rmtree(earlier, ignore_errors=True)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     for old in checkpoints(folder)[:-keep]:
         if old != spare:
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
     return target
+
+
+def _remove(checkpoint: Path) -> None:
+    shutil.rmtree(_set_aside(checkpoint), ignore_errors=True)
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Give a checkpoint that is to be deleted another name: what is half deleted must not look like one."""
+    going = checkpoint.with_name(f".partial-{checkpoint.name}")
+    shutil.rmtree(going, ignore_errors=True)
+    with contextlib.suppress(OSError):  # it is not there, or it stays, whole
+        checkpoint.rename(going)
+    return going
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -154,7 +158,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete what a crash left half-written."""
+    """Delete what a crash left half written or half deleted."""
     if folder.is_dir():
         for path in folder.glob(".partial-*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -164,7 +168,7 @@ def remove_after(folder: Path, step: int) -> None:
     """Delete the checkpoints of later steps: a run that goes on from an earlier one makes them anew."""
     for path in checkpoints(folder):
         if step_of(path) > step:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

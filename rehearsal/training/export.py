@@ -22,7 +22,7 @@ from rehearsal.training.checkpoint import (
 from rehearsal.training.playing import active_in, policy_of
 from rehearsal.training.recipe import resolve_recipe
 from rehearsal.training.runs import RunFolder
-from rehearsal.training.storage import storage_errors
+from rehearsal.training.storage import flush_tree, storage_errors
 
 
 def export_policy(
@@ -71,6 +71,7 @@ def export_policy(
                 save_policy(policy.model, policy.tokenizer, partial)
             if adapter_names(policy.model):
                 save_adapters(policy.model, partial / "adapters")
+            flush_tree(partial)
             if folder.exists():
                 folder.rmdir()
             partial.rename(folder)

@@ -38,6 +38,7 @@ from rehearsal.training.optimiser import (
     clipped_updates,
     forget_gradients,
     make_optimiser,
+    not_finite,
     scheduled_share,
 )
 from rehearsal.training.options import TrainingOptions
@@ -228,29 +229,44 @@ class Learner:
     ) -> tuple[dict[str, float], int, int]:
         """One update of what these works train, from a part of each work's sequences."""
         updates = self._updates(step, {objective.parameters for work, _ in parts for objective in work.objectives})
-        n_tokens = saved = 0
         self.model.train()
+        n_tokens, saved = self._gradients(parts, step, updates, sums, counts)
+        # Without a gradient an optimiser has no part in the update: it would have nothing to clip and no norm to tell,
+        # and would still move, by momentum.
+        updates = [update for update in updates if _has_gradients(update)]
+        if not updates:
+            return {}, n_tokens, saved
+        try:
+            norms = clipped_updates(updates, self.options.max_grad_norm, f"step {step + 1}")
+        except TrainingDiverged:
+            # To look at the gradients pack by pack would slow every step down, so they are computed again.
+            self._gradients(parts, step, updates, defaultdict(float), defaultdict(float), look=True)
+            forget_gradients(updates)
+            raise
+        self.updates += 1
+        return {update.name: norm for update, norm in zip(updates, norms, strict=True)}, n_tokens, saved
+
+    def _gradients(
+        self, parts: Sequence[tuple[Work, np.ndarray]], step: int, updates: Sequence[Update], sums: dict[str, float],
+        counts: dict[str, float], look: bool = False,
+    ) -> tuple[int, int]:  # fmt: skip
+        """Add the gradients of a part of each work; returns the tokens that were read, and those that sharing saved."""
+        n_tokens = saved = 0
         for work, part in parts:
             if not len(part):
                 continue
             with active_adapters(self.model, work.adapters):
                 check_at_work(self.model, work.objectives)
-                used, shared = self._accumulate(work, part, step, updates, sums, counts)
+                used, shared = self._accumulate(work, part, step, updates, sums, counts, look)
             n_tokens += used
             saved += shared
-        # Without a gradient an optimiser has no part in the update: it would have nothing to clip and no norm to tell.
-        updates = [update for update in updates if _has_gradients(update)]
-        if not updates:
-            return {}, n_tokens, saved
-        norms = clipped_updates(updates, self.options.max_grad_norm, f"step {step + 1}")
-        self.updates += 1
-        return {update.name: norm for update, norm in zip(updates, norms, strict=True)}, n_tokens, saved
+        return n_tokens, saved
 
     def _accumulate(
         self, work: Work, part: np.ndarray, step: int, updates: Sequence[Update], sums: dict[str, float],
-        counts: dict[str, float],
+        counts: dict[str, float], look: bool,
     ) -> tuple[int, int]:  # fmt: skip
-        """Add the gradients of some sequences; returns the tokens that were read, and those that sharing saved."""
+        """The same for one work. Losses are looked at in each pack, gradients too if ``look``."""
         sequences, batch = work.sequences, work.batch
         mini = batch if len(part) == batch.n_sequences else batch.select_sequences(torch.from_numpy(part))
         totals: dict[str, StepTotals] = {}
@@ -289,14 +305,16 @@ class Learner:
         models = [self.model, self.critic] if values else [self.model]
         results = accumulate_gradients(models, trained, losses_of, packs, self._workers, self._master)
         for number, figures in enumerate(results):
-            if not figures.finite:
+            bad = not_finite(updates) if look else None
+            if bad is not None or not figures.finite:
                 results.close()
                 forget_gradients(updates)
                 numbers = part[figures.numbers.numpy()]
                 where = sorted({(sequences.group[n], sequences.sample[n]) for n in numbers})
+                what = f"loss of step {step + 1}" if bad is None else f"gradient of the {bad} at step {step + 1}"
                 raise TrainingDiverged(
-                    f"The loss of step {step + 1} is not finite in pack {number + 1} of {len(packs)}, which holds the "
-                    f"episodes (group, sample) {_shortened(where)}; the update was not taken. {AFTER_DIVERGENCE}"
+                    f"The {what} is not finite in pack {number + 1} of {len(packs)}, which holds the episodes (group, "
+                    f"sample) {_shortened(where)}; the update was not taken. {AFTER_DIVERGENCE}"
                 )
             for name, value in figures.sums.items():
                 sums[name] += value
@@ -423,6 +441,13 @@ class Learner:
         return figures
 
     # State
+
+    def is_finite(self) -> bool:
+        """Whether all that it has learnt is finite: weights and moments."""
+        optimisers = [*self.optimisers.values(), *([self.critic_optimiser] if self.critic_optimiser else [])]
+        held = [p for optimiser in optimisers for group in optimiser.param_groups for p in group["params"]]
+        held += [value for optimiser in optimisers for state in optimiser.state.values() for value in state.values()]
+        return all(bool(torch.isfinite(one).all()) for one in held if isinstance(one, Tensor))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the policy's weights."""

@@ -17,7 +17,7 @@ import numpy as np
 from rehearsal.algorithms.filters import at_most, loss_scale, within_families
 from rehearsal.algorithms.reward_parts import RewardShaping
 from rehearsal.diagnostics import Verdict
-from rehearsal.errors import CheckpointError
+from rehearsal.errors import CheckpointError, TrainingDiverged
 from rehearsal.evaluation.held_out import Evaluation, evaluate
 from rehearsal.evaluation.probe import Prober
 from rehearsal.models.adapters import adapter_names, save_adapters
@@ -53,7 +53,7 @@ from rehearsal.training.playing import (
 from rehearsal.training.recipe import Recipe
 from rehearsal.training.replay import Memory
 from rehearsal.training.runs import RunFolder
-from rehearsal.training.storage import storage_errors
+from rehearsal.training.storage import flush_tree, storage_errors
 from rehearsal.training.tasks import TaskSource
 from rehearsal.training.trackers import Tracker, make_trackers
 from rehearsal.training.trajectory_store import write_trajectories
@@ -133,16 +133,22 @@ class Trainer:
             self.end_on(self.ended_by)
         while self.steps_done < self.recipe.training.steps and not self.stop_requested and self.ended_by is None:
             started = time.perf_counter()
+            learnt, updates = self.learnt(), self.learner.updates
             batch = self.play()
             played = time.perf_counter()
             self.observer.learning()
             figures = self.monitor.measure(batch.groups, self.steps_done, self.tasks.families)
-            figures |= self.learner.step(
-                batch.groups, self.steps_done, batch.kept.keep_PG,
-                loss_scale(batch.kept, self.recipe.filter.loss_scaling, self.recipe.training.groups),
-                self.monitor.probe_groups(self.steps_done), self.tasks.families,
-                self.memory.situations(batch.groups, self.steps_done),
-            )  # fmt: skip
+            try:
+                figures |= self.learner.step(
+                    batch.groups, self.steps_done, batch.kept.keep_PG,
+                    loss_scale(batch.kept, self.recipe.filter.loss_scaling, self.recipe.training.groups),
+                    self.monitor.probe_groups(self.steps_done), self.tasks.families,
+                    self.memory.situations(batch.groups, self.steps_done),
+                )  # fmt: skip
+            except TrainingDiverged:
+                if self.learner.updates == updates:  # a part of the step may have been learnt
+                    self.rescue(learnt)
+                raise
             figures |= self.memory.figures
             self.steps_done += 1
             self.record(batch, figures, started, played)
@@ -312,19 +318,38 @@ class Trainer:
         if self.steps_done == 1 and not any(step == 0 for step, _, _ in self.evaluations):
             self.look(batch.groups, figures["train/cut_answers"])
 
-    def save(self, spare: Path | None = None) -> None:
-        """Write a checkpoint; older ones make room, but not the one to spare."""
+    def save(self, spare: Path | None = None, learnt: dict[str, Any] | None = None, keep: int | None = None) -> None:
+        """Write a checkpoint; older ones make room, but not the one to spare.
+
+        Args:
+            spare: an older one that stays.
+            learnt: what :meth:`learnt` gave after the last step, if it may have changed since.
+            keep: checkpoints that stay, if not as many as the recipe says.
+        """
         if self.folder is not None:
             assert self.policy is not None
             state = {
-                "learner": self.learner.state_dict(), "monitor": self.monitor.state_dict(),
-                "tasks": self.tasks.sampler.state_dict(), "memory": self.memory.replay.state_dict(),
-                "seconds": self.folder.seconds,
+                "learner": self.learner.state_dict(), **(learnt or self.learnt()), "seconds": self.folder.seconds
             }  # fmt: skip
             save_checkpoint(
                 self.folder.path / "checkpoints", self.steps_done, trainable_weights(self.policy.model), state,
-                self.recipe.checkpoint.keep, spare,
+                keep or self.recipe.checkpoint.keep, spare,
             )  # fmt: skip
+
+    def learnt(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the learner; playing and measuring change it before a step is learnt."""
+        return {
+            "monitor": self.monitor.state_dict(), "tasks": self.tasks.sampler.state_dict(),
+            "memory": self.memory.replay.state_dict(),
+        }  # fmt: skip
+
+    def rescue(self, learnt: dict[str, Any]) -> None:
+        """Keep what was learnt since the last checkpoint as the next step diverges, if it is sound. All earlier
+        checkpoints stay: what led there may have begun before it."""
+        found = checkpoints(self.folder.path / "checkpoints") if self.folder is not None else []
+        if self.steps_done > 0 and self.steps_done not in map(step_of, found) and self.learner.is_finite():
+            with contextlib.suppress(CheckpointError):  # the divergence is what the user must hear of
+                self.save(learnt=learnt, keep=len(found) + 1)
 
     def load_newest(self) -> None:
         """Take up the newest checkpoint of the folder, if there is one, or the one that the run went back to on a
@@ -386,7 +411,8 @@ class Trainer:
             where = self.folder.path / "policy"
             with storage_errors(where), tensor_errors():
                 save_policy(self.policy.model, self.policy.tokenizer, where)
-                save_adapters(self.policy.model, self.folder.path / "adapters")
+                for written in (where, *save_adapters(self.policy.model, self.folder.path / "adapters")):
+                    flush_tree(written)
             back = self.folder.info.went_back_to
             self.folder.note_policy(self.steps_done if back is None else back)
             self.folder.write_summary(summary)

@@ -170,6 +170,15 @@ def clipped_updates(updates: Sequence[Update], max_norm: float, where: str) -> l
     return norms
 
 
+def not_finite(updates: Sequence[Update]) -> str | None:
+    """Whose gradients, as far as they are summed up, are not finite; None if all are."""
+    for update in updates:
+        held = [p.grad for group in update.optimiser.param_groups for p in group["params"] if p.grad is not None]
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in held):
+            return update.name
+    return None
+
+
 def forget_gradients(updates: Sequence[Update]) -> None:
     """Clear the gradients of all optimisers."""
     for update in updates:

@@ -18,7 +18,7 @@ from rehearsal.agents.toolbox import Toolkit, ToolLimits
 from rehearsal.agents.toolkit import make_source, source_name, tool_path
 from rehearsal.environments.base import TextEnv
 from rehearsal.environments.registry import check_names, import_path
-from rehearsal.errors import ModelError, RecipeError
+from rehearsal.errors import EnvironmentFault, ModelError, RecipeError
 from rehearsal.generation.local import LocalEngine, free_memory
 from rehearsal.generation.sampling import SamplingParams
 from rehearsal.models.adapters import (
@@ -33,13 +33,16 @@ from rehearsal.models.adapters import (
 )
 from rehearsal.models.load import Policy, load_policy, save_policy
 from rehearsal.rollout import ProcessRollout, Rollout, may_share
+from rehearsal.rollout.places import HungError, in_time
 from rehearsal.training.recipe import Recipe
-from rehearsal.training.tasks import unlocked_tools, variants_of
+from rehearsal.training.tasks import Variant, unlocked_tools, variants_of
 from rehearsal.training.world import APART, WorldMode
 
 _MANY_EPISODES = 4000
 """A process takes seconds to begin, which fewer episodes than these do not pay for."""
 _MOST_PROCESSES = 16
+_SECONDS_TO_BEGIN = 60.0
+"""What the first environment may take at least: its module is imported with it."""
 DEFAULT_TOOL_TURNS = 8
 """Turns for tool calls where neither turns nor calls are limited."""
 
@@ -129,19 +132,32 @@ def answer_protocol(recipe: Recipe) -> AnswerProtocol:
 
 def episode_limits(recipe: Recipe) -> list[Limits]:
     """What an episode may use, in each environment of a recipe: what the recipe says, else what the environment
-    says."""
+    says.
+
+    Raises:
+        RehearsalError: for an environment that cannot be made.
+    """
+    seconds = max(recipe.environment.step_timeout, _SECONDS_TO_BEGIN)
     found = []
     for variant in variants_of(recipe):
-        agent = variant.agent
-        with contextlib.closing(variant.make()) as env:
-            found.append(
-                Limits.for_env(
-                    env, max_turns=agent.max_turns, max_actions_per_turn=agent.max_actions_per_turn,
-                    max_actions=agent.max_actions, max_tokens_per_turn=agent.max_tokens_per_turn,
-                    max_context=agent.max_context, tool_turns=tool_turns(recipe),
-                )
-            )  # fmt: skip
+        try:
+            found.append(in_time(partial(_limits_of, recipe, variant), seconds))
+        except HungError as error:
+            raise EnvironmentFault(
+                f"The environment {variant.name} was not made within {seconds:g} s; see what its constructor waits "
+                "for, or raise environment.step_timeout."
+            ) from error
     return found
+
+
+def _limits_of(recipe: Recipe, variant: Variant) -> Limits:
+    agent = variant.agent
+    with contextlib.closing(variant.make()) as env:
+        return Limits.for_env(
+            env, max_turns=agent.max_turns, max_actions_per_turn=agent.max_actions_per_turn,
+            max_actions=agent.max_actions, max_tokens_per_turn=agent.max_tokens_per_turn,
+            max_context=agent.max_context, tool_turns=tool_turns(recipe),
+        )  # fmt: skip
 
 
 def tool_turns(recipe: Recipe) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,9 @@ from rehearsal.training.recipe import Recipe, resolve_recipe
 from rehearsal.training.resuming import resumed_recipe
 from rehearsal.training.runs import RunFolder, check_replaceable, remove_run
 
+_SECONDS_OF_ONE_REQUEST = 1.0
+"""GNU timeout and others send SIGTERM to the process and at once again to its group: that is one request."""
+
 
 @contextlib.contextmanager
 def stop_on_signals(trainer: Trainer) -> Iterator[None]:
@@ -28,8 +33,14 @@ def stop_on_signals(trainer: Trainer) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    terminated = -math.inf
 
     def handle(number: int, frame: Any) -> None:
+        nonlocal terminated
+        if number == signal.SIGTERM:
+            last, terminated = terminated, time.monotonic()
+            if terminated < last + _SECONDS_OF_ONE_REQUEST:
+                return
         if trainer.stop_requested:
             raise KeyboardInterrupt
         trainer.stop_requested = True

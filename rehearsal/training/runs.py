@@ -12,8 +12,9 @@ Layout::
 
 Checkpoints and the final policy live beside these files and are written elsewhere. One process at a time may write to
 a run folder: it holds a lock on ``.lock`` for as long as it lives, so a killed process never leaves a folder locked.
-Whatever is replaced is replaced atomically (written aside, then renamed); the two ``.jsonl`` files only grow, and a
-last line that a crash has torn is left out on reading and removed on resuming.
+Whatever is replaced is replaced atomically (written aside, then renamed), and what a killed process has left aside is
+removed on resuming; the two ``.jsonl`` files only grow, and a last line that a crash has torn is left out on reading
+and removed on resuming.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from typing import IO, Any, Literal, Self, cast
 
 from rehearsal.errors import CheckpointError
 from rehearsal.training.json_lines import JsonLines, as_line, plain, read_json_lines
-from rehearsal.training.storage import FolderLock, storage_errors, write_atomically
+from rehearsal.training.storage import FolderLock, remove_leftovers, storage_errors, write_atomically
 from rehearsal.usage import added
 
 Status = Literal["running", "finished", "stopped", "failed"]
@@ -138,6 +139,7 @@ class RunFolder:
                 )
             run = cls(path, RunInfo(name=path.resolve().name, started=_now()), lock)
             run.info.version, run.info.command, run.info.device = _version(), _as_text(command), device
+            remove_leftovers(path)
             write_atomically(path / "recipe.toml", recipe_text)
             run._save()
         except BaseException:
@@ -395,7 +397,9 @@ class RunFolder:
                 raise
 
     def _repair(self) -> None:
-        """Remove damaged lines, which would otherwise swallow the next one, and set the clock to the last line."""
+        """Remove what was left aside and damaged lines, which would otherwise swallow the next one, and set the clock
+        to the last line."""
+        remove_leftovers(self.path)
         for name in ("metrics.jsonl", "evaluations.jsonl"):
             lines = read_json_lines(self.path / name)
             if lines.damaged:

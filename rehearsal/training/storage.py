@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import sys
 import time
 import warnings
@@ -18,6 +19,8 @@ if sys.platform == "win32":
 else:
     import fcntl
 
+_ASIDE = re.compile(r"\..+\.(\d+)\.tmp")
+"""Names of files that are being written, with the number of the process that does."""
 _BUSY = {errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK, errno.EDEADLK}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -44,6 +47,8 @@ def storage_errors(path: Path, *, writing: bool = True) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path beside ``path`` to write to; rename it to ``path`` when the block ends, remove it if it raises.
 
+    So ``path`` is at any moment, power cuts included, the old file or the new one.
+
     Raises:
         CheckpointError: in place of any :class:`OSError`.
     """
@@ -52,6 +57,7 @@ def replacing(path: Path) -> Iterator[Path]:
     with storage_errors(path):
         try:
             yield aside
+            flush(aside)
             os.replace(aside, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -60,16 +66,54 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write ``content`` so that ``path`` is at any moment, power cuts included, the old file or the new one.
+    """Write ``content`` by :func:`replacing`.
 
     Raises:
         CheckpointError: if it cannot be written; an earlier file is then still there.
     """
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-    with replacing(path) as aside, aside.open("wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
+    with replacing(path) as aside:
+        aside.write_bytes(data)
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file or the entries of a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_tree(folder: Path) -> None:
+    """The same for a folder and all that is in it."""
+    for path in folder.rglob("*"):
+        flush(path)
+    flush(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what processes that were killed left aside for :func:`replacing`, in a folder and in those within it."""
+    for path in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
+        match = _ASIDE.fullmatch(path.name)
+        if match and not _is_another(int(match[1])):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _is_another(pid: int) -> bool:
+    """Whether there is another process of that number. In a container a run often gets the number of the last one."""
+    if pid == os.getpid():
+        return False
+    if sys.platform == "win32":
+        return True  # to ask would be to interrupt it
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 class FolderLock:

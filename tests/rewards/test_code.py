@@ -190,7 +190,7 @@ def test_arguments_that_are_changed_are_seen(verifier: CodeVerifier) -> None:
 
 def test_named_arguments_that_are_changed_are_seen(verifier: CodeVerifier) -> None:
     tests = "def check(candidate):\n    a = [3, 1]\n    candidate(values=a)\n    assert a == [1, 3]\n"
-    task = Task("def arrange(values):\n    \n", tests, {"entry_point": "arrange"})
+    task = Task("def arrange(values):\n    ''\n", tests, {"entry_point": "arrange"})
     assert verifier.verify("    values.sort()\n", task).passed
     assert not verifier.verify("    return sorted(values)\n", task).passed
 
@@ -205,7 +205,7 @@ def test_named_arguments_that_are_changed_are_seen(verifier: CodeVerifier) -> No
 )
 def test_an_answer_that_no_assertion_looks_at_does_not_pass(verifier: CodeVerifier, body: str, answer: str) -> None:
     """The like of ``all([])``, which is true: nothing was compared."""
-    task = Task("def f(x):\n    \n", f"def check(candidate):\n    {body}\n", {"entry_point": "f"})
+    task = Task("def f(x):\n    ''\n", f"def check(candidate):\n    {body}\n", {"entry_point": "f"})
     score = verifier.verify(f"    return {answer}\n", task)
     assert (score.value, score.passed) == (0.0, False)
     assert "no assertion was reached" in score.evidence
@@ -213,7 +213,7 @@ def test_an_answer_that_no_assertion_looks_at_does_not_pass(verifier: CodeVerifi
 
 def test_tests_with_a_way_of_their_own_to_fail(verifier: CodeVerifier) -> None:
     tests = "def check(candidate):\n    if candidate(2) != 4:\n        raise ValueError('no')\n"
-    task = Task("def twice(x):\n    \n", tests, {"entry_point": "twice"})
+    task = Task("def twice(x):\n    ''\n", tests, {"entry_point": "twice"})
     assert verifier.verify("    return 2 * x\n", task).passed
     assert not verifier.verify("    return x\n", task).passed
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,13 @@ def kinds(results: list[Score | Failure]) -> list[str]:
 
 def check(pool: VerifierPool, *completions: str) -> list[Score | Failure]:
     return pool.verify(completions, [TASK] * len(completions))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_scores_come_back_whole_and_in_order(pool: VerifierPool) -> None:
@@ -133,6 +141,27 @@ def test_a_process_killed_from_outside_is_replaced() -> None:
         threading.Thread(target=kill, daemon=True).start()
         assert kinds(check(pool, *["sleep 50"] * 2, *["fine"] * 30)) == ["crash"] * 2 + ["score"] * 30
         assert pool.restarts == 2
+
+
+def test_stop_signals_are_for_the_parent() -> None:
+    with VerifierPool(Strange(), workers=2, timeout=60.0, chunk=1) as pool:
+
+        def stop() -> None:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                for driver in pool._drivers:
+                    os.kill(driver._worker._process.pid, number)
+
+        until(lambda: all(driver._worker is not None for driver in pool._drivers))
+        stop()  # while they load their libraries
+        pool.wait_until_warm()
+        checked: list[Score | Failure] = []
+        thread = threading.Thread(target=lambda: checked.extend(check(pool, *["sleep 2"] * 2, *["fine"] * 8)))
+        thread.start()
+        until(lambda: all(driver._worker.begun == 1 for driver in pool._drivers))
+        stop()
+        thread.join()
+        assert kinds(checked) == ["score"] * 10
+        assert pool.restarts == 0
 
 
 @pytest.mark.parametrize(("completion", "kind"), [("child", "timeout"), ("orphan", "crash")])

@@ -18,10 +18,10 @@ from rehearsal.agents.agent import Agent, Limits
 from rehearsal.agents.protocol import Protocol
 from rehearsal.environments import make
 from rehearsal.environments.base import TextEnv
-from rehearsal.errors import GenerationError, RecipeError
+from rehearsal.errors import EnvironmentFault, GenerationError, RecipeError
 from rehearsal.generation.local import LocalEngine
 from rehearsal.generation.sampling import SamplingParams
-from rehearsal.rollout import Rollout, Task, rollout_metrics, run_coroutine, tasks_of_step
+from rehearsal.rollout import Rollout, Task, check_failures, rollout_metrics, run_coroutine, tasks_of_step
 from rehearsal.trajectory import (
     FAILED_STOPS,
     Group,
@@ -492,6 +492,133 @@ def test_an_environment_that_cannot_be_closed_does_no_harm(fast: bool, play: Cal
     rollout = play(lambda: Stubborn(fast=fast, on_step=only(0, raises(ValueError("no")))))
     rollout.play(tasks(3), 2)
     rollout.close()
+
+
+# Environments that are hard to make
+
+
+def built_by(number: int, what: Callable[[], Any], made: list[Walk], fast: bool) -> Callable[[], Walk]:
+    """A maker that does ``what`` before it makes its environment of that number, counted from 0."""
+    counted, lock = iter(range(10_000)), threading.Lock()
+
+    def make_env() -> Walk:
+        with lock:
+            mine = next(counted)
+        if mine == number:
+            what()
+        made.append(Walk(fast=fast))
+        return made[-1]
+
+    return make_env
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ConnectionError("no\nserver"), "The environment could not be made: ConnectionError: no server."),
+        (EnvironmentFault("The environment x could not be made."), "The environment x could not be made."),
+        (SystemExit("bye"), "The environment could not be made: SystemExit: bye."),
+        (StopIteration(), "The environment could not be made: StopIteration."),
+    ],
+)
+def test_a_constructor_that_raises_costs_its_own_episode(
+    error: BaseException, told: str, fast: bool, play: Callable[..., Rollout]
+) -> None:
+    made: list[Walk] = []
+    rollout = play(built_by(3, lambda: raises(error)(None), made, fast))
+    heard: list[Trajectory] = []
+    episodes = all_trajectories(rollout.play(tasks(4), 2, on_episode=heard.append))
+    (failed,) = [trajectory for trajectory in episodes if trajectory.failed]
+    assert (failed.stop_reason, failed.error) == (StopReason.ERROR, told)
+    assert failed.environment == "walk"
+    assert math.isnan(failed.reward)
+    assert (failed.turns, failed.segments) == ([], [])
+    assert len(heard) == 8
+    expected = all_trajectories(play(Walk).play(tasks(4), 2))
+    for trajectory, same in zip(episodes, expected, strict=True):
+        assert trajectory.failed or np.array_equal(trajectory.segments[0].token_ids, same.segments[0].token_ids)
+    assert not any(trajectory.failed for trajectory in all_trajectories(rollout.play(tasks(4), 2)))
+    rollout.close()
+    assert all(env.closed for env in made)
+
+
+def test_a_constructor_that_hangs_costs_its_own_episode(play: Callable[..., Rollout]) -> None:
+    release, made = threading.Event(), []
+    rollout = play(built_by(3, lambda: release.wait(120), made, fast=False), step_timeout=2.0)
+    episodes = all_trajectories(rollout.play(tasks(4), 2))
+    (failed,) = [trajectory for trajectory in episodes if trajectory.failed]
+    assert (failed.stop_reason, failed.error) == (StopReason.TIMEOUT, "Making the environment took longer than 2 s.")
+    before = len(made)
+    release.set()
+    deadline = time.monotonic() + 60
+    while not (len(made) > before and made[-1].closed) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert made[-1].closed, "once it is there after all, nobody has a use for it"
+
+
+def test_slow_constructors_run_side_by_side(play: Callable[..., Rollout]) -> None:
+    """Each waits for all the others: made one after the other, they would wait in vain."""
+    all_there = threading.Barrier(7)
+    first = iter([True])
+
+    def make_env() -> Walk:
+        if not next(first, False):  # the first one is made alone, to see what kind it is
+            all_there.wait(120)
+        return Walk(fast=False)
+
+    episodes = all_trajectories(play(make_env, step_timeout=120.0).play(tasks(1), 8))
+    assert [trajectory.error for trajectory in episodes] == [""] * 8
+
+
+def test_a_slow_constructor_holds_nobody_else_up(play: Callable[..., Rollout]) -> None:
+    others_done = threading.Event()
+    ended: list[int] = []
+
+    def on_episode(trajectory: Trajectory) -> None:
+        ended.append(trajectory.seed)
+        if len(ended) == 3:
+            others_done.set()
+
+    made: list[Walk] = []
+    rollout = play(built_by(2, lambda: others_done.wait(120), made, fast=False), step_timeout=120.0)
+    groups = rollout.play(tasks(4), 1, on_episode=on_episode)
+    assert not any(trajectory.failed for trajectory in all_trajectories(groups))
+    assert others_done.is_set()
+
+
+def test_a_fast_environment_is_made_and_stepped_in_line(play: Callable[..., Rollout]) -> None:
+    """Its first one too, which is made in a thread as long as nobody knows how fast it is."""
+    threads: set[str] = set()
+    seen = lambda env: threads.add(threading.current_thread().name)  # noqa: E731
+    rollout = play(lambda: Walk(on_reset=seen, on_step=seen))
+    rollout.play(tasks(4), 4)
+    assert threads == {threading.current_thread().name}
+
+
+def test_an_environment_that_can_never_be_made_is_data_too(play: Callable[..., Rollout]) -> None:
+    rollout = play(lambda: raises(ConnectionError("no server"))(None))
+    rollout.check_opening()
+    groups = rollout.play(tasks(2), 2)
+    with pytest.raises(EnvironmentFault, match=r"4 of 4 episodes failed.* could not be made: .*no server\.$"):
+        check_failures(groups, 0.5)
+
+
+def test_play_that_is_broken_off_closes_what_is_being_made(play: Callable[..., Rollout]) -> None:
+    release, made = threading.Event(), []
+    rollout = play(built_by(1, lambda: release.wait(120), made, fast=False), step_timeout=120.0)
+
+    def broken(*_: Any) -> Any:
+        raise GenerationError("gone")
+
+    rollout._show = rollout._answer = broken  # type: ignore[method-assign, assignment]
+    with pytest.raises(GenerationError, match="gone"):
+        rollout.play(tasks(2), 1)
+    release.set()
+    deadline = time.monotonic() + 60
+    while not (len(made) == 2 and made[-1].closed) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [env.closed for env in made] == [True, True]
 
 
 # Environments that are slow or hang

@@ -375,3 +375,21 @@ def test_what_programs_do_every_day_is_not_kept_from_them(pool: InterpreterPool)
             "open('b').read() + open('c/b').read(), other.recv()"
         )
     assert result.output == "('xx', 'slept')\n", result
+
+
+def test_stop_signals_to_every_process_are_for_the_host(own_pool: InterpreterPool) -> None:
+    """systemd and SLURM signal all that they find; the host then still wants to end its step. A guest takes signals."""
+    zygote_before = own_pool._zygote
+    with own_pool.interpreter() as signalled:
+        mask = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [])"
+        assert signalled.run(mask).output == "set()\n"
+        for number in (signal.SIGINT, signal.SIGTERM):
+            for pid in below(own_pool) | {own_pool._zygote._process.pid}:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        with own_pool.interpreter() as another:
+            for it in (signalled, another):
+                it.run("1")  # its guest has ended, one that was kept ready too, and it gets another
+                assert it.run("2").output == "2\n"
+    assert own_pool._zygote is zygote_before
+    assert zygote_before.alive

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rehearsal.errors import CheckpointError
 from rehearsal.training.checkpoint import (
     checkpoints,
     load_checkpoint,
+    remove_after,
     remove_partial,
     restore_weights,
     save_checkpoint,
@@ -81,6 +83,48 @@ def test_what_a_crash_left_is_in_nobodys_way(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_000005"]
 
 
+class PowerCut(BaseException):
+    """Nothing that runs on catches it."""
+
+
+@pytest.mark.parametrize("how", ["pruned", "written again", "dropped on resuming"])
+def test_a_checkpoint_that_is_half_deleted_has_not_the_name_of_one(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, weights(float(step)), STATE, keep=2)
+    original = shutil.rmtree
+
+    def killed(path: Path, **options: Any) -> None:
+        if path.is_dir():
+            (path / "weights.safetensors").unlink()
+            raise PowerCut
+        original(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module.shutil, "rmtree", killed)
+        with pytest.raises(PowerCut):
+            if how == "pruned":
+                save_checkpoint(tmp_path, 3, weights(3.0), STATE, keep=2)
+            elif how == "written again":
+                save_checkpoint(tmp_path, 2, weights(2.5), STATE, keep=2)
+            else:
+                remove_after(tmp_path, 1)
+    left = {"pruned": [2.0, 3.0], "written again": [1.0, 2.5], "dropped on resuming": [1.0]}[how]
+    assert [float(load_checkpoint(path)[0]["b"][0]) for path in checkpoints(tmp_path)] == left
+    assert len(names(tmp_path)) == len(left) + 1
+    remove_partial(tmp_path)
+    assert len(names(tmp_path)) == len(left)
+
+
+def test_a_second_half_deleted_checkpoint_is_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / ".partial-step_000001").mkdir()
+    (tmp_path / ".partial-step_000001" / "state.pt").write_bytes(b"half")
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, weights(), STATE, keep=1)
+    assert names(tmp_path) == ["step_000002"]
+
+
 # A disk that refuses
 
 
@@ -108,7 +152,7 @@ def full(*_: Any, **__: Any) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("where", ["save_file", "_flush", "_checksum"])
+@pytest.mark.parametrize("where", ["save_file", "flush_tree", "_checksum"])
 def test_a_full_disk_leaves_earlier_checkpoints_alone(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +181,7 @@ def test_ctrl_c_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.Mo
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint_module, "_flush", interrupted)
+    monkeypatch.setattr(checkpoint_module, "flush_tree", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path, 1, weights(), STATE, keep=1)
     assert names(tmp_path) == []

@@ -611,10 +611,22 @@ def test_a_broken_weight_stops_the_step(
     assert_untouched(learner, before, state)
 
 
+def _nan_loss(loss_N: Tensor, logprobs_N: Tensor) -> Tensor:
+    return loss_N * math.nan
+
+
+def _nan_gradient(loss_N: Tensor, logprobs_N: Tensor) -> Tensor:
+    return loss_N + (0.0 * logprobs_N).abs().sqrt()
+
+
 @pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(
+    ("spoil", "what"), [(_nan_loss, "loss of step 6"), (_nan_gradient, "gradient of the policy at step 6")]
+)
 def test_the_message_names_the_episodes_of_the_pack(
-    workers: int, model: Any, make_groups: MakeGroups, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    spoil: Callable[..., Tensor], what: str, workers: int, model: Any, make_groups: MakeGroups,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     groups = make_groups(model)
     monkeypatch.setattr(learner_module, "pack_workers", lambda _: workers)
     learner = learner_of(model, pack_tokens=16)  # a pack for each episode
@@ -625,12 +637,12 @@ def test_the_message_names_the_episodes_of_the_pack(
     def poison(self: Any, batch: Any, output: Any) -> Any:
         result = original(self, batch, output)
         if int(batch.token_ids_N[-1]) == poisoned and len(batch) == groups[2].trajectories[1].n_sampled:
-            result.loss_N = result.loss_N * math.nan
+            result.loss_N = spoil(result.loss_N, output.logprobs_N)
         return result
 
     original = type(objective).__call__
     monkeypatch.setattr(type(objective), "__call__", poison)
-    with pytest.raises(TrainingDiverged, match=r"loss of step 6 is not finite .*\(group, sample\) \(2, 1\);"):
+    with pytest.raises(TrainingDiverged, match=rf"{what} is not finite in pack .*\(group, sample\) \(2, 1\);"):
         learner.step(groups, 5)
     assert_untouched(learner, before, state)
 
@@ -645,6 +657,21 @@ def test_a_gradient_that_overflows_is_not_applied(
     before, state = weights(model), state_of(learner)
     hook = model.model.norm.weight.register_hook(lambda grad: grad * math.inf)
     with pytest.raises(TrainingDiverged, match=r"gradient of the policy at step 2 is not finite .*learning_rate"):
+        learner.step(groups, 1)
+    hook.remove()
+    assert_untouched(learner, before, state)
+    assert math.isfinite(learner.step(groups, 1)["policy/grad_norm"])
+
+
+def test_gradients_that_overflow_only_in_their_norm_name_no_pack(
+    model: Any, make_groups: MakeGroups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them is finite; the sum of their squares is not."""
+    groups = make_groups(model)
+    learner = learner_of(model)
+    before, state = weights(model), state_of(learner)
+    hook = model.model.norm.weight.register_hook(lambda grad: torch.full_like(grad, 1e37))
+    with pytest.raises(TrainingDiverged, match=r"gradient of the policy at step 2 is not finite \(inf\);"):
         learner.step(groups, 1)
     hook.remove()
     assert_untouched(learner, before, state)

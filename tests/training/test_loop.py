@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,14 +26,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rehearsal.training.checkpoint as checkpoint_module
+import rehearsal.training.learner as learner_module
 import rehearsal.training.loop as loop_module
+import rehearsal.training.playing as playing_module
+from rehearsal.agents.rehearse import Hindsight
 from rehearsal.environments.base import TextEnv
 from rehearsal.environments.registry import register
 from rehearsal.errors import CheckpointError, EnvironmentFault, RecipeError, TrainingDiverged
 from rehearsal.rollout import tasks_of_step
+from rehearsal.training.checkpoint import load_checkpoint
 from rehearsal.training.loop import Trainer
 from rehearsal.training.observer import SilentObserver
+from rehearsal.training.optimiser import clipped_updates
 from rehearsal.training.recipe import Recipe, resolve_recipe
+from rehearsal.training.replay import Memory
 from rehearsal.training.run import free_folder, train
 from rehearsal.training.runs import RunFolder
 from rehearsal.training.trajectory_store import read_trajectories
@@ -243,6 +251,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(
     output, _ = process.communicate(timeout=500)
     assert process.returncode == 0, output
     assert_same_run(run, reference)
+    assert not [*run.rglob(".*.tmp"), *run.rglob(".partial-*")]
 
 
 @pytest.mark.slow
@@ -524,6 +533,94 @@ def test_a_divergence_ends_the_run_and_keeps_the_last_good_state(
     assert train(output=run, resume=True).summary["steps"] == 4
 
 
+def diverges_once(at: int) -> Callable[..., Any]:
+    """Stands for the update of a step: the one of that number, counted from 1, has gradients that are not finite."""
+    numbers = itertools.count(1)
+
+    def update(updates: Any, *rest: Any) -> Any:
+        if next(numbers) == at:
+            updates[0].optimiser.param_groups[0]["params"][0].grad.fill_(math.inf)
+        return clipped_updates(updates, *rest)
+
+    return update
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"training__minibatches": 2, "algorithm__name": "ppo"},
+        {"curriculum__name": "difficulty", "curriculum__tasks": 8},
+    ],
+    ids=["plain", "minibatches", "curriculum"],
+)
+def test_steps_before_a_divergence_are_kept(
+    changes: dict[str, Any], small: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without waiting for the next checkpoint, and so that the run goes on from there as if nothing had happened."""
+    recipe = small(**changes, checkpoint__every=0)
+    train(recipe, output=tmp_path / "reference")
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(learner_module, "clipped_updates", diverges_once(2 * recipe.training.minibatches + 1))
+        with pytest.raises(TrainingDiverged, match="gradient of the policy at step 3 is not finite"):
+            train(recipe, output=run)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000002"]
+    train(output=run, resume=True)
+    assert_same_run(run, tmp_path / "reference")
+
+
+def test_what_a_diverging_step_brought_into_memory_is_not_kept(
+    small: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It will be brought there again."""
+
+    def situations(self: Memory, groups: Any, step: int) -> dict[str, Any]:
+        self.replay.add([Hindsight(np.array([step, 1], dtype=np.int32), 1, "", "frozenlake", False)])
+        return {}
+
+    monkeypatch.setattr(Memory, "situations", situations)
+    monkeypatch.setattr(learner_module, "clipped_updates", diverges_once(3))
+    with pytest.raises(TrainingDiverged):
+        train(small(checkpoint__every=0), output=tmp_path / "run")
+    _, state = load_checkpoint(tmp_path / "run" / "checkpoints" / "step_000002")
+    assert [one["token_ids"] for one in state["memory"]["situations"]] == [[0, 1], [1, 1]]
+
+
+def test_a_step_that_was_learnt_in_part_is_not_kept(
+    small: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small(training__minibatches=2, checkpoint__every=0)
+    monkeypatch.setattr(learner_module, "clipped_updates", diverges_once(2 * 2 + 2))
+    with pytest.raises(TrainingDiverged, match="step 3"):
+        train(recipe, output=tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_divergence_costs_no_earlier_checkpoint_and_keeps_nothing_unsound(
+    small: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def left_by(run: Path) -> list[str]:
+        with pytest.raises(TrainingDiverged, match="step 4"):
+            train(small(checkpoint__every=2, checkpoint__keep=1), output=run)
+        return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learner_module, "clipped_updates", diverges_once(4))
+        assert left_by(tmp_path / "sound") == ["step_000002", "step_000003"]
+    original = loop_module.Learner.step
+
+    def poisoned(self: Any, groups: Any, step: int, *rest: Any) -> dict[str, float]:
+        if step == 3:
+            groups[0].trajectories[0].turns[0].rewards = [1.0]  # something to learn, so something to compute
+            with torch.no_grad():
+                self.model.model.norm.weight[0] = math.inf
+        return original(self, groups, step, *rest)
+
+    monkeypatch.setattr(loop_module.Learner, "step", poisoned)
+    assert left_by(tmp_path / "unsound") == ["step_000002"]
+
+
 # Failures of the environment
 
 
@@ -572,6 +669,62 @@ def test_too_many_failed_episodes_end_the_run(
     assert "of 24 episodes failed, more than training.abort_failed_share allows" in message
     assert message.endswith("Unreliable.reset raised ConnectionError: the simulator is gone.")
     assert RunFolder.open(tmp_path / "run").info.status == "failed"
+
+
+class HardToMake(Unreliable):
+    """A share of its constructors fails, or the first one hangs."""
+
+    name = "hard-to-make"
+    fast = False
+    made = 0
+    easy = 0
+    hangs = False
+
+    def __init__(self) -> None:
+        kind = type(self)
+        kind.made += 1
+        if kind.hangs:
+            threading.Event().wait(60)
+        if kind.made > kind.easy and kind.made % 4 == 0:
+            raise ConnectionError("the simulator is full")
+
+
+register("test-hard-to-make", HardToMake)
+
+
+def hard_to_make(small: Callable[..., Recipe]) -> Recipe:
+    recipe = small(environment__name="test-hard-to-make", evaluation__episodes=0, training__groups=8).model_copy(
+        deep=True
+    )
+    recipe.environment.params = {}
+    return recipe
+
+
+def test_constructors_that_fail_on_the_way_cost_their_episodes(
+    small: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HardToMake, "made", 0)
+    monkeypatch.setattr(HardToMake, "easy", 5)
+    assert train(hard_to_make(small), output=tmp_path / "run").summary["steps"] == 4
+    episodes = [t for file in sorted((tmp_path / "run" / "trajectories").iterdir()) for t in episodes_of(file)]
+    told = {trajectory.error for trajectory in episodes if trajectory.failed}
+    assert sum(row["train/failed_episodes"] for row in rows_of(tmp_path / "run")) > 0
+    assert told == {"The environment test-hard-to-make could not be made: ConnectionError: the simulator is full"}
+
+
+def test_an_environment_that_cannot_be_made_at_all_is_told_before_a_run_begins(
+    small: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HardToMake, "made", 3)
+    with pytest.raises(EnvironmentFault, match="test-hard-to-make could not be made: ConnectionError"):
+        train(hard_to_make(small), output=tmp_path / "run")
+    monkeypatch.setattr(HardToMake, "hangs", True)
+    monkeypatch.setattr(playing_module, "_SECONDS_TO_BEGIN", 0.1)
+    recipe = hard_to_make(small)
+    recipe.environment.step_timeout = 0.1
+    with pytest.raises(EnvironmentFault, match=r"test-hard-to-make was not made within 0\.1 s; .*step_timeout\.$"):
+        train(recipe, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # Replacing groups that can teach nothing

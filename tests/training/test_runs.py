@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from rehearsal.training import storage
 from rehearsal.training.json_lines import plain, read_json_lines
 from rehearsal.training.runs import RunFolder
 from rehearsal.training.storage import FolderLock, write_atomically
+from rehearsal.training.trajectory_store import write_trajectories
+from rehearsal.trajectory import Group
 
 
 def new_run(path: Path) -> RunFolder:
@@ -283,6 +286,69 @@ def test_an_atomic_write_that_fails_keeps_the_old_file(tmp_path: Path, monkeypat
         write_atomically(file, "new")
     assert file.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+_WRITES_ASIDE = """
+    import sys
+    from pathlib import Path
+    from rehearsal.training.storage import replacing
+    with replacing(Path(sys.argv[1])) as aside:
+        aside.write_bytes(b"half")
+        print("written", flush=True)
+        sys.stdin.read()
+"""
+
+
+def writer_of(file: Path) -> subprocess.Popen[str]:
+    """A process that is in the middle of writing a file, until the end of its input."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(_WRITES_ASIDE), str(file)], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "written\n"
+    return process
+
+
+def test_what_a_killed_process_left_aside_is_removed_on_resuming(tmp_path: Path) -> None:
+    new_run(tmp_path / "run").close()
+    (tmp_path / "run" / "trajectories").mkdir()
+    for name in ("run.json", "trajectories/train_000001.parquet"):
+        process = writer_of(tmp_path / "run" / name)
+        process.kill()
+        process.wait()
+    # In a container the next run may well get the number of the last one.
+    (tmp_path / "run" / f".metrics.jsonl.{os.getpid()}.tmp").write_bytes(b"half")
+    for name in (".mine.tmp", ".notes.12x.tmp", "a.1.tmp"):
+        (tmp_path / "run" / name).touch()
+    at_work = writer_of(tmp_path / "run" / "report.html")
+    assert len(list((tmp_path / "run").rglob(".*.tmp"))) == 6
+    RunFolder.hold(tmp_path / "run").close()
+    assert len(list((tmp_path / "run").rglob(".*.tmp"))) == 6, "to hold a folder changes nothing in it"
+    RunFolder.resume(tmp_path / "run", "again").close()
+    left = sorted(path.name for path in (tmp_path / "run").rglob(".*.tmp"))
+    assert left == sorted([".mine.tmp", ".notes.12x.tmp", f".report.html.{at_work.pid}.tmp"])
+    at_work.communicate("")
+    assert at_work.returncode == 0
+    assert (tmp_path / "run" / "report.html").read_bytes() == b"half"
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, int]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushing(descriptor: int) -> None:
+        fsync(descriptor)
+        done.append(("flushed", os.fstat(descriptor).st_ino))
+
+    def renaming(source: Path, target: Path) -> None:
+        done.append(("renamed", source.stat().st_ino))
+        replace(source, target)
+
+    monkeypatch.setattr(storage.os, "fsync", flushing)
+    monkeypatch.setattr(storage.os, "replace", renaming)
+    write_trajectories(tmp_path / "train_000001.parquet", [Group([])], phase="train", step=1)
+    written = (tmp_path / "train_000001.parquet").stat().st_ino
+    assert done == [("flushed", written), ("renamed", written)]
 
 
 def test_a_folder_opened_for_reading_cannot_be_written(tmp_path: Path) -> None:

@@ -212,6 +212,7 @@ class Warden:
             try:
                 _place([inputs, out[1], err[1], requests[0], results[1]])
                 os.setsid()
+                signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the host has blocked some, for all but its guests
                 guest.make_home(self._scratch)
                 wall.restrain(limits, nested=self._nested, allowed=self._allowed())
                 work(3, 4)
