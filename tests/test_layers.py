@@ -16,6 +16,7 @@ FLOORS = {
     "parsing": 0,
     "signals": 0,
     "texts": 0,
+    "time_limit": 0,
     "usage": 0,
     "trajectory": 1,
     "environments": 1,

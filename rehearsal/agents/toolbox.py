@@ -14,12 +14,14 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from rehearsal.agents.tools import ArgumentError, Tool, ToolFailure, as_tool, patience, result_text
 from rehearsal.environments.base import TextEnv
 from rehearsal.errors import EnvironmentFault, RecipeError, RehearsalError, SandboxError, ToolError
 from rehearsal.texts import clean_text
+from rehearsal.time_limit import LateError, in_time
 from rehearsal.trajectory import ToolCall
 from rehearsal.usage import merged
 
@@ -197,10 +199,12 @@ class Toolbox:
         try:
             if tool.fast:
                 return self._cut(result_text(tool.run(arguments)))
-            return self._cut(_in_time(lambda: result_text(tool.run(arguments)), seconds))
+            return self._cut(
+                in_time(partial(_patiently, partial(tool.run, arguments), seconds), seconds, "rehearsal-tool")
+            )
         except (KeyboardInterrupt, SandboxError):
             raise  # that there is no sandbox is no doing of the agent
-        except _Late as error:
+        except LateError as error:
             self._busy[tool.name] = error.done
             return ToolResult(note=f"{tool.name} took longer than {seconds:g} s and was left.", error="timeout")
         except BaseException as error:  # a tool is somebody else's code, and may raise SystemExit and worse
@@ -335,38 +339,10 @@ def _close(tools: Iterable[Tool]) -> None:
                 tool.close()
 
 
-class _Late(Exception):
-    def __init__(self, done: threading.Event) -> None:
-        super().__init__()
-        self.done = done
-
-
-def _in_time(function: Callable[[], str], seconds: float) -> str:
-    """Call a function in a thread of its own, which is left behind if it takes too long.
-
-    Signals would do for the main thread alone, and environments are stepped in others.
-    """
-    done = threading.Event()
-    box: list[tuple[str, BaseException | None]] = []
-
-    def work() -> None:
-        patience.set(seconds)
-        try:
-            box.append((function(), None))
-        except BaseException as error:
-            box.append(("", error))
-        finally:
-            done.set()
-
-    threading.Thread(target=work, daemon=True, name="rehearsal-tool").start()
-    if not done.wait(seconds):
-        raise _Late(done)
-    text, error = box[0]
-    if isinstance(error, KeyboardInterrupt):  # the user's own arrives in the main thread
-        raise RuntimeError("interrupted") from error
-    if error is not None:
-        raise error
-    return text
+def _patiently(run: Callable[[], Any], seconds: float) -> str:
+    """What a call of a tool gives, as text; the tool may ask how long it may take."""
+    patience.set(seconds)
+    return result_text(run())
 
 
 def _raised(error: BaseException) -> str:

@@ -17,11 +17,10 @@ from rehearsal.training.storage import storage_errors
 
 
 def eval_command(options: argparse.Namespace) -> int:
-    from rehearsal.reports.evaluation import check_page, evaluation_parts, write_evaluation_page
+    from rehearsal.reports.evaluation import check_output, evaluation_parts, write_evaluation_page
 
-    if options.page is not None:
-        check_page(options.page)
-    _check_json(options.json)
+    for output in filter(None, (options.page, options.json)):
+        check_output(output)
     figures = _mint(options) if options.protocol == "mint" else _plain_evaluation(options)
     console = Console()
     for part in evaluation_parts(figures, options.against or ""):
@@ -44,16 +43,6 @@ def eval_command(options: argparse.Namespace) -> int:
                  "command": options.command_line}  # fmt: skip
         write_evaluation_page(options.page, figures, {name: str(value) for name, value in about.items() if value})
     return 0
-
-
-def _check_json(file: Path | None) -> None:
-    """A file that cannot be written is told of before anything is played."""
-    if file is None:
-        return
-    if file.is_dir():
-        raise RecipeError(f"{file} is a folder; --json names a file.")
-    if not file.parent.is_dir():
-        raise RecipeError(f"There is no folder {file.parent} to write {file.name} to; make it, or name another --json.")
 
 
 def _write_json(file: Path | None, figures: Mapping[str, float]) -> None:
@@ -108,8 +97,10 @@ def _object(flag: str, text: str | None) -> dict[str, Any]:
 def probe_command(options: argparse.Namespace) -> int:
     from rehearsal.display import probe_tables
     from rehearsal.evaluation.probe import probe_policy
+    from rehearsal.reports.evaluation import check_output
 
-    _check_json(options.json)
+    if options.json is not None:
+        check_output(options.json)
     figures = probe_policy(
         options.policy, recipe=options.recipe, overrides=options.dotted, split=options.split, count=options.episodes
     )

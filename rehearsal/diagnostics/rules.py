@@ -86,8 +86,8 @@ class Rule:
         begins_after: judged steps in a row with the condition before the verdict begins.
         ends_after: judged steps in a row without it before the verdict ends.
         looks: values of the metric that there must be before all of the condition can be judged.
-        unless: a figure in whose presence the condition would say nothing of the policy, so that it is not judged; ""
-            for none. In a mixture, where it ends with the number of an environment, one of them is enough.
+        unless: a metric, as in ``needs``, in whose presence the condition would say nothing of the policy, so that it
+            is not judged; "" for none.
     """
 
     name: str
@@ -108,7 +108,7 @@ class Rule:
 
 
 _SPREAD = "signal/reward_std_in_group"
-_ADAPTIVE = "curriculum/adaptive"
+_ADAPTIVE = "curriculum/adaptive*"
 """Told by curricula that choose tasks by success: success and reward in training are where such a one puts them."""
 _SAME_TIME = 2
 """Steps that two falls may be apart by chance: means of five steps tell no order that is finer than half of them."""
@@ -272,7 +272,7 @@ def _noise(series: Series, limits: Thresholds) -> str | None:
     if not series.fresh("gradient/policy/snr") or len(series.measured("gradient/policy/snr")) < _NOISE_LOOKS - 1:
         return None
     got_nowhere = series.recent("train/reward") <= series.start("train/reward") + series.start(_SPREAD) / 4
-    if ratio < limits.noise and got_nowhere and not series.fresh_part(_ADAPTIVE):
+    if ratio < limits.noise and got_nowhere and not series.fresh(_ADAPTIVE):
         return (
             f"What groups' gradients agree on is {_percent(ratio)} of what they differ by, and the reward is where it "
             "was."

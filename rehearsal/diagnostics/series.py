@@ -97,17 +97,6 @@ class Series:
         rows = self._rows[: self._end]
         return np.array([any(fnmatchcase(key, name) and _is_number(row[key]) for key in row) for row in rows], bool)
 
-    def told(self, name: str) -> NDArray[np.bool_]:
-        """bool of shape (rows,): where the figure was measured, or one of its parts (``NAME/...``, as in a mixture)."""
-        rows = self._rows[: self._end]
-        return np.array(
-            [any(_is_part(key, name) and _is_number(value) for key, value in row.items()) for row in rows], dtype=bool
-        )
-
-    def fresh_part(self, name: str) -> bool:
-        """Whether the figure or one of its parts was measured in the last step."""
-        return any(_is_part(key, name) for key in self.fresh_names())
-
     def fresh_names(self) -> list[str]:
         """The figures that were measured in the last step, in the order in which they were written."""
         # Straight from the row: a column of every figure would have to be made anew in each step of a run.
@@ -210,10 +199,6 @@ class Series:
 def _means(values: Floats, count: int) -> Floats:
     """The mean of every ``count`` values in a row."""
     return np.convolve(values, np.ones(count) / count, mode="valid")
-
-
-def _is_part(key: str, name: str) -> bool:
-    return key == name or key.startswith(f"{name}/")
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:

@@ -71,7 +71,7 @@ class Watch:
         """
         called = []
         for rule in self.rules:
-            if not series.fresh(rule.needs) or (rule.unless and series.fresh_part(rule.unless)):
+            if not series.fresh(rule.needs) or (rule.unless and series.fresh(rule.unless)):
                 continue
             evidence = rule.condition(series, self.thresholds)
             standing = self._standing[rule.name]
@@ -116,7 +116,7 @@ def unheard(series: Series, rules: Sequence[Rule] | None = None) -> Unheard:
     found = Unheard([], [], [])
     for rule in RULES if rules is None else rules:
         measured = series.where(rule.needs)
-        judged = measured & ~series.told(rule.unless) if rule.unless else measured
+        judged = measured & ~series.where(rule.unless) if rule.unless else measured
         if not measured.any():
             found.unmeasured.append(rule)
         elif not judged.any():

@@ -8,10 +8,10 @@ for wrong types.
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import gymnasium as gym
@@ -21,6 +21,7 @@ from rehearsal.environments.contract import Fault, bad_text, reset_faults, step_
 from rehearsal.environments.luck import generator_states, reset_with_luck
 from rehearsal.environments.registry import make
 from rehearsal.errors import RehearsalError
+from rehearsal.time_limit import LateError, in_time
 
 NOT_AN_ACTION = "no such action \u2603"
 """Sent to environments that list their legal actions, to see whether they refuse it."""
@@ -107,11 +108,10 @@ def check_env(
     """
     given = environment if isinstance(environment, str) else getattr(environment, "name", None)
     checker = _Checker(CheckReport(str(given or getattr(environment, "__name__", "environment"))), n_seeds, max_steps)
-    thread = threading.Thread(target=checker.run, args=(environment,), daemon=True)
-    thread.start()
-    thread.join(time_limit)
     report = checker.report
-    if thread.is_alive():
+    try:
+        in_time(partial(checker.run, environment), time_limit, "rehearsal-check")
+    except LateError:
         # A copy, because the thread may wake up and go on.
         report = CheckReport(report.environment, list(report.problems), list(report.checked), list(report.skipped))
         report.problems.append(
@@ -155,7 +155,7 @@ class _Checker:
                 made = environment()
         except RehearsalError as problem:
             return self.problem("make", str(problem))
-        except Exception as problem:
+        except (Exception, SystemExit) as problem:
             return self.problem("make", f"making the environment raised {type(problem).__name__}: {problem}")
         if not isinstance(made, TextEnv):
             return self.problem("contract", f"A {type(made).__name__} is not a rehearsal.TextEnv; derive it from that.")

@@ -31,6 +31,15 @@ from rehearsal.models.adapters import active_adapters, adapter_parameters
 from rehearsal.models.packed import causal_lm, packed_attention, packed_hidden
 from rehearsal.trajectory import SampleStop
 
+_CONTAINER = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", ("/sys/fs/cgroup/memory.stat", "inactive_file")),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ("/sys/fs/cgroup/memory/memory.stat", "total_inactive_file"),
+    ),
+)  # fmt: skip
+"""Files with the limit of a container, with what it uses, and with how much of that are cached files."""
+
 
 def free_memory(device: torch.device) -> int:
     """Bytes that a program can have on a device now, within the limit of its container; 2 GiB where the system does not
@@ -50,16 +59,6 @@ def free_memory(device: torch.device) -> int:
         with contextlib.suppress(ValueError, OSError):
             free.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return max(0, min(free, default=2 << 30))
-
-
-_CONTAINER = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", ("/sys/fs/cgroup/memory.stat", "inactive_file")),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ("/sys/fs/cgroup/memory/memory.stat", "total_inactive_file"),
-    ),
-)  # fmt: skip
-"""Files with the limit of a container, with what it uses, and with how much of that are cached files."""
 
 
 class LocalEngine:

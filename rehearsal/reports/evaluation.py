@@ -81,7 +81,7 @@ def write_evaluation_page(path: str | Path, figures: Mapping[str, float], about:
     Raises:
         RecipeError: if there is no folder for it.
     """
-    path = check_page(path)
+    path = check_output(path)
     chart = turns_chart(figures)
     page = page_templates(_LONGEST_TEXT).get_template("evaluation.html.jinja").render(
         about=about, parts=evaluation_parts(figures, about.get("against", "")), chart=chart,
@@ -93,15 +93,17 @@ def write_evaluation_page(path: str | Path, figures: Mapping[str, float], about:
     return path
 
 
-def check_page(path: str | Path) -> Path:
-    """The path of a page, if it can be written there.
+def check_output(path: str | Path) -> Path:
+    """The path of a page or of figures, if they can be written there: to be asked before anything is played.
 
     Raises:
-        RecipeError: if there is no folder for it.
+        RecipeError: if there is no folder for it, or it is one.
     """
     path = Path(path)
+    if path.is_dir():
+        raise RecipeError(f"{path} is a folder; name a file to write to.")
     if not path.resolve().parent.is_dir():
-        raise RecipeError(f"There is no folder {path.resolve().parent} to write the page into; make it first.")
+        raise RecipeError(f"There is no folder {path.resolve().parent} to write {path.name} into; make it first.")
     return path
 
 

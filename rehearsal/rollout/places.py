@@ -8,7 +8,6 @@ import queue
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, TypeVar
 
 from rehearsal.environments.base import TextEnv
@@ -46,33 +45,6 @@ def _contained(function: Callable[[], T]) -> T:
         if isinstance(error, Exception) and not isinstance(error, StopIteration):
             raise
         raise OddError(error) from error
-
-
-def in_time(function: Callable[[], T], seconds: float) -> T:
-    """The result of code of an environment, which runs in a thread that is left behind if it takes longer.
-
-    Raises:
-        HungError: if it does.
-    """
-    outcomes: queue.SimpleQueue[Callable[[], T]] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            result = function()
-            outcomes.put(lambda: result)
-        except BaseException as error:
-            outcomes.put(partial(_raise, error))
-
-    threading.Thread(target=work, daemon=True, name="rehearsal-environment").start()
-    try:
-        outcome = outcomes.get(timeout=seconds)
-    except queue.Empty:
-        raise HungError(seconds) from None
-    return outcome()
-
-
-def _raise(error: BaseException) -> Any:
-    raise error
 
 
 class _EnvironmentThread:

@@ -33,7 +33,7 @@ from rehearsal.models.adapters import (
 )
 from rehearsal.models.load import Policy, load_policy, save_policy
 from rehearsal.rollout import ProcessRollout, Rollout, may_share
-from rehearsal.rollout.places import HungError, in_time
+from rehearsal.time_limit import LateError, in_time
 from rehearsal.training.recipe import Recipe
 from rehearsal.training.tasks import Variant, unlocked_tools, variants_of
 from rehearsal.training.world import APART, WorldMode
@@ -141,8 +141,8 @@ def episode_limits(recipe: Recipe) -> list[Limits]:
     found = []
     for variant in variants_of(recipe):
         try:
-            found.append(in_time(partial(_limits_of, recipe, variant), seconds))
-        except HungError as error:
+            found.append(in_time(partial(_limits_of, recipe, variant), seconds, "rehearsal-environment"))
+        except LateError as error:
             raise EnvironmentFault(
                 f"The environment {variant.name} was not made within {seconds:g} s; see what its constructor waits "
                 "for, or raise environment.step_timeout."

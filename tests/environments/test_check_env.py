@@ -296,6 +296,19 @@ def test_an_environment_that_hangs_is_reported_in_time():
     assert "step(" in str(report)
 
 
+def test_an_environment_that_would_end_the_program_is_reported():
+    class Leaves(Fine):
+        def step(self, action):
+            raise SystemExit(3)
+
+    class NeverComes(Fine):
+        def __init__(self):
+            raise SystemExit(3)
+
+    assert [problem.code for problem in check_env(Leaves)] == ["raises"]
+    assert [problem.code for problem in check_env(NeverComes)] == ["make"]
+
+
 def test_luck_that_differs_is_no_problem():
     own = luck_from(lambda self, seed, chance: np.random.default_rng([seed or 0, chance]))
     plain = broken(step=lambda self, original, action: (f"{self.np_random.random():.3f}", *original(self, action)[1:]))
