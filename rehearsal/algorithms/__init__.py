@@ -22,6 +22,7 @@ from rehearsal.algorithms.presets import (
 )
 from rehearsal.algorithms.ratios import CORRECTIONS, ImportanceCorrection
 from rehearsal.algorithms.shaping import OverlongPenalty, was_cut_off
+from rehearsal.algorithms.soft_gates import SAPOLoss, VESPOLoss
 from rehearsal.algorithms.variance import has_variance
 
 __all__ = [
@@ -45,10 +46,12 @@ __all__ = [
     "OverlongPenalty",
     "PolicyLoss",
     "PolicyOutput",
+    "SAPOLoss",
     "SequenceRewards",
     "StepTotals",
     "TokenBatch",
     "TokenLoss",
+    "VESPOLoss",
     "ValueLoss",
     "has_variance",
     "make_filter",

@@ -6,6 +6,7 @@ stop the gradient of are marked by ``detach``.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
@@ -27,13 +28,40 @@ KL_LIMIT = 10.0
 """The value of the k3 estimator is cut to plus or minus this (as in verl)."""
 
 
-def _zeroed(values_N: Tensor, mask_N: Tensor) -> Tensor:
+def zeroed(values_N: Tensor, mask_N: Tensor) -> Tensor:
     """The values inside the mask and 0 outside, with no gradient from outside."""
     return torch.where(mask_N, values_N, values_N.new_zeros(()))
 
 
 @dataclass(frozen=True)
-class PolicyLoss:
+class PolicyObjective(ABC):
+    """What the objectives of the policy have in common: an advantage times something of the ratio present / old.
+
+    Attributes:
+        correction: for what was sampled by another policy than the one at the start of the step.
+    """
+
+    correction: ImportanceCorrection = field(default_factory=ImportanceCorrection, kw_only=True)
+    aggregation: Aggregation = field(default_factory=Aggregation, kw_only=True)
+    coefficient: float = field(default=1.0, kw_only=True)
+    parameters: str = field(default="all", kw_only=True)
+    name: str = field(default="policy", kw_only=True)
+
+    needs_entropy: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = False
+    needs_values: ClassVar[bool] = False
+
+    def mask(self, batch: TokenBatch) -> Tensor:
+        """The batch's policy mask."""
+        return batch.policy_mask_N
+
+    @abstractmethod
+    def __call__(self, batch: TokenBatch, output: PolicyOutput) -> TokenLoss:
+        """The loss of each token."""
+
+
+@dataclass(frozen=True)
+class PolicyLoss(PolicyObjective):
     """The clipped surrogate of PPO (arXiv:1707.06347, eq. 7) and its kin.
 
     -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), with
@@ -46,7 +74,8 @@ class PolicyLoss:
       s_i = exp(mean over the sequence's tokens of log present - log old), in the form that leaves each token its own
       gradient, s_{i,t} = detach(s_i) present_t / detach(present_t) (eq. 14). The mean is over the tokens of the mask,
       so observations do not dilute it. Use it with ``sequence_mean``, as published, and with a ``sequence_*``
-      correction: only with one weight for all tokens of a sequence is it the gradient of s_i A;
+      correction: only with one weight for all tokens of a sequence is it the gradient of s_i A. With ``constant`` a
+      sequence counts by its length, which is LUSPO (arXiv:2602.05261), up to the scale;
     - the loss is multiplied by the weights of ``correction`` (no gradient, 1 when the step is on-policy).
 
     A log-ratio beyond +-20 counts as +-20 and has no gradient. With one update for each rollout r is 1, nothing is
@@ -61,7 +90,6 @@ class PolicyLoss:
         clip_high: how far above 1 the ratio still counts where A > 0.
         dual_clip: cap of the ratio where A < 0, above 1; None for none.
         importance: "token" or "sequence".
-        correction: for what was sampled by another policy than the one at the start of the step.
 
     Raises:
         RecipeError: for values out of range.
@@ -71,15 +99,6 @@ class PolicyLoss:
     clip_high: float = 0.2
     dual_clip: float | None = None
     importance: Importance = "token"
-    correction: ImportanceCorrection = field(default_factory=ImportanceCorrection)
-    aggregation: Aggregation = field(default_factory=Aggregation)
-    coefficient: float = 1.0
-    parameters: str = "all"
-    name: str = "policy"
-
-    needs_entropy: ClassVar[bool] = False
-    needs_reference: ClassVar[bool] = False
-    needs_values: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not (self.clip_low >= 0 and self.clip_high >= 0):
@@ -91,13 +110,9 @@ class PolicyLoss:
         if self.importance not in IMPORTANCES:
             raise RecipeError(f"there is no importance {self.importance!r}: choose one of {', '.join(IMPORTANCES)}")
 
-    def mask(self, batch: TokenBatch) -> Tensor:
-        """The batch's policy mask."""
-        return batch.policy_mask_N
-
     def __call__(self, batch: TokenBatch, output: PolicyOutput) -> TokenLoss:
         mask_N = self.mask(batch)
-        advantages_N = _zeroed(batch.advantages_N, mask_N)
+        advantages_N = zeroed(batch.advantages_N, mask_N)
         token_log_N = log_ratio(output.logprobs_N, batch.old_logprobs_N, mask_N)
         ratio_N = (token_log_N if self.importance == "token" else self._sequence_log(token_log_N, batch)).exp()
 
@@ -121,7 +136,7 @@ class PolicyLoss:
                 "kl_old": token_log_N.exp() - 1 - token_log_N,
                 "correction": correction_N,
             }
-        return TokenLoss(_zeroed(-surrogate_N * correction_N, mask_N), mask_N, metrics_N)
+        return TokenLoss(zeroed(-surrogate_N * correction_N, mask_N), mask_N, metrics_N)
 
     def _sequence_log(self, token_log_N: Tensor, batch: TokenBatch) -> Tensor:
         """log s_{i,t}: the value of the sequence's mean, the gradient of the token's own log-probability."""
@@ -132,7 +147,7 @@ class PolicyLoss:
 
 
 @dataclass(frozen=True)
-class CISPOLoss:
+class CISPOLoss(PolicyObjective):
     """CISPO (MiniMax-M1, arXiv:2506.13585, eq. 4): -detach(clip(r, ratio_low, ratio_high)) A log present.
 
     The weight is clipped, the gradient is not: every token keeps pulling, also one whose ratio has left the range.
@@ -160,15 +175,6 @@ class CISPOLoss:
 
     ratio_low: float = 0.0
     ratio_high: float = 5.0
-    correction: ImportanceCorrection = field(default_factory=ImportanceCorrection)
-    aggregation: Aggregation = field(default_factory=Aggregation)
-    coefficient: float = 1.0
-    parameters: str = "all"
-    name: str = "policy"
-
-    needs_entropy: ClassVar[bool] = False
-    needs_reference: ClassVar[bool] = False
-    needs_values: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio_low <= 1 <= self.ratio_high:
@@ -177,17 +183,13 @@ class CISPOLoss:
                 f"not {self.ratio_low} and {self.ratio_high}"
             )
 
-    def mask(self, batch: TokenBatch) -> Tensor:
-        """The batch's policy mask."""
-        return batch.policy_mask_N
-
     def __call__(self, batch: TokenBatch, output: PolicyOutput) -> TokenLoss:
         mask_N = self.mask(batch)
         token_log_N = log_ratio(output.logprobs_N, batch.old_logprobs_N, mask_N).detach()
         ratio_N = token_log_N.exp()
         correction_N = self.correction.weights(batch, mask_N)
         weights_N = ratio_N.clamp(self.ratio_low, self.ratio_high) * correction_N
-        loss_N = -weights_N * _zeroed(batch.advantages_N, mask_N) * _zeroed(output.logprobs_N, mask_N)
+        loss_N = -weights_N * zeroed(batch.advantages_N, mask_N) * zeroed(output.logprobs_N, mask_N)
         metrics_N = {
             "ratio": ratio_N,
             "clipped_low": (ratio_N < self.ratio_low).float(),
@@ -283,7 +285,7 @@ class EntropyBonus:
         if output.entropy_N is None:
             raise ValueError("the entropy objective needs entropy_N in the policy's output")
         mask_N = self.mask(batch)
-        entropy_N = _zeroed(output.entropy_N, mask_N)
+        entropy_N = zeroed(output.entropy_N, mask_N)
         return TokenLoss(-entropy_N, mask_N, {"entropy": entropy_N.detach()})
 
 
@@ -327,13 +329,13 @@ class ValueLoss:
         mask_N = self.mask(batch)
         if output.values_N is None or batch.old_values_N is None or batch.returns_N is None:
             raise ValueError("the value objective needs values_N in the output, and old_values_N in the batch")
-        values_N = _zeroed(output.values_N, mask_N)
-        returns_N = _zeroed(batch.returns_N, mask_N)
+        values_N = zeroed(output.values_N, mask_N)
+        returns_N = zeroed(batch.returns_N, mask_N)
         errors_N = (values_N - returns_N) ** 2
         clipped_N = torch.zeros_like(mask_N)
         losses_N = errors_N
         if self.clip is not None:
-            old_N = _zeroed(batch.old_values_N, mask_N)
+            old_N = zeroed(batch.old_values_N, mask_N)
             near_N = torch.maximum(torch.minimum(values_N, old_N + self.clip), old_N - self.clip)
             clipped_errors_N = (near_N - returns_N) ** 2
             clipped_N = clipped_errors_N > errors_N

@@ -31,11 +31,13 @@ from rehearsal.algorithms.objectives import (
     KLEstimator,
     KLLoss,
     PolicyLoss,
+    PolicyObjective,
     ValueLoss,
 )
 from rehearsal.algorithms.ratios import CorrectionMode, ImportanceCorrection
 from rehearsal.algorithms.reward_parts import checked_parts
 from rehearsal.algorithms.shaping import OverlongPenalty
+from rehearsal.algorithms.soft_gates import SAPOLoss, VESPOLoss
 from rehearsal.errors import RecipeError
 
 Estimator = Literal[
@@ -93,9 +95,13 @@ class Options:
     Attributes:
         advantage: the estimator; with gamma, lam, turn_gamma, discount_unit, advantage_eps and whiten as in
             :class:`AdvantageSettings`.
-        loss: "clipped" for :class:`PolicyLoss`, "cispo" for :class:`CISPOLoss`.
+        loss: "clipped" for :class:`PolicyLoss`, "cispo" for :class:`CISPOLoss`, "sapo" for :class:`SAPOLoss`, "vespo"
+            for :class:`VESPOLoss`.
         clip_low, clip_high, dual_clip, importance: see :class:`PolicyLoss`; only for ``loss="clipped"``.
         ratio_low, ratio_high: see :class:`CISPOLoss`; only for ``loss="cispo"``.
+        temperature_positive, temperature_negative: see :class:`SAPOLoss`; only for ``loss="sapo"``.
+        power_positive, decay_positive, power_negative, decay_negative: see :class:`VESPOLoss`; only for
+            ``loss="vespo"``.
         correction, correction_low, correction_high: see :class:`rehearsal.algorithms.ratios.ImportanceCorrection`.
         aggregation, constant: see :class:`rehearsal.algorithms.aggregation.Aggregation`; for the policy and the KL
             term. The critic and the entropy are averaged over tokens.
@@ -124,13 +130,19 @@ class Options:
     discount_unit: Literal["token", "turn"] = "token"
     advantage_eps: float = 1e-6
     whiten: bool | None = None
-    loss: Literal["clipped", "cispo"] = "clipped"
+    loss: Literal["clipped", "cispo", "sapo", "vespo"] = "clipped"
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = None
     importance: Importance = "token"
     ratio_low: float = 0.0
     ratio_high: float = 5.0
+    temperature_positive: float = 1.0
+    temperature_negative: float = 1.05
+    power_positive: float = 2.0
+    decay_positive: float = 3.0
+    power_negative: float = 3.0
+    decay_negative: float = 2.0
     correction: CorrectionMode = "token_truncate"
     correction_low: float = 0.0
     correction_high: float = 2.0
@@ -176,6 +188,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
     # CISPO, arXiv:2506.13585, with the cap of ScaleRL, arXiv:2510.13786.
     "cispo": {"advantage": "grpo", "loss": "cispo"},
+    # SAPO, arXiv:2511.20347.
+    "sapo": {"advantage": "grpo", "loss": "sapo", "aggregation": "sequence_mean"},
+    # VESPO, arXiv:2602.10693, with the mean of TRL.
+    "vespo": {"advantage": "grpo", "loss": "vespo"},
 }
 """What each preset changes about the defaults of :class:`Options`."""
 
@@ -191,6 +207,12 @@ _ONLY_FOR_LOSS = {
     "importance": "clipped",
     "ratio_low": "cispo",
     "ratio_high": "cispo",
+    "temperature_positive": "sapo",
+    "temperature_negative": "sapo",
+    "power_positive": "vespo",
+    "decay_positive": "vespo",
+    "power_negative": "vespo",
+    "decay_negative": "vespo",
 }
 
 
@@ -282,6 +304,13 @@ def _describe_objective(objective: Objective) -> str:
             what += f", dual clip {objective.dual_clip:g}"
     elif isinstance(objective, CISPOLoss):
         what = f"CISPO, ratio as a weight between {objective.ratio_low:g} and {objective.ratio_high:g}"
+    elif isinstance(objective, SAPOLoss):
+        what = f"SAPO, temperatures {objective.temperature_positive:g} and {objective.temperature_negative:g}"
+    elif isinstance(objective, VESPOLoss):
+        what = (
+            f"VESPO, powers {objective.power_positive:g} and {objective.power_negative:g}, decays "
+            f"{objective.decay_positive:g} and {objective.decay_negative:g}"
+        )
     elif isinstance(objective, KLLoss):
         what = f"KL to the reference, estimator {objective.estimator}"
     elif isinstance(objective, ValueLoss):
@@ -381,23 +410,7 @@ def _build(name: str, options: Options) -> Algorithm:
         eps=options.advantage_eps,
         whiten=options.whiten,
     )
-    objectives: list[Objective] = []
-    if options.loss == "cispo":
-        objectives.append(
-            CISPOLoss(options.ratio_low, options.ratio_high, correction, aggregation, parameters=options.parameters)
-        )
-    else:
-        objectives.append(
-            PolicyLoss(
-                options.clip_low,
-                options.clip_high,
-                options.dual_clip,
-                options.importance,
-                correction,
-                aggregation,
-                parameters=options.parameters,
-            )
-        )
+    objectives: list[Objective] = [_policy_objective(options, correction, aggregation)]
     if options.kl_coefficient > 0:
         objectives.append(
             KLLoss(options.kl_coefficient, options.kl_estimator, aggregation, parameters=options.parameters)
@@ -425,6 +438,23 @@ def _build(name: str, options: Options) -> Algorithm:
         parts=checked_parts(options.parts, overlong is not None),
         options=asdict(options),
     )
+
+
+def _policy_objective(
+    options: Options, correction: ImportanceCorrection, aggregation: Aggregation
+) -> PolicyObjective:  # fmt: skip
+    common: dict[str, Any] = {
+        "correction": correction, "aggregation": aggregation, "parameters": options.parameters,
+    }  # fmt: skip
+    if options.loss == "cispo":
+        return CISPOLoss(options.ratio_low, options.ratio_high, **common)
+    if options.loss == "sapo":
+        return SAPOLoss(options.temperature_positive, options.temperature_negative, **common)
+    if options.loss == "vespo":
+        return VESPOLoss(
+            options.power_positive, options.decay_positive, options.power_negative, options.decay_negative, **common
+        )
+    return PolicyLoss(options.clip_low, options.clip_high, options.dual_clip, options.importance, **common)
 
 
 OPTION_NAMES: tuple[str, ...] = tuple(option.name for option in fields(Options))

@@ -20,7 +20,7 @@ from torch import Tensor
 from rehearsal.agents.rehearse import Hindsight
 from rehearsal.algorithms.aggregation import StepTotals
 from rehearsal.algorithms.batch import Objective, PolicyOutput, TokenBatch
-from rehearsal.algorithms.objectives import CISPOLoss, PolicyLoss
+from rehearsal.algorithms.objectives import PolicyObjective
 from rehearsal.algorithms.observation import ObservationLoss
 from rehearsal.algorithms.presets import Algorithm
 from rehearsal.algorithms.variance import group_variance
@@ -478,7 +478,7 @@ def _frozen_copy(model: Any) -> Any:
 def _alive(objective: Objective, batch: TokenBatch) -> Tensor:
     """bool of shape (N,): the tokens of an objective that can have a gradient, whatever the model says."""
     mask_N = objective.mask(batch)
-    if isinstance(objective, PolicyLoss | CISPOLoss):
+    if isinstance(objective, PolicyObjective):
         mask_N = mask_N & (batch.advantages_N != 0)
     return mask_N
 

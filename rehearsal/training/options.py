@@ -159,7 +159,9 @@ class RewardOptions(Options):
 class AlgorithmOptions(Options):
     """How rewards become an update."""
 
-    name: str = Field(default="grpo", description="ppo, grpo, dr_grpo, rloo, reinforce_pp, dapo, gspo or cispo")
+    name: str = Field(
+        default="grpo", description="ppo, grpo, dr_grpo, rloo, reinforce_pp, dapo, gspo, cispo, sapo or vespo"
+    )
     options: FreeOptions = Field(default_factory=dict, description="changes to the preset, such as clip_high")
 
 

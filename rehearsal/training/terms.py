@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rehearsal.algorithms.aggregation import StepTotals, token_weights
 from rehearsal.algorithms.batch import Objective, PolicyOutput, TokenBatch
-from rehearsal.algorithms.objectives import CISPOLoss, PolicyLoss
+from rehearsal.algorithms.objectives import PolicyObjective
 from rehearsal.algorithms.observation import ObservationLoss
 
 WEIGHT, WEIGHT_SQUARED = "policy/weight", "policy/weight_squared"
@@ -46,7 +46,7 @@ def term_of(
     figures.add_total(f"{room}/loss" if world else f"policy/loss/{objective.name}", float(loss.detach()))
     for name, values_N in result.metrics_N.items():
         figures.add(f"{room}/{name}", values_N[result.mask_N])
-    if isinstance(objective, PolicyLoss | CISPOLoss):
+    if isinstance(objective, PolicyObjective):
         _sampling_figures(micro, output, figures)
     return loss
 

@@ -19,8 +19,10 @@ from rehearsal.algorithms import (
     KLLoss,
     PolicyLoss,
     PolicyOutput,
+    SAPOLoss,
     TokenBatch,
     ValueLoss,
+    VESPOLoss,
 )
 from rehearsal.errors import RecipeError
 from rehearsal.trajectory import Kind
@@ -31,6 +33,8 @@ OBJECTIVES = {
     "ppo dual": PolicyLoss(dual_clip=3.0, clip_high=0.28),
     "gspo": PolicyLoss(importance="sequence", clip_low=3e-4, clip_high=4e-4),
     "cispo": CISPOLoss(),
+    "sapo": SAPOLoss(),
+    "vespo": VESPOLoss(),
     "k1": KLLoss(estimator="k1"),
     "k2": KLLoss(estimator="k2"),
     "k3": KLLoss(estimator="k3"),
@@ -189,10 +193,44 @@ def test_which_kl_each_estimator_descends():
     assert not torch.allclose(kl_gradient(True), kl_gradient(False), atol=1e-2)
 
 
+def test_sapo_by_hand():
+    """All of the gradient at a ratio of 1, and the same less on whichever side."""
+    batch, output = at_ratios([1.0, 1.0, 3.0, 3.0, 0.2], [2.0, -1.0, 1.0, -1.0, 1.0])
+    result = SAPOLoss(temperature_positive=1.0, temperature_negative=2.0)(batch, output)
+    bend = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    values = [-2 * 2.0, 2 * 0.5, -4 * bend(2), 2 * bend(4), -4 * bend(-0.8)]
+    torch.testing.assert_close(result.loss_N.detach(), torch.tensor(values, dtype=torch.float64))
+    gates = torch.tensor([1.0, 1.0, *(4 * bend(x) * bend(-x) for x in (2, 4, 0.8))], dtype=torch.float64)
+    torch.testing.assert_close(result.metrics_N["gate"], gates)
+    expected = -gates * result.metrics_N["ratio"] * batch.advantages_N
+    torch.testing.assert_close(gradient(result.loss_N, output.logprobs_N), expected)
+
+
+def test_vespo_by_hand():
+    """One weight for a sequence, from the product of its ratios; each sign of the advantage has its own bend."""
+    batch, output = at_ratios([2.0, 2.0, 0.5, 1.0], [1.0, 1.0, -1.0, 1.0])
+    loss = VESPOLoss(power_positive=2.0, decay_positive=3.0, power_negative=1.0, decay_negative=0.5)
+    result = loss(batch, output)
+    good, bad = 2**2 * math.exp(3 * (1 - 2)), 2 * math.exp(0.5 * (1 - 2))
+    gates = torch.tensor([good, good, bad, good], dtype=torch.float64)
+    torch.testing.assert_close(result.metrics_N["gate"], gates)
+    torch.testing.assert_close(gradient(result.loss_N, output.logprobs_N), -gates * batch.advantages_N)
+    on_policy, output = at_ratios([1.0, 1.0], [1.0, -2.0])
+    torch.testing.assert_close(gradient(loss(on_policy, output).loss_N, output.logprobs_N), -on_policy.advantages_N)
+
+
+def test_vespo_goes_back_to_the_policy_that_sampled():
+    """Whether the way from sampling to now is in the ratio or in the correction makes no difference."""
+    tokens = {"old": [-1.0, -1.5], "advantages": [1.0, 1.0]}
+    through_the_correction = VESPOLoss()(*one_sequence([-1.2, -1.4], rollout=[-1.3, -1.1], **tokens))
+    through_the_ratio = VESPOLoss()(*one_sequence([-1.2, -1.4], **{**tokens, "old": [-1.3, -1.1]}))
+    torch.testing.assert_close(through_the_correction.loss_N, through_the_ratio.loss_N)
+
+
 # Numeric differentiation ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["ppo", "ppo dual", "k1", "k2", "k3", "entropy", "value", "value unclipped"])
+@pytest.mark.parametrize("name", ["ppo", "ppo dual", "sapo", "k1", "k2", "k3", "entropy", "value", "value unclipped"])
 def test_gradients_agree_with_finite_differences(make_batch, name):
     batch, output = make_batch((4, 3, 5), seed=3)
 
@@ -223,12 +261,15 @@ def test_gspo_gradient_agrees_with_finite_differences_of_the_sequence(make_batch
 
 
 def test_stopped_gradients_agree_with_finite_differences_of_what_is_left(make_batch):
-    """CISPO with its weights frozen, and k3+ as k2."""
+    """CISPO and VESPO with their weights frozen, and k3+ as k2."""
     batch, output = make_batch((4, 3, 5), seed=3)
     cispo = CISPOLoss()(batch, output)
     frozen = (cispo.metrics_N["ratio"].clamp(0, 5) * cispo.metrics_N["correction"]).detach()
     expected = torch.where(batch.policy_mask_N, -frozen * batch.advantages_N, 0.0)
     torch.testing.assert_close(gradient(cispo.loss_N, output.logprobs_N), expected)
+    vespo = VESPOLoss()(batch, output)
+    expected = torch.where(batch.policy_mask_N, -vespo.metrics_N["gate"] * batch.advantages_N, 0.0)
+    torch.testing.assert_close(gradient(vespo.loss_N, output.logprobs_N), expected)
     straight, k2 = OBJECTIVES["k3+"](batch, output), OBJECTIVES["k2"](batch, output)
     torch.testing.assert_close(gradient(straight.loss_N, output.logprobs_N), gradient(k2.loss_N, output.logprobs_N))
 
@@ -267,7 +308,7 @@ def test_the_mask_does_not_move_with_the_parameters(make_batch, name):
     assert torch.equal(OBJECTIVES[name](batch, output).mask_N, OBJECTIVES[name](batch, moved).mask_N)
 
 
-@pytest.mark.parametrize("name", ["ppo", "ppo dual", "gspo", "cispo", "k1", "k2", "k3", "k3+"])
+@pytest.mark.parametrize("name", ["ppo", "ppo dual", "gspo", "cispo", "sapo", "vespo", "k1", "k2", "k3", "k3+"])
 @given(
     logprobs=st.lists(st.sampled_from([-1e6, -300.0, -45.0, -1.0, -1e-9]), min_size=3, max_size=3),
     old=st.lists(st.sampled_from([-1e6, -300.0, -45.0, -1.0, -1e-9]), min_size=3, max_size=3),
@@ -276,7 +317,7 @@ def test_the_mask_does_not_move_with_the_parameters(make_batch, name):
 )
 def test_exploding_ratios_stay_finite(name, logprobs, old, rollout, mode):
     objective = OBJECTIVES[name]
-    if hasattr(objective, "correction"):
+    if hasattr(objective, "correction") and not (name == "vespo" and mode.startswith("sequence")):
         objective = dataclasses.replace(objective, correction=ImportanceCorrection(mode))
     batch, output = one_sequence(logprobs, old=old, advantages=[1.0, -1.0, 3.0], rollout=rollout, reference=rollout)
     result = objective(batch, output)
@@ -350,6 +391,11 @@ def test_correction_weights_have_no_gradient_and_stay_inside_their_sequence(make
         lambda: PolicyLoss(importance="turn"),
         lambda: CISPOLoss(ratio_low=1.2),
         lambda: CISPOLoss(ratio_high=0.2),
+        lambda: SAPOLoss(temperature_positive=0.0),
+        lambda: SAPOLoss(temperature_negative=math.nan),
+        lambda: VESPOLoss(power_negative=-1.0),
+        lambda: VESPOLoss(decay_positive=0.0),
+        lambda: VESPOLoss(correction=ImportanceCorrection("sequence_mask")),
         lambda: KLLoss(estimator="k4"),
         lambda: ValueLoss(clip=0.0),
         lambda: ImportanceCorrection("tis"),

@@ -14,8 +14,10 @@ from rehearsal.algorithms import (
     KLLoss,
     OverlongPenalty,
     PolicyLoss,
+    SAPOLoss,
     StepTotals,
     ValueLoss,
+    VESPOLoss,
     preset,
     token_weights,
 )
@@ -23,7 +25,8 @@ from rehearsal.errors import RecipeError
 
 
 def test_the_names():
-    assert set(PRESETS) == {"ppo", "grpo", "dr_grpo", "rloo", "reinforce_pp", "dapo", "gspo", "cispo"}
+    wanted = {"ppo", "grpo", "dr_grpo", "rloo", "reinforce_pp", "dapo", "gspo", "cispo", "sapo", "vespo"}
+    assert set(PRESETS) == wanted
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -59,6 +62,8 @@ def test_what_each_preset_stands_for():
     assert gspo.aggregation.kind == "sequence_mean"
     assert isinstance(cispo.objectives[0], CISPOLoss)
     assert (cispo.objectives[0].ratio_low, cispo.objectives[0].ratio_high) == (0.0, 5.0)
+    assert preset("sapo").objectives == (SAPOLoss(1.0, 1.05, aggregation=Aggregation("sequence_mean")),)
+    assert preset("vespo").objectives == (VESPOLoss(2.0, 3.0, 3.0, 2.0),)
 
 
 def test_overrides_reach_the_parts():
@@ -100,7 +105,9 @@ def test_overrides_reach_the_parts():
 def test_options_rebuild_the_algorithm():
     """What a checkpoint stores is enough, apart from options that the loss does not read."""
     algorithm = preset("dapo", clip_low=0.1, overlong_max_tokens=100, overlong_cache_tokens=30)
-    stored = {k: v for k, v in algorithm.options.items() if k not in ("ratio_low", "ratio_high")}
+    others = {"ratio_low", "ratio_high", "temperature_positive", "temperature_negative"}
+    others |= {f"{what}_{sign}" for what in ("power", "decay") for sign in ("positive", "negative")}
+    stored = {k: v for k, v in algorithm.options.items() if k not in others}
     assert preset("dapo", **stored) == algorithm
 
 
@@ -130,6 +137,10 @@ def test_every_estimator_can_be_described(estimator):
         ("grpo", {"kl_coefficient": -1.0}, "negative"),
         ("grpo", {"ratio_high": 5.0}, "does nothing"),
         ("cispo", {"clip_high": 0.2}, "does nothing"),
+        ("sapo", {"power_positive": 2.0}, "does nothing"),
+        ("sapo", {"temperature_negative": 0.0}, "temperatures"),
+        ("vespo", {"temperature_negative": 1.0}, "does nothing"),
+        ("vespo", {"correction": "sequence_truncate"}, "token_truncate"),
         ("grpo", {"constant": 0}, "positive"),
     ],
 )

@@ -23,8 +23,10 @@ from rehearsal.algorithms import (
     KLLoss,
     PolicyLoss,
     PolicyOutput,
+    SAPOLoss,
     StepTotals,
     TokenBatch,
+    VESPOLoss,
     advantages,
     token_weights,
 )
@@ -83,7 +85,18 @@ def trl_loss(t, *, loss_type, level="token", low=0.2, high=0.28, delta=None, bet
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (t.logprobs, t.entropy, None),
         accelerator=StandInAccelerator(),
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=delta, steps_per_generation=1),
+        args=SimpleNamespace(
+            use_bias_correction_kl=False,
+            delta=delta,
+            steps_per_generation=1,
+            sapo_temperature_pos=1.0,
+            sapo_temperature_neg=1.05,
+            vespo_k_pos=2.0,
+            vespo_lambda_pos=3.0,
+            vespo_k_neg=3.0,
+            vespo_lambda_neg=2.0,
+        ),
+        get_gamma_weights=grpo_trainer.GRPOTrainer.get_gamma_weights,
         model=SimpleNamespace(training=True),
         aux_loss_enabled=False,
         top_entropy_quantile=1.0,
@@ -187,6 +200,38 @@ def test_cispo(high):
     t = tensors()
     objective = CISPOLoss(0.0, high, correction=NONE)
     assert_same(t, trl_loss(t, loss_type="cispo", high=high), our_loss(t, [objective]))
+
+
+def test_luspo_is_sequence_ratios_under_a_constant():
+    t = tensors(spread=0.2)
+    objective = PolicyLoss(
+        0.05, 0.06, importance="sequence", correction=NONE, aggregation=Aggregation("constant", constant=1)
+    )
+    theirs = trl_loss(t, loss_type="luspo", level="sequence", low=0.05, high=0.06)
+    assert_same(t, theirs, our_loss(t, [objective]))
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.4, 3.0])
+def test_sapo(spread):
+    t = tensors(spread=spread)
+    objective = SAPOLoss(correction=NONE, aggregation=Aggregation("sequence_mean"))
+    assert_same(t, trl_loss(t, loss_type="sapo"), our_loss(t, [objective]))
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.4, 3.0])
+def test_vespo(spread):
+    t = tensors(spread=spread)
+    assert_same(t, trl_loss(t, loss_type="vespo"), our_loss(t, [VESPOLoss(correction=NONE)]))
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask"])
+def test_vespo_with_weights_for_off_policy_tokens(mode):
+    t = tensors()
+    correction = ImportanceCorrection(mode, high=1.5)
+    ratio = torch.where(t.mask, (t.old - t.rollout).exp(), 1.0)
+    kept = ratio.clamp(max=1.5) if mode == "token_truncate" else torch.where(ratio > 1.5, 0.0, ratio)
+    theirs = trl_loss(t, loss_type="vespo", weights=kept)
+    assert_same(t, theirs, our_loss(t, [VESPOLoss(correction=correction)]))
 
 
 @pytest.mark.parametrize("loss_type", AGGREGATION_OF)

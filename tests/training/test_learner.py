@@ -235,7 +235,7 @@ def test_failed_episodes_are_left_out_and_change_nothing_else(model: Any, make_g
     assert differ(gradients(learner_of(model), groups[1:]), expected)
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "cispo", "dr_grpo"])
+@pytest.mark.parametrize("algorithm", ["grpo", "cispo", "dr_grpo", "sapo", "vespo"])
 def test_sequences_without_an_advantage_are_not_computed_and_still_count(
     algorithm: str, model: Any, make_groups: MakeGroups, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -696,7 +696,9 @@ def test_a_critic_that_diverges_keeps_the_policy_too(model: Any, make_groups: Ma
 # Learning for real
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "rloo", "reinforce_pp", "gspo", "cispo", "ppo"])
+@pytest.mark.parametrize(
+    "algorithm", ["grpo", "dr_grpo", "rloo", "reinforce_pp", "gspo", "cispo", "sapo", "vespo", "ppo"]
+)
 def test_the_rewarded_answer_becomes_likely(algorithm: str, tiny_qwen3: Callable[..., Any]) -> None:
     """A bandit with one pull: after each of two prompts another token pays."""
     model = tiny_qwen3(12, initializer_range=0.02)
