@@ -20,7 +20,6 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
@@ -31,7 +30,7 @@ from rehearsal.agents.toolbox import Toolbox, ToolResult
 from rehearsal.agents.transcript import TranscriptBuilder
 from rehearsal.environments.base import TextEnv
 from rehearsal.errors import RecipeError
-from rehearsal.models.chat import ChatRenderer, Piece, Rendered
+from rehearsal.models.chat import ChatRenderer, Piece, Rendered, Role
 from rehearsal.texts import clean_text
 from rehearsal.trajectory import Kind, SampleStop, StopReason, ToolCall, Turn
 
@@ -238,7 +237,7 @@ class Agent:
         self.stop_reason = self._stop_reason(result, turn.stop)
         if self.stop_reason is not None:
             if self.keep_ending and result.observation is not None:
-                self._end([Piece(result.observation, Kind.OBSERVATION)], "user")
+                self._end([[Piece(result.observation, Kind.OBSERVATION)]], "user")
             return None
         state = turn.state if result.observation is None else (result.state or "")
         notices = [text for text in (self._problem, result.notice, self._status()) if text]
@@ -250,21 +249,29 @@ class Agent:
         assert self.toolbox is not None
         turn.calls = list(result.calls)
         self._count(result.calls)
-        role: Literal["user", "tool"] = "tool" if self.renderer.has_tool_role else "user"
-        pieces = _result_pieces(result.calls, result.results, named=len(result.calls) > 1 or role == "user")
+        messages, role = self._result_messages(result)
         self.stop_reason = self._stop_reason(result, turn.stop)
         if self.stop_reason is not None:
             if self.keep_ending:
-                self._end(pieces, role)
+                self._end(messages, role)
             return None
         said = (self._problem, self.toolbox.count_notice(result.calls), result.notice, self._status())
         notices = [text for text in said if text]
-        shown = Turn("".join(piece.text for piece in pieces), notice=" ".join(notices), state=turn.state)
-        pieces.append(Piece("\n" + shown.notice, Kind.NOTICE))
-        prompt = self._show(shown, self.renderer.after_answer(self._sampled_ids, pieces, role))
+        words = "\n".join("".join(piece.text for piece in message) for message in messages)
+        shown = Turn(words, notice=" ".join(notices), state=turn.state)
+        messages[-1].append(Piece("\n" + shown.notice, Kind.NOTICE))
+        prompt = self._show(shown, self.renderer.after_answer(self._sampled_ids, messages[0], role, messages[1:]))
         if prompt is None:
             self.counters["oversized_results"] += 1
         return prompt
+
+    def _result_messages(self, result: PlayResult) -> tuple[list[list[Piece]], Role]:
+        """What came of the calls: a message for each where the template takes them, else all in one."""
+        told = list(zip(result.calls, result.results, strict=True))
+        if self.renderer.takes_results(len(told)):
+            return [_result_pieces([one], named=False) for one in told], "tool"
+        together = self.renderer.takes_results(1)
+        return [_result_pieces(told, named=True)], "tool" if together else "user"
 
     def _count(self, calls: Sequence[ToolCall]) -> None:
         for call in calls:
@@ -305,10 +312,10 @@ class Agent:
             return StopReason.ACTION_LIMIT
         return None
 
-    def _end(self, pieces: Sequence[Piece], role: Literal["user", "tool"]) -> None:
+    def _end(self, messages: Sequence[Sequence[Piece]], role: Role) -> None:
         """Put the last words of environment or tools into the transcript, as far as they are theirs and there is
         room."""
-        rendered = self.renderer.after_answer(self._sampled_ids, pieces, role)
+        rendered = self.renderer.after_answer(self._sampled_ids, messages[0], role, messages[1:])
         spoken = np.flatnonzero(rendered.kinds == Kind.OBSERVATION)
         if len(spoken) and len(self.transcript) + int(spoken[-1]) + 1 <= self.limits.max_context:
             self.transcript.add_rendered(rendered.first(int(spoken[-1]) + 1), len(self.turns))
@@ -335,10 +342,10 @@ class Agent:
         return [Piece(turn.observation, Kind.OBSERVATION), Piece("\n" + turn.notice, Kind.NOTICE)]
 
 
-def _result_pieces(calls: Sequence[ToolCall], results: Sequence[ToolResult], named: bool) -> list[Piece]:
-    """The results of one answer's calls as the content of a message: the tools' words and, as notices, ours."""
+def _result_pieces(told: Sequence[tuple[ToolCall, ToolResult]], named: bool) -> list[Piece]:
+    """The results of calls as the content of a message: the tools' words and, as notices, ours."""
     pieces: list[Piece] = []
-    for number, (call, result) in enumerate(zip(calls, results, strict=True), 1):
+    for number, (call, result) in enumerate(told, 1):
         head = f"Result {number}, {' '.join(clean_text(call.name).split())[:64]}:\n" if named else ""
         pieces.append(Piece(("\n" if number > 1 else "") + head, Kind.NOTICE))
         pieces.append(Piece(result.text, Kind.OBSERVATION))

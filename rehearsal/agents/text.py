@@ -24,7 +24,6 @@ class _Messages:
 
     opens_thought = False
     shows_tools = False
-    has_tool_role = False
     stop_texts: tuple[str, ...] = ()
 
     def __init__(self) -> None:
@@ -39,9 +38,13 @@ class _Messages:
         # The agent tells of them in the rules: a server that was given them would take the calls out of the answers.
         return self
 
+    def takes_results(self, count: int) -> bool:
+        return False
+
     def after_answer(
-        self, sampled_ids: Sequence[int] | np.ndarray, pieces: Sequence[Piece], role: str = "user"
-    ) -> Rendered:
+        self, sampled_ids: Sequence[int] | np.ndarray, pieces: Sequence[Piece], role: str = "user",
+        more: Sequence[Sequence[Piece]] = (),
+    ) -> Rendered:  # fmt: skip
         self.pending.append(("user", "".join(piece.text for piece in pieces)))
         return _NOTHING
 

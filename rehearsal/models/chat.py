@@ -27,11 +27,11 @@ from tokenizers import Tokenizer
 
 from rehearsal.errors import ModelError
 from rehearsal.models.chat_calls import shows_json_calls
-from rehearsal.models.chat_frames import USER_WORD, Message, TemplateRefusalError, find_frames, joined_parts
+from rehearsal.models.chat_frames import USER_WORD, Frame, Message, TemplateRefusalError, find_frames, joined_parts
 from rehearsal.models.chat_text import Defuser, Piece, Run, joined, kinds_of_tokens, text_is_visible
 from rehearsal.trajectory import Kind
 
-__all__ = ["ChatRenderer", "Piece", "Rendered", "base_template"]
+__all__ = ["ChatRenderer", "Piece", "Rendered", "Role", "base_template"]
 
 Role = Literal["user", "tool"]
 
@@ -163,6 +163,7 @@ class ChatRenderer:
         self.fast = all(frame.exact for frame in self._frames.frames)
         self.has_system_role = self._frames.opening_system is not None
         self.has_tool_role = "tool" in self._frames.after
+        self._results: dict[int, Frame | None] = {}
         self.opens_thought = bool(self._frames.opened_thought)
         self._closing = {role: self._closing_of(frame.parts[0]) for role, frame in self._frames.after.items()}
         self.stop_token_ids: tuple[int, ...] = tuple(sorted(self._find_stops() | set(self._extra_stop_ids)))
@@ -194,8 +195,9 @@ class ChatRenderer:
         return self._tokenised(runs, "", 0, defused + more)
 
     def after_answer(
-        self, sampled_ids: Sequence[int] | np.ndarray, pieces: Sequence[Piece], role: Role = "user"
-    ) -> Rendered:
+        self, sampled_ids: Sequence[int] | np.ndarray, pieces: Sequence[Piece], role: Role = "user",
+        more: Sequence[Sequence[Piece]] = (),
+    ) -> Rendered:  # fmt: skip
         """What follows an answer: the end of its turn as far as it is missing, a message, and the generation prompt.
 
         Args:
@@ -203,12 +205,18 @@ class ChatRenderer:
                 behind it follows; if the answer was cut off, the tokens that end the turn come first, as ``TEMPLATE``.
             pieces: the content of the message.
             role: whose message it is.
+            more: the contents of further messages of that role; see :meth:`takes_results`.
         """
         frame = self._frames.after.get(role)
         if frame is None:
             raise ModelError(f'The chat template has no place for a message of role "{role}": use role "user".')
-        content, defused = self._defuser(pieces)
-        runs = frame.fill([content])
+        if more:
+            frame = self._frame_of_results(1 + len(more)) if role == "tool" else None
+            if frame is None:
+                raise ModelError(f'The chat template takes no {1 + len(more)} messages of role "{role}" in a row.')
+        contents, counts = zip(*(self._defuser(content) for content in (pieces, *more)), strict=True)
+        defused = sum(counts)
+        runs = frame.fill(contents)
         last = int(sampled_ids[-1]) if len(sampled_ids) else -1
         text = runs[0][0]
         closing = self._closing[role]
@@ -222,6 +230,15 @@ class ChatRenderer:
             return self._tokenised(runs, "", 0, defused)
         # The fixed text begins with plain letters: any token that stands alone keeps them from merging.
         return self._tokenised(runs, *next(iter(self._anchors.values()), ("", 0)), defused)
+
+    def takes_results(self, count: int) -> bool:
+        """Whether the template has a place for so many messages of tools in a row."""
+        return self.has_tool_role and (count == 1 or self._frame_of_results(count) is not None)
+
+    def _frame_of_results(self, count: int) -> Frame | None:
+        if count not in self._results:
+            self._results[count] = self._frames.find_results(count)
+        return self._results[count]
 
     def decode(self, token_ids: Sequence[int] | np.ndarray) -> str:
         """The text of some ids, special tokens included."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from rehearsal.errors import ModelError
@@ -157,6 +158,8 @@ class ChatFrames:
     opened_thought: str
     rewrites: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    find_results: Callable[[int], Frame | None] = field(default=lambda count: None, repr=False)
+    """Finds the frame of so many messages of tools in a row, as in ``after``; None where the template has none."""
 
     @property
     def frames(self) -> list[Frame]:
@@ -212,6 +215,8 @@ def find_frames(render: Render) -> ChatFrames:
     tail = (opening_system or opening).parts[-1]
     opened = tail[tail.rfind("<think>") :] if tail.rfind("<think>") > tail.rfind("</think>") else ""
     found = ChatFrames(opening, opening_system, frames, _end(render, start), opened, rewrites, notes)
+    if "tool" in frames:
+        found.find_results = partial(_results_frame, render, start)
     found.rewrites += _history_rewrites(render, found)
     if _refuses(render, [*start, _message("user", NEXT_WORD)]):
         notes.append("The chat template accepts only user and assistant messages in turn.")
@@ -229,25 +234,36 @@ def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _after_frame(render: Render, start: Sequence[Message], role: str, turns: int = 1) -> Frame | None:
-    """The frame of a message that follows the answer of turn number ``turns``."""
+def _after_frame(
+    render: Render, start: Sequence[Message], role: str, turns: int = 1, words: Sequence[str] = (NEXT_WORD,)
+) -> Frame | None:
+    """The frame of the messages, one for each word, that follow the answer of turn number ``turns``."""
     history = list(start)
     for _ in range(turns - 1):
-        history += [_message("assistant", "Zqearlier"), _message(role, "Zqmiddle")]
+        history += [_message("assistant", "Zqearlier"), *(_message(role, "Zqmiddle") for _ in words)]
 
     def region(texts: Sequence[str]) -> str:
-        text = render([*history, _message("assistant", ANSWER_WORD), _message(role, texts[0])], True)
+        messages = [_message(role, text) for text in texts]
+        text = render([*history, _message("assistant", ANSWER_WORD), *messages], True)
         _, found, after = text.partition(ANSWER_WORD)
         if not found:
             raise TemplateRefusalError("the template does not show earlier answers")
         return after
 
-    return Frame.find([NEXT_WORD], region)
+    return Frame.find(words, region)
 
 
-def _is_stable(render: Render, start: Sequence[Message], role: str, frame: Frame) -> bool:
-    """Whether the template writes the message after the second answer as it does the one after the first."""
-    later = _after_frame(render, start, role, turns=2)
+def _results_frame(render: Render, start: Sequence[Message], count: int) -> Frame | None:
+    words = [f"Zq{number}result" for number in range(count)]
+    frame = _after_frame(render, start, "tool", words=words)
+    return frame if frame is not None and _is_stable(render, start, "tool", frame, words) else None
+
+
+def _is_stable(
+    render: Render, start: Sequence[Message], role: str, frame: Frame, words: Sequence[str] = (NEXT_WORD,)
+) -> bool:
+    """Whether the template writes the messages after the second answer as it does those after the first."""
+    later = _after_frame(render, start, role, turns=2, words=words)
     return later is not None and later.parts == frame.parts
 
 

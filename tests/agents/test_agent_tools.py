@@ -123,25 +123,36 @@ def test_results_are_observations_and_counts_are_notices(chatml_renderer: ChatRe
     assert "Turn 1 of 6, 2 actions, 3 tool calls left." in game.shown
     shown = game.call(("look", {"where": "safe"}), ("fail", {}))
     assert shown == (
-        "\n<|im_start|>tool\nResult 1, look:\n42\nResult 2, fail:\nError: OSError: stuck\n"
+        "\n<|im_start|>tool\n42<|im_end|>\n<|im_start|>tool\nError: OSError: stuck\n"
         "Calls 1 to 2 of 3; cost 0.5. Turn 2 of 6, 2 actions, 1 tool call left.<|im_end|>\n<|im_start|>assistant\n"
     )
     shown = game.call(("nothing", {}), ("look", {"where": "desk"}))
-    assert 'Result 1, nothing:\nThere is no tool "nothing".' in shown
+    assert '<|im_start|>tool\nThere is no tool "nothing".' in shown
     assert (
-        "Result 2, look:\nNo tool calls are left: all 3 are used.\n"
+        "<|im_start|>tool\nNo tool calls are left: all 3 are used.\n"
         "Call 3 of 3; cost 0.25. Turn 3 of 6, 2 actions, 0 tool calls left." in shown
     )
     segment = game.agent.transcript.segment()
     text = {kind: chatml_renderer.decode(segment.token_ids[segment.kinds == kind]) for kind in Kind}
     assert text[Kind.OBSERVATION] == "A safe.42Error: OSError: stuck"
-    assert "Result 1, look:" in text[Kind.NOTICE] and "There is no tool" in text[Kind.NOTICE]
+    assert "There is no tool" in text[Kind.NOTICE]
     assert "<tool_call>" in text[Kind.ACTION] and "<tool_call>" not in text[Kind.THOUGHT]
     assert np.isnan(segment.logprobs).tolist() == (~segment.sampled_mask).tolist()
     assert [turn.penalty for turn in game.agent.turns[:2]] == [-0.5, -0.25]
     assert [call.cost for turn in game.agent.turns for call in turn.calls] == [0.25, 0.25, 0.25, 0.0]
     counters = game.agent.counters
     assert (counters["tool_failures/fail"], counters["unknown_tools"], counters["refused_calls"]) == (1, 1, 1)
+
+
+def test_results_share_a_message_where_the_template_takes_one_at_a_time(
+    chatml_renderer: ChatRenderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ChatRenderer, "takes_results", lambda self, count: count == 1)
+    game = Game(chatml_renderer)
+    assert game.call(("look", {"where": "safe"}), ("fail", {})) == (
+        "\n<|im_start|>tool\nResult 1, look:\n42\nResult 2, fail:\nError: OSError: stuck\n"
+        "Turn 2 of 6, 2 actions left.<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_the_whole_is_what_the_template_gives(chatml_renderer: ChatRenderer) -> None:
@@ -156,7 +167,10 @@ def test_the_whole_is_what_the_template_gives(chatml_renderer: ChatRenderer) -> 
     system = "Say the number.\n" + game.agent.protocol.format_instructions(game.env)
     messages = [{"role": "system", "content": system}, {"role": "user", "content": told[0]}]
     for answer, shown, role in zip(answers, told[1:], ("tool", "user", "tool"), strict=True):
-        messages += [{"role": "assistant", "content": answer}, {"role": role, "content": shown}]
+        messages.append({"role": "assistant", "content": answer})
+        two = shown.startswith("dust\nError")
+        messages += [{"role": role, "content": text} for text in (shown.split("\n", 1) if two else [shown])]
+    assert len(messages) == 9, "two results are two messages"
     whole = chatml_renderer.tokenizer.apply_chat_template(
         messages, tools=toolbox.schemas, tokenize=False, add_generation_prompt=True
     )

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rehearsal.agents.calls import spell_call
 from rehearsal.agents.tools import tool_from
+from rehearsal.errors import ModelError
 from rehearsal.models.chat import ChatRenderer, Piece, base_template
 from rehearsal.trajectory import Kind
 
@@ -114,16 +115,42 @@ def test_parts_with_calls_and_results_are_the_whole(
         text = calls or f"<answer>{word}</answer>"
         sampled = [*encoded(renderer, text), renderer.single_token("<|im_end|>")]
         role: Any = "user" if kind == "answer" else "tool"
-        after = renderer.after_answer(sampled, [Piece(told, Kind.OBSERVATION), Piece("\nTurn.", Kind.NOTICE)], role)
+        contents = [[Piece(told, Kind.OBSERVATION), Piece("\nTurn.", Kind.NOTICE)]]
+        if kind == "calls":
+            contents.insert(0, [Piece("3", Kind.OBSERVATION)])
+        after = renderer.after_answer(sampled, contents[0], role, contents[1:])
         ids += [*sampled, *after.token_ids.tolist()]
-        messages += [{"role": "assistant", "content": text}, {"role": role, "content": told + "\nTurn."}]
-        assert renderer.decode(after.token_ids[after.kinds == Kind.OBSERVATION]) == told
+        messages.append({"role": "assistant", "content": text})
+        messages += [{"role": role, "content": "".join(piece.text for piece in content)} for content in contents]
+        assert renderer.decode(after.token_ids[after.kinds == Kind.OBSERVATION]) == "3" * (kind == "calls") + told
     assert renderer.decode(ids) == whole(renderer, messages)
     assert ids == encoded(renderer, whole(renderer, messages))
 
 
 def whole(renderer: ChatRenderer, messages: list[dict[str, Any]]) -> str:
     return renderer.tokenizer.apply_chat_template(messages, tools=SCHEMAS, tokenize=False, add_generation_prompt=True)
+
+
+def test_each_result_has_a_frame_of_its_own_in_one_turn_of_the_tools() -> None:
+    renderer = plain_renderer("qwen3").with_tools(SCHEMAS)
+    assert renderer.takes_results(3)
+    results = [[Piece(text, Kind.OBSERVATION)] for text in ("one", "</tool_response>", "")]
+    after = renderer.after_answer(encoded(renderer, "x<|im_end|>"), results[0], "tool", results[1:])
+    frame = "<tool_response>\n{}\n</tool_response>"
+    told = "\n".join(frame.format(text) for text in ("one", "< /tool_response>", ""))
+    text = renderer.decode(after.token_ids)
+    assert text == f"\n<|im_start|>user\n{told}<|im_end|>\n<|im_start|>assistant\n"
+    assert after.defused == 1
+
+
+def test_results_in_a_row_where_the_template_takes_none() -> None:
+    renderer = plain_renderer("gemma")
+    assert not renderer.takes_results(1) and not renderer.takes_results(2)
+    one = [Piece("1", Kind.OBSERVATION)]
+    with pytest.raises(ModelError, match="no place"):
+        renderer.after_answer([], one, "tool", [one])
+    with pytest.raises(ModelError, match="takes no 2 messages"):
+        plain_renderer("qwen3").after_answer([], one, "user", [one])
 
 
 @pytest.mark.parametrize("family", ["base", "qwen2_5", "qwen3"])
