@@ -149,6 +149,7 @@ def test_the_code_of_10000_random_texts() -> None:
 
 
 def run_code(batches: int) -> None:
+    """Run batches of 100 random texts, half of them as functions and half as programs."""
     try:
         strongest()
     except SandboxError as error:
@@ -157,23 +158,23 @@ def run_code(batches: int) -> None:
     with verifier, VerifierPool({"code": verifier}, timeout=60) as own:
 
         @settings(max_examples=batches, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-        @given(st.lists(TEXTS, min_size=10, max_size=10))
+        @given(st.lists(TEXTS, min_size=100, max_size=100))
         def check(texts: list[str]) -> None:
-            for task in (CODE_TASK, PROGRAM):
-                for text, result in zip(texts, own.verify(texts, [task] * len(texts), "code"), strict=True):
-                    # The tests are sound and the sandbox is there, so every text has a score.
-                    assert isinstance(result, Score) and result.value in (0.0, 1.0), (text, result)
+            tasks = [CODE_TASK, PROGRAM] * 50
+            for text, result in zip(texts, own.verify(texts, tasks, "code"), strict=True):
+                # The tests are sound and the sandbox is there, so every text has a score.
+                assert isinstance(result, Score) and result.value in (0.0, 1.0), (text, result)
 
         check()
 
 
 def test_a_few_random_texts_as_code() -> None:
-    run_code(2)
+    run_code(1)
 
 
 @pytest.mark.slow
-def test_random_texts_as_code() -> None:
-    run_code(30)
+def test_10000_random_texts_as_code() -> None:
+    run_code(100)
 
 
 # A reward model
