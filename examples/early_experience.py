@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Sequence
 
 import rehearsal as rh
+from rehearsal.diagnostics import judge_early
 from rehearsal.training.early_experience import EarlySettings, early_experience
 
 
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if f"before/{name}" in figures:
             print(f"{name}: {figures[f'before/{name}']:.3f} before, {figures[f'after/{name}']:.3f} after")
     print(f"learnt from {figures['branches/states']:.0f} states of an expert, and no reward")
+    for verdict in judge_early(figures):
+        print(verdict.text())
     if options.steps:
         print(f"run: {rh.train(recipe, policy=policy, output=options.output).path}")
 

@@ -6,6 +6,7 @@ wrong and what to try (:mod:`~rehearsal.diagnostics.verdict`). Nothing here know
 """
 
 from rehearsal.diagnostics.behaviour import behaviour_metrics
+from rehearsal.diagnostics.early_rules import EARLY_RULES, judge_early
 from rehearsal.diagnostics.information import Information, SmoothedDeviation, information
 from rehearsal.diagnostics.rewards import signal_metrics
 from rehearsal.diagnostics.rules import RULE_NAMES, RULES, Rule, Thresholds
@@ -23,6 +24,7 @@ from rehearsal.diagnostics.thoughts import (
 from rehearsal.diagnostics.verdict import Unheard, Verdict, Watch, judge, unheard
 
 __all__ = [
+    "EARLY_RULES",
     "RULES",
     "RULE_NAMES",
     "CrossTable",
@@ -42,6 +44,7 @@ __all__ = [
     "first_turn_table",
     "information",
     "judge",
+    "judge_early",
     "measure",
     "signal_metrics",
     "thought_of_turn",
