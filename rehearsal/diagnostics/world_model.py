@@ -250,7 +250,7 @@ def _stroll(walk: _Walk, choices: _Choices, rng: np.random.Generator) -> None:
     known = choices.of(walk.env, plan)
     if not known or walk.agent.actions_left <= 1 or len(walk.agent.turns) >= walk.agent.limits.max_turns:
         return
-    action = plan[0] if plan and rng.random() < 0.5 else known[int(rng.integers(len(known)))]
+    action = plan[0] if plan and plan[0] in known and rng.random() < 0.5 else known[int(rng.integers(len(known)))]
     ahead = copy.deepcopy(walk.env)
     _, _, terminated, truncated, _ = ahead.step(action)
     if not (terminated or truncated):

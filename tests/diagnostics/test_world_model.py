@@ -291,6 +291,21 @@ def test_actions_of_which_nobody_knows_whether_they_are_right_are_left_out(rende
             assert (other in gap.texts) == known
 
 
+def test_what_an_oracle_says_and_nobody_can_do_is_not_asked_for(renderer: Any) -> None:
+    class Muddled(Riddle):
+        """Its oracle has a word for one of the boxes that the environment does not know."""
+
+        def oracle(self) -> list[str] | None:
+            plan = super().oracle()
+            return ["", *plan[1:]] if plan and self.box == 0 and not self.opened else plan
+
+    env = Muddled()
+    gaps = make_gaps(env, renderer, Limits.for_env(env), 30)
+    shown = [parts(renderer, gap)[0].rpartition("box ")[2][0] for gap in gaps if gap.kind == "action"]
+    assert "0" not in shown and len(shown) > 10
+    assert all("" not in gap.texts for gap in gaps)
+
+
 def test_countdown_has_candidates_that_are_right_and_wrong(gaps_of: Callable[..., list[Gap]], renderer: Any) -> None:
     gaps = [gap for gap in gaps_of("countdown") if gap.kind == "action"]
     assert len(gaps) == 40
