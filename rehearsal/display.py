@@ -214,7 +214,8 @@ def closing_line(summary: Mapping[str, Any], report: Any) -> str:
 _GAPS = {
     "action": "the best action",
     "forward": "what comes of an action",
-    "inverse": "the action between two states",
+    "inverse": "the action between, in words",
+    "by_forward": "the same, by what comes next",
     "reward": "the reward, asked in words",
     "budget": "enough turns? asked in words",
 }

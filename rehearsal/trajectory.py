@@ -166,6 +166,7 @@ class Turn:
         thought: the text inside the thought, or "".
         actions: the actions that were parsed out of the answer, at most as many as a turn allows.
         executed: those of them that the environment stepped.
+        aliases: for each executed action the foretold ones that stood for it in that state, in the rehearse protocol.
         rewards: the environment's reward of each executed action.
         penalty: what the harness took off for an answer that could not be parsed or was illegal, and for the cost of
             tool calls (zero or negative).
@@ -196,6 +197,7 @@ class Turn:
     stop: SampleStop = SampleStop.END
     state: str = ""
     predictions: list[Prediction] = field(default_factory=list)
+    aliases: list[list[str]] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
     foreseeable: bool = False
     meaning: str = ""

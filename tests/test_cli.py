@@ -446,6 +446,22 @@ def test_figures_that_cannot_be_written_are_told_of_first(run: Run, taught_folde
         assert "is a folder" in mistake(run(*words, tmp_path))
 
 
+def test_a_probe_of_an_environment_where_any_text_is_an_action(run: Run, taught_folder: Path, tmp_path: Path) -> None:
+    words = ("probe", "--recipe", "small.toml", "--environment.name", "countdown", "--agent.max_turns", "1")
+    code, out, said = run(*words[:1], taught_folder, *words[1:], "--episodes", "12", "--json", "figures.json")
+    assert code == 0, said
+    figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
+    for kind in ("action", "forward", "inverse", "by_forward", "reward", "budget"):
+        assert figures[f"{kind}/count"] == 12
+        assert figures[f"{kind}/low"] <= figures[f"{kind}/accuracy"] <= figures[f"{kind}/high"]
+    for label in ("the best action", "the action between, in words", "the same, by what comes next"):
+        (line,) = [line for line in out.splitlines() if line.startswith(label)]
+        assert " to " in line and line.rstrip().endswith("12")
+    assert "temper cannot be probed: its oracle() is None" in mistake(
+        run(*words[:1], taught_folder, *words[1:4], "test-temper")
+    )
+
+
 def test_playing_what_raises(run: Run) -> None:
     assert "seed is a whole number" in mistake(run("play", "frozenlake", "--seed", "-1"))
     said = mistake(run("play", "test-temper", "--how", "raise"))

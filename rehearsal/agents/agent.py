@@ -9,7 +9,7 @@ steps the environment; the agent keeps the books:
         session.extend(prompt.token_ids)
         sample = session.sample(max_tokens=agent.tokens_left)
         turn = agent.read(sample.ids, sample.logprobs, sample.stop)
-        result = play_actions(env, turn, agent.protocol, agent.actions_left, agent.toolbox)
+        result = play_actions(env, turn, agent.protocol, agent.actions_left, agent.toolbox, agent.foretold)
         prompt = agent.next_turn(result)
     agent.stop_reason, agent.turns, agent.counters, agent.transcript.segment()
 """
@@ -142,6 +142,11 @@ class Agent:
         """How many tokens the next answer may take; at least 1 whenever a prompt was given."""
         return max(0, min(self.limits.max_tokens_per_turn, self.limits.max_context - len(self.transcript)))
 
+    @property
+    def foretold(self) -> list[str]:
+        """The actions that predictions were about so far, each once."""
+        return list(dict.fromkeys(a for turn in self.turns for one in turn.predictions for a in one.actions))
+
     def opening(
         self, env_instructions: str, observation: str, state: str = "", env: TextEnv | None = None,
         toolbox: Toolbox | None = None,
@@ -218,6 +223,7 @@ class Agent:
         """
         turn = self.turns[-1]
         turn.executed, turn.rewards, turn.penalty = list(result.executed), list(result.rewards), result.penalty
+        turn.aliases = [list(names) for names in result.aliases]
         turn.foreseeable, turn.meaning = result.foreseeable, result.meaning
         turn.parts, turn.violations, turn.obligations = dict(result.parts), result.violations, result.obligations
         if result.illegal:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -31,6 +31,7 @@ class PlayResult:
     Attributes:
         observation: the environment's last words; None if it was not stepped, so that its earlier words still hold.
         executed: the actions that the environment stepped.
+        aliases: for each of them the foretold actions that stood for it in that state, as they were foretold.
         rewards: its reward of each.
         penalty: what the harness takes off, the cost of tool calls included; zero or negative.
         terminated: whether the environment reached a final state.
@@ -54,6 +55,7 @@ class PlayResult:
 
     observation: str | None = None
     executed: list[str] = field(default_factory=list)
+    aliases: list[list[str]] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     penalty: float = 0.0
     terminated: bool = False
@@ -79,8 +81,9 @@ class PlayResult:
 
 
 def play_actions(
-    env: TextEnv, turn: Turn, protocol: Protocol, remaining_actions: int, toolbox: Toolbox | None = None
-) -> PlayResult:
+    env: TextEnv, turn: Turn, protocol: Protocol, remaining_actions: int, toolbox: Toolbox | None = None,
+    foretold: Sequence[str] = (),
+) -> PlayResult:  # fmt: skip
     """Step the environment through the actions of one answer, or execute the tools that it calls.
 
     Every action is checked with ``env.parse_action`` before the environment sees it. Actions are executed in order
@@ -96,6 +99,8 @@ def play_actions(
         protocol: for the penalty.
         remaining_actions: how many actions the episode has left, at least 1.
         toolbox: the tools of the episode, :attr:`rehearsal.agents.agent.Agent.toolbox`.
+        foretold: the actions that predictions were about so far, :attr:`rehearsal.agents.agent.Agent.foretold`. Which
+            of them an action is depends on the state that it is taken in, so it is asked here.
 
     Raises:
         EnvironmentFault: if the environment raises or returns something that its contract does not allow.
@@ -113,16 +118,13 @@ def play_actions(
         return result
     planned = turn.actions[: max(0, remaining_actions)]
     for text in planned:
-        action = _guarded(env, f'parse_action("{_short(text)}")', partial(env.parse_action, text))
-        if action is not None and not isinstance(action, str):
-            raise EnvironmentFault(f"{_name(env)}.parse_action must return a string or None, not {told(action)}.")
-        if action is not None and (bad := bad_text(action)):
-            raise EnvironmentFault(f"{_name(env)}.parse_action returned {bad}.")
+        action = _parsed(env, text)
         if action is None:
             result.illegal = text
             result.penalty = protocol.format_penalty
             result.notice = _illegal_notice(env, text)
             break
+        result.aliases.append([other for other in foretold if other == text or _parsed(env, other) == action])
         _step(env, action, result)
         if result.over:
             break
@@ -142,6 +144,17 @@ def check_reset(env: TextEnv, returned: Any) -> tuple[str, dict[str, Any]]:
     _refuse(reset_faults(f"{_name(env)}.reset", returned))
     observation, info = returned
     return observation, info
+
+
+def _parsed(env: TextEnv, text: str) -> str | None:
+    action: object = _guarded(env, f'parse_action("{_short(text)}")', partial(env.parse_action, text))
+    if action is None:
+        return None
+    if not isinstance(action, str):
+        raise EnvironmentFault(f"{_name(env)}.parse_action must return a string or None, not {told(action)}.")
+    if bad := bad_text(action):
+        raise EnvironmentFault(f"{_name(env)}.parse_action returned {bad}.")
+    return action
 
 
 def _step(env: TextEnv, action: str, result: PlayResult) -> None:

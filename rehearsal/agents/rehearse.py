@@ -147,15 +147,16 @@ def _taken(trajectory: Trajectory, number: int, prediction: Prediction, horizon:
     """The first turn, from its own on, in which the actions of a prediction were taken, and no others. Of those behind
     the one that ended the episode nothing more could have come.
 
-    An action goes by the words that the answer of that turn had for it, and by those of the environment, which may call
-    it something else.
+    An action goes by the words that the answer of that turn had for it, by those of the environment, which may call it
+    something else, and by any others that the environment took for it in that state.
     """
     wanted = [_plain(action) for action in prediction.actions]
     over = trajectory.stop_reason in (StopReason.TERMINATED, StopReason.TRUNCATED)
     for later in range(number, min(number + horizon + 1, len(trajectory.turns))):
         turn = trajectory.turns[later]
         done = [
-            {_plain(action) for action in names} for names in zip_longest(turn.executed, turn.actions, fillvalue="")
+            {_plain(action) for action in (done, written, *aliases)}
+            for done, written, aliases in zip_longest(turn.executed, turn.actions, turn.aliases, fillvalue="")
         ]
         del done[len(turn.executed) :]  # written, and not executed
         ended = over and later == len(trajectory.turns) - 1

@@ -4,19 +4,25 @@ A gap is a piece of an episode that follows from the rest, with some other thing
 fills it with what it finds likeliest; how often it is right, against what one would get who does not look, tells what
 it knows, apart from how it plays:
 
-===========  ===========================================  =============================================================
-kind         given                                        the gap
-===========  ===========================================  =============================================================
-``action``   an episode up to an answer                   the action: one of the best, among all legal ones
-``forward``  the same and an action                       what the environment answers, among its answers to others
-``inverse``  a state, and the one after it                the action between them
-``reward``   a state, an action, and what came of it      the reward, among those that there are
-``budget``   a state and the turns that are left          whether they suffice, yes or no
-===========  ===========================================  =============================================================
+==============  ===========================================  ==========================================================
+kind            given                                        the gap
+==============  ===========================================  ==========================================================
+``action``      an episode up to an answer                   the action: one of the best, among other ones
+``forward``     the same and an action                       what the environment answers, among its answers to others
+``inverse``     a state, and the one after it                the action between them
+``by_forward``  the same                                     the same, by how likely the second state is after each
+``reward``      a state, an action, and what came of it      the reward, among those that there are
+``budget``      a state and the turns that are left          whether they suffice, yes or no
+==============  ===========================================  ==========================================================
 
-The first three are asked in the very tokens of an episode, by how likely the policy finds each candidate (for
-``inverse``: the second state after each action). The last two are questions in words, which a model has to understand
-to do better than chance. Answers come without a thought.
+``action``, ``forward`` and ``by_forward`` are asked in the very tokens of an episode, by how likely the policy finds
+each candidate. The others are questions in words, which a model has to understand to do better than chance. So
+``by_forward`` tells whether a policy knows what its actions do, and ``inverse`` whether it can say so. Answers come
+without a thought.
+
+Actions are chosen among the legal ones. Where any text is an action, they are the oracle's own and what it would say in
+other episodes. Some of those can be told apart by what they are made of: in Countdown by their numbers, which are not
+those of the task. A policy that fills such gaps knows what belongs to a task, and need not know how it is solved.
 
 Beside them: the perplexity of the environment's answers against the number of symbols that they are made of. Above it
 the policy does worse than somebody who knows nothing but the symbols: the world is foreign to it (SPA,
@@ -30,8 +36,9 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -49,13 +56,14 @@ from rehearsal.models.parallel import pack_workers
 from rehearsal.models.scoring import each_target
 from rehearsal.trajectory import Kind, SampleStop
 
-PROBES = ("action", "forward", "inverse", "reward", "budget")
+PROBES = ("action", "forward", "inverse", "by_forward", "reward", "budget")
 """The kinds of gaps."""
 
-_IN_WORDS = ("reward", "budget")
-"""Kinds whose right answer is often the same: most rewards are 0, and most budgets suffice."""
 _MOST_ACTIONS = 8
+_ELSEWHERE = 64
+"""Episodes that the oracle is asked in for what it would say elsewhere."""
 _ROWS = 1024
+_INVERSE = " After one action came:\n{}\nWhich action was it?"
 _REWARD = " What was the reward of the last action?"
 _BUDGET = " Can it be done in the turns that are left? yes or no."
 
@@ -68,21 +76,18 @@ class Gap:
         kind: one of :data:`PROBES`.
         candidates: token ids, int32 of shape (T,), each with the position at which what is scored begins.
         right: which of them are.
+        texts: what each of them stands for: an action, an observation, or the answer to a question.
     """
 
     kind: str
     candidates: tuple[tuple[np.ndarray, int], ...]
     right: frozenset[int]
+    texts: tuple[str, ...]
 
     @property
     def chance(self) -> float:
         """The share of right candidates."""
         return len(self.right) / len(self.candidates)
-
-    @property
-    def answers(self) -> list[bytes]:
-        """What stands in the gap where it is filled right."""
-        return [self.candidates[i][0][self.candidates[i][1] :].tobytes() for i in sorted(self.right)]
 
 
 class _Walk:
@@ -153,13 +158,46 @@ class _Step:
     """How good it is to be there: the chance of success, then the fewer steps the better."""
 
 
+class _Choices:
+    """The actions to choose from in a state: the legal ones or, where any text is an action, the oracle's own and those
+    that it would take elsewhere."""
+
+    def __init__(self, env: TextEnv, seed: int, split: str) -> None:
+        self._env = env
+        self._seed = seed
+        self._split = split
+
+    @cached_property
+    def _elsewhere(self) -> list[str]:
+        env, rng = copy.deepcopy(self._env), np.random.default_rng([self._seed, 8])
+        said: dict[str, None] = {}
+        for _ in range(_ELSEWHERE):
+            env.reset(seed=int(rng.integers(2**31)), options={"split": self._split})
+            said |= dict.fromkeys(env.oracle() or ())
+        return list(said)
+
+    def of(self, env: TextEnv, plan: Sequence[str]) -> list[str]:
+        """Those of the present state, each once."""
+        legal = env.legal_actions()
+        if legal is not None:
+            return legal
+        named = dict.fromkeys(map(env.parse_action, (*plan[:1], *self._elsewhere)))
+        return [action for action in named if action is not None]
+
+
+def _plan(env: TextEnv) -> list[str]:
+    """The oracle's actions, the next one as the environment itself calls it."""
+    plan = env.oracle() or []
+    return [env.parse_action(plan[0]) or plan[0], *plan[1:]] if plan else []
+
+
 def make_gaps(
     env: TextEnv, renderer: ChatRenderer, limits: Limits, count: int, *, seed: int = 0, split: str = "validation"
 ) -> list[Gap]:
     """Gaps in ``count`` episodes of an environment, walked half by the oracle and half at random.
 
     Args:
-        env: knows its best actions (``oracle``) and lists its legal ones. It is reset and stepped.
+        env: knows its best actions (``oracle``). It is reset, and copies of it are stepped.
         renderer: of the model that is to fill them.
         limits: of an episode; the turns are drawn anew each time, so that some budgets do not suffice.
         count: episodes; each gives at most one gap of each kind.
@@ -167,13 +205,16 @@ def make_gaps(
         split: of the tasks.
 
     Raises:
-        RecipeError: for an environment that has no oracle or lists no actions.
+        RecipeError: for an environment that has no oracle, or where nothing is legal.
     """
     env.reset(seed=0)
-    if env.oracle() is None or not env.legal_actions():
+    if env.oracle() is None:
         raise RecipeError(
-            f"The environment {env.name} cannot be probed: its oracle() is None or it lists no legal actions."
+            f"The environment {env.name} cannot be probed: its oracle() is None, so nobody knows its best actions."
         )
+    if env.legal_actions() == []:
+        raise RecipeError(f"The environment {env.name} cannot be probed: no action is legal at the start.")
+    choices = _Choices(env, seed, split)
     rng = np.random.default_rng([seed, 7])
     gaps: list[Gap] = []
     rewarded: list[tuple[_Walk, str, _Step]] = []
@@ -182,30 +223,34 @@ def make_gaps(
         drawn = Limits(turns, limits.max_actions_per_turn, turns * limits.max_actions_per_turn, 64, 1 << 20)
         walk = _Walk(copy.deepcopy(env), renderer, drawn, int(rng.integers(2**31)), split)
         for _ in range(int(rng.integers(0, turns))):
-            _stroll(walk, rng)
-        legal = walk.env.legal_actions() or []
-        plan = walk.env.oracle() or []
-        actions = [legal[place] for place in rng.permutation(len(legal))[:_MOST_ACTIONS]]
-        if plan and plan[0] not in actions:
+            _stroll(walk, choices, rng)
+        plan = _plan(walk.env)
+        known = choices.of(walk.env, plan)
+        actions = [known[place] for place in rng.permutation(len(known))[:_MOST_ACTIONS]]
+        if plan and plan[0] in known and plan[0] not in actions:
             actions = [plan[0], *actions[:-1]]
         if not walk.open or not actions:
             continue
         steps = {action: _tried(walk.env, action, rng) for action in actions}
         taken = actions[int(rng.integers(len(actions)))]
+        if walk.env.legal_actions() is None and plan and plan[0] in steps and rng.random() < 0.5:
+            # Of any texts hardly one does anything: what comes of the oracle's has to be met as often.
+            taken = plan[0]
         gaps += _action_gap(walk, plan, steps)
         gaps += _forward_gap(walk, taken, steps)
-        gaps += _inverse_gap(walk, taken, steps)
+        gaps += _inverse_gaps(walk, taken, steps)
         gaps += _budget_gap(walk, plan)
         rewarded.append((walk, taken, steps[taken]))
     return gaps + _reward_gaps(rewarded)
 
 
-def _stroll(walk: _Walk, rng: np.random.Generator) -> None:
+def _stroll(walk: _Walk, choices: _Choices, rng: np.random.Generator) -> None:
     """One more turn, unless it would end the episode."""
-    plan, legal = walk.env.oracle() or [], walk.env.legal_actions() or []
-    if not legal or walk.agent.actions_left <= 1 or len(walk.agent.turns) >= walk.agent.limits.max_turns:
+    plan = _plan(walk.env)
+    known = choices.of(walk.env, plan)
+    if not known or walk.agent.actions_left <= 1 or len(walk.agent.turns) >= walk.agent.limits.max_turns:
         return
-    action = plan[0] if plan and rng.random() < 0.5 else legal[int(rng.integers(len(legal)))]
+    action = plan[0] if plan and plan[0] in known and rng.random() < 0.5 else known[int(rng.integers(len(known)))]
     ahead = copy.deepcopy(walk.env)
     _, _, terminated, truncated, _ = ahead.step(action)
     if not (terminated or truncated):
@@ -226,27 +271,30 @@ def _tried(env: TextEnv, action: str, rng: np.random.Generator) -> _Step:
 
 
 def _action_gap(walk: _Walk, plan: Sequence[str], steps: dict[str, _Step]) -> list[Gap]:
-    if not plan:
+    if not plan or plan[0] not in steps:
         return []
     best = max(step.value for step in steps.values())
-    certain = walk.env.optimal_success() in (0.0, 1.0)
-    right = {plan[0]} | {action for action, step in steps.items() if certain and step.value == best}
-    before = walk.token_ids
-    spelled = [np.concatenate([before, walk.spell(action)]).astype(np.int32) for action in steps]
-    return _gap("action", [(ids, len(before)) for ids in spelled], [action in right for action in steps])
+    ceiling = walk.env.optimal_success()
+    right = {plan[0]} | {action for action, step in steps.items() if ceiling in (0.0, 1.0) and step.value == best}
+    if ceiling is None:
+        # Nobody knows whether another that did as well is as good or was lucky, so it is neither right nor wrong.
+        own = steps[plan[0]].value
+        steps = {action: step for action, step in steps.items() if action == plan[0] or step.value < own}
+    return _answers("action", walk, walk.token_ids, steps, right)
 
 
 def _forward_gap(walk: _Walk, taken: str, steps: dict[str, _Step]) -> list[Gap]:
     true = steps[taken].observation
-    others = dict.fromkeys([*(step.observation for step in steps.values()), walk.observation])
-    texts = [true, *(text for text in others if text != true)]
-    return _gap("forward", [walk.told(taken, text) for text in texts], [text == true for text in texts])
+    texts = dict.fromkeys([true, *(step.observation for step in steps.values()), walk.observation])
+    return _gap("forward", {text: walk.told(taken, text) for text in texts}, {true})
 
 
-def _inverse_gap(walk: _Walk, taken: str, steps: dict[str, _Step]) -> list[Gap]:
+def _inverse_gaps(walk: _Walk, taken: str, steps: dict[str, _Step]) -> list[Gap]:
     true = steps[taken].observation
-    candidates = [walk.told(action, true) for action in steps]
-    return _gap("inverse", candidates, [step.observation == true for step in steps.values()])
+    right = {action for action, step in steps.items() if step.observation == true}
+    asked = walk.asked(walk.before, walk.answer, walk.observation, _INVERSE.format(true))
+    after_each = {action: walk.told(action, true) for action in steps}
+    return [*_answers("inverse", walk, asked, steps, right), *_gap("by_forward", after_each, right)]
 
 
 def _budget_gap(walk: _Walk, plan: Sequence[str]) -> list[Gap]:
@@ -256,7 +304,7 @@ def _budget_gap(walk: _Walk, plan: Sequence[str]) -> list[Gap]:
     )
     asked = walk.asked(walk.before, walk.answer, walk.observation, _BUDGET)
     suffices = bool(plan) and len(plan) <= left
-    return _answers("budget", walk, asked, ["yes", "no"], "yes" if suffices else "no")
+    return _answers("budget", walk, asked, ["yes", "no"], {"yes" if suffices else "no"})
 
 
 def _reward_gaps(rewarded: Sequence[tuple[_Walk, str, _Step]]) -> list[Gap]:
@@ -265,20 +313,21 @@ def _reward_gaps(rewarded: Sequence[tuple[_Walk, str, _Step]]) -> list[Gap]:
     for walk, taken, step in rewarded if 1 < len(values) <= _MOST_ACTIONS else ():
         answer = walk.spell(taken)
         asked = walk.asked(np.concatenate([walk.token_ids, answer]), answer, step.observation, _REWARD)
-        gaps += _answers("reward", walk, asked, values, f"{step.reward:g}")
+        gaps += _answers("reward", walk, asked, values, {f"{step.reward:g}"})
     return gaps
 
 
-def _answers(kind: str, walk: _Walk, asked: np.ndarray, texts: Sequence[str], right: str) -> list[Gap]:
-    spelled = [np.concatenate([asked, walk.spell(text)]).astype(np.int32) for text in texts]
-    return _gap(kind, [(ids, len(asked)) for ids in spelled], [text == right for text in texts])
+def _answers(kind: str, walk: _Walk, asked: np.ndarray, texts: Iterable[str], right: Set[str]) -> list[Gap]:
+    spelled = {text: np.concatenate([asked, walk.spell(text)]).astype(np.int32) for text in texts}
+    return _gap(kind, {text: (ids, len(asked)) for text, ids in spelled.items()}, right)
 
 
-def _gap(kind: str, candidates: list[tuple[np.ndarray, int]], right: Sequence[bool]) -> list[Gap]:
+def _gap(kind: str, candidates: dict[str, tuple[np.ndarray, int]], right: Set[str]) -> list[Gap]:
     """A gap, if there is a right and a wrong way to fill it and every candidate has tokens."""
-    if all(right) or not any(right) or any(first >= len(ids) for ids, first in candidates):
+    places = frozenset(place for place, text in enumerate(candidates) if text in right)
+    if not 0 < len(places) < len(candidates) or any(first >= len(ids) for ids, first in candidates.values()):
         return []
-    return [Gap(kind, tuple(candidates), frozenset(i for i, one in enumerate(right) if one))]
+    return [Gap(kind, tuple(candidates.values()), places, tuple(candidates))]
 
 
 def fill_gaps(model: Any, gaps: Sequence[Gap], *, pack_tokens: int = 4096) -> dict[str, float]:
@@ -290,8 +339,8 @@ def fill_gaps(model: Any, gaps: Sequence[Gap], *, pack_tokens: int = 4096) -> di
         pack_tokens: tokens of one forward pass.
 
     Returns:
-        for each kind that there are gaps of ``KIND/accuracy``, ``KIND/chance`` (what guessing would get; for questions
-        in words, what the best answer would get that is always the same), ``KIND/exact`` (share of gaps that greedy
+        for each kind that there are gaps of ``KIND/accuracy``, ``KIND/chance`` (what guessing would get or, where that
+        is more, what the best answer would get that is always the same), ``KIND/exact`` (share of gaps that greedy
         generation fills with a right candidate, token for token) and ``KIND/count``; and ``perplexity`` of the
         environment's answers, a token, with ``symbols``, the number of different tokens that they are made of. A model
         that finds several candidates equally likely is right by their share.
@@ -334,9 +383,8 @@ def fill_gaps(model: Any, gaps: Sequence[Gap], *, pack_tokens: int = 4096) -> di
 def _chance(gaps: Sequence[Gap]) -> float:
     """What somebody gets in gaps of one kind who does not look at what is given."""
     guessed = float(np.mean([gap.chance for gap in gaps]))
-    if gaps[0].kind not in _IN_WORDS:
-        return guessed
-    often = Counter(answer for gap in gaps for answer in gap.answers)
+    # The same is often right: most rewards are 0, most budgets suffice, and some moves are best more often than others.
+    often = Counter(gap.texts[place] for gap in gaps for place in gap.right)
     return max(guessed, max(often.values()) / len(gaps))
 
 

@@ -28,7 +28,7 @@ class Prober:
         seed: of tasks and walks.
 
     Raises:
-        RecipeError: if one of the environments has no oracle, or lists no actions.
+        RecipeError: if one of the environments has no oracle, or nothing is legal there.
     """
 
     def __init__(

@@ -105,10 +105,11 @@ PLANS: dict[str, list[Plan]] = {
         Plan(
             "Gaps filled",
             "Share of gaps in held-out episodes that the policy fills right: what comes of an action, which action "
-            "lies between two states, which is the best.",
+            "lies between two states (asked in words, and by what comes of each), which is the best.",
             {
                 "probe/forward/accuracy": "what comes",
-                "probe/inverse/accuracy": "action between",
+                "probe/inverse/accuracy": "action between, in words",
+                "probe/by_forward/accuracy": "action between",
                 "probe/action/accuracy": "best action",
             },
             "share",

@@ -320,6 +320,8 @@ def _gaps(data: ReportData) -> Iterator[Chart]:
             ]
             note = "Share of gaps filled right." + (" The band is the 95% interval." if any(lines[0].low) else "")
             yield Chart(f"Gaps: {kind}{_where(lead)}", note, lines, "share", metrics=list(names.values()))
-        counts = [f"{lead}{kind}/count" for kind in own[:_COLOURS]]
-        lines = [_probed(data, name, kind, place) for place, (name, kind) in enumerate(zip(counts, own, strict=False))]
+        # Those by which actions are told apart are the same gaps once more, and there are no more colours.
+        drawn = [kind for kind in own if kind != "by_forward"][:_COLOURS]
+        lines = [_probed(data, f"{lead}{kind}/count", kind, place) for place, kind in enumerate(drawn)]
+        counts = [f"{lead}{kind}/count" for kind in own]
         yield Chart(f"Gaps asked{_where(lead)}", "How many there were of each kind.", lines, metrics=counts)

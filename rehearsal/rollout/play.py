@@ -367,7 +367,9 @@ class Rollout:
                     break
 
                 def act(turn: Any = turn) -> Any:
-                    played = play_actions(place.env, turn, agent.protocol, agent.actions_left, agent.toolbox)
+                    played = play_actions(
+                        place.env, turn, agent.protocol, agent.actions_left, agent.toolbox, agent.foretold
+                    )
                     return with_feedback(self.feedback, place.env, agent, played)
 
                 # Calls have time limits of their own, and the agent is told which of them took too long.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from rehearsal.agents.play import PlayResult, play_actions
 from rehearsal.agents.protocol import Protocol
 from rehearsal.agents.rehearse import PREDICT_CLOSE, PREDICT_OPEN, Hindsight, find_predictions, hindsight
 from rehearsal.environments import make
-from rehearsal.errors import RecipeError
-from rehearsal.trajectory import SampleStop, StopReason, Trajectory
+from rehearsal.environments.base import TextEnv
+from rehearsal.errors import EnvironmentFault, RecipeError
+from rehearsal.trajectory import SampleStop, StopReason, Trajectory, Turn
 
 LIMITS = Limits(max_turns=4, max_context=2000)
 
@@ -131,6 +133,84 @@ def test_an_action_goes_by_either_of_its_names(foretold: str, renderer: Any) -> 
     before, answer = text_of(renderer, one)
     # What is learnt has the environment's name for it.
     assert before.endswith(f"{PREDICT_OPEN}look up card\n") and answer == f"It is 17.{PREDICT_CLOSE}"
+
+
+class Ladder(TextEnv):
+    """A player on the ground may climb, and one above may only fall; both go by several names."""
+
+    name = "ladder"
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.above = False
+        return "ground", {}
+
+    def legal_actions(self) -> list[str]:
+        return ["fall"] if self.above else ["climb"]
+
+    def parse_action(self, text: str) -> str | None:
+        names = {"down": "fall", "move": "fall"} if self.above else {"up": "climb", "go up": "climb", "move": "climb"}
+        return names.get(text.casefold()) or super().parse_action(text)
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        assert action in self.legal_actions()
+        self.above = not self.above
+        return "above" if self.above else "ground", 0.0, False, False, {}
+
+
+def climbed(renderer: Any, *answers: str, per_turn: int = 1) -> Trajectory:
+    """An episode in which these answers are given."""
+    env = Ladder()
+    observation, _ = env.reset(seed=0)
+    agent = Agent(renderer, Protocol(rehearse=True), replace(LIMITS, max_actions_per_turn=per_turn))
+    assert agent.opening(env.instructions, observation, "", env) is not None
+    for answer in answers:
+        ids = np.asarray(renderer.encode(answer + "<|im_end|>"))
+        turn = agent.read(ids, np.zeros(len(ids), np.float32), SampleStop.END)
+        played = play_actions(env, turn, agent.protocol, agent.actions_left, foretold=agent.foretold)
+        assert agent.next_turn(played) is not None
+    return Trajectory("ladder", 0, segments=[agent.transcript.segment()], turns=agent.turns)
+
+
+@pytest.mark.parametrize("written", ["climb", "Climb", "up", "go up", "move"])
+@pytest.mark.parametrize("foretold", ["climb", " CLIMB ", "Up", "go up", "move"])
+def test_names_of_one_action_are_one_action(foretold: str, written: str, renderer: Any) -> None:
+    played = climbed(renderer, say(predict(foretold, "x"), predict("down", "y"), action=written))
+    (one,) = hindsight(played, renderer)
+    before, answer = text_of(renderer, one)
+    assert before.endswith(f"{PREDICT_OPEN}climb\n") and answer == f"above{PREDICT_CLOSE}"
+
+
+def test_a_name_stands_for_what_it_means_where_the_action_is_taken(renderer: Any) -> None:
+    told = climbed(
+        renderer, say(predict("down", "x"), predict("go up", "y"), action="up"), say(action="fall"), say(action="move")
+    )
+    assert [turn.aliases for turn in told.turns[:3]] == [[["go up"]], [["down"]], [["go up"]]]
+    # What nothing legal was called when it was foretold is found where it was taken.
+    assert [one.foretold for one in hindsight(told, renderer)] == [False]
+    down, up = hindsight(told, renderer, horizon=1)
+    assert text_of(renderer, down)[0].endswith(f"{PREDICT_OPEN}fall\n")
+    assert text_of(renderer, up)[0].endswith(f"{PREDICT_OPEN}climb\n")
+    # The same word is another action in the turn after.
+    moved = climbed(renderer, say(predict("move", "x"), action="nothing"), say(action="up"), say(action="fall"))
+    (one,) = hindsight(moved, renderer, horizon=9)
+    assert text_of(renderer, one)[0].endswith(f"{PREDICT_OPEN}climb\n")
+
+
+def test_each_of_several_actions_goes_by_any_name(renderer: Any) -> None:
+    answer = say(predict("up || down || up", "x"), predict("move || move", "y"), action="climb || fall")
+    two = hindsight(climbed(renderer, answer, per_turn=3), renderer)
+    assert [text_of(renderer, one)[0].rpartition(PREDICT_OPEN)[2] for one in two] == ["climb || fall\n"]
+
+
+def test_an_environment_that_cannot_read_what_was_foretold_is_at_fault(renderer: Any) -> None:
+    env = Ladder()
+    env.reset(seed=0)
+    env.parse_action = lambda text: {"climb": "climb"}[text]  # type: ignore[method-assign]
+    turn = Turn("ground", actions=["climb"])
+    assert play_actions(env, turn, Protocol(), 1, foretold=["climb"]).aliases == [["climb"]]
+    with pytest.raises(EnvironmentFault, match=r'Ladder.parse_action\("jump"\) raised KeyError'):
+        play_actions(env, turn, Protocol(), 1, foretold=["jump"])
 
 
 def test_what_was_written_and_not_executed_was_not_done(renderer: Any) -> None:

@@ -22,7 +22,7 @@ LAKE = {"environment.name": "frozenlake", "environment.params.size": 3}
 
 def test_a_policy_by_its_folder(taught_folder: Path) -> None:
     figures = probe_policy(taught_folder, overrides={**LAKE, "agent.max_context": 400}, count=12)
-    for kind in ("action", "forward", "inverse"):
+    for kind in ("action", "forward", "inverse", "by_forward"):
         assert figures[f"{kind}/low"] <= figures[f"{kind}/accuracy"] <= figures[f"{kind}/high"]
         assert 0 < figures[f"{kind}/chance"] < 1
     _, sentence = probe_tables(figures)

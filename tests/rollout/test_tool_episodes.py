@@ -15,10 +15,12 @@ import torch
 from rehearsal.agents.agent import Agent, Limits, play_actions
 from rehearsal.agents.calls import spell_call
 from rehearsal.agents.protocol import Protocol
+from rehearsal.agents.rehearse import hindsight
 from rehearsal.agents.toolbox import FunctionTools, Toolkit, ToolLimits, ToolSource
 from rehearsal.agents.toolkit.calculator import Calculator
 from rehearsal.agents.toolkit.notebook import Notebook
 from rehearsal.agents.tools import Tool, tool_from
+from rehearsal.environments import make
 from rehearsal.environments.base import TextEnv
 from rehearsal.generation.local import LocalEngine
 from rehearsal.generation.sampling import SamplingParams
@@ -173,6 +175,20 @@ def test_a_taught_policy_calls_a_tool_and_gets_its_reward(door_model: Any, rende
     assert figures["train/tools/unlock/used"] == 1.0
     assert figures["train/tools/unlock/success_with"] == 1.0
     assert "train/tools/unlock/success_without" not in figures
+
+
+def test_what_was_foretold_by_another_name_is_answered(renderer: ChatRenderer) -> None:
+    foretold = "<think><predict>ask card\na number</predict></think>"
+    engine = ScriptedEngine(renderer, "<think>Hm.</think><answer>ask pin</answer>",
+                            f"{foretold}<answer>look up card</answer>")  # fmt: skip
+    limits = Limits(max_turns=2, max_actions=2, max_tokens_per_turn=200, max_context=4000)
+    with contextlib.closing(
+        Rollout(lambda: make("helpdesk"), engine, renderer, Protocol(rehearse=True), limits)
+    ) as rollout:
+        ((episode,),) = rollout.play([Task(0)], 1)
+    assert not episode.failed and episode.turns[1].executed == ["look up card"]
+    (one,) = hindsight(episode, renderer)
+    assert renderer.decode(one.token_ids[: one.first]).endswith("<predict>look up card\n")
 
 
 def test_without_the_call_there_is_no_reward(play: Any) -> None:

@@ -70,7 +70,8 @@ def scripted_episode(
             room = agent.tokens_left
             stop = SampleStop.END if len(ids) <= room else SampleStop.LENGTH
             turn = agent.read(ids[:room], np.zeros(min(len(ids), room), np.float32), stop)
-            prompt = agent.next_turn(play_actions(env, turn, agent.protocol, agent.actions_left, toolbox))
+            result = play_actions(env, turn, agent.protocol, agent.actions_left, toolbox, agent.foretold)
+            prompt = agent.next_turn(result)
     segment = agent.transcript.segment()
     segment.logprobs[:] = np.nan
     return Trajectory(
