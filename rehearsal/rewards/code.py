@@ -100,9 +100,9 @@ class CodeVerifier:
         api_key_env: name of the environment variable with the service's key, which is sent as a bearer token.
 
     Raises:
-        RewardError: for both a url and ``programs``.
-        SandboxError: for a URL that is none, for a key that is not set or has no service, and for options of the own
-            sandbox beside a service; and at the first use, if the level is not to be had.
+        RewardError, SandboxError: for both a url and ``programs``, for options of the own sandbox beside a service, for
+            a URL that is none, and for a key that is not set or has no service.
+        SandboxError: at the first use, if the level is not to be had.
     """
 
     name = "code"
@@ -125,6 +125,8 @@ class CodeVerifier:
         self._made = service_at(url, api_key_env, limits=self.limits, **self._options)
         self._programs = programs or self._made
         self._service = self._programs if isinstance(self._programs, RemoteSandbox) else None
+        if self._service is not None and any(self._options.values()):
+            raise RewardError("Isolation, packages and python are of the own sandbox, and a service takes its place.")
         self._concurrent = concurrent
         # Each check needs two interpreters: whoever has one must be sure of the other.
         self._turns = threading.BoundedSemaphore(concurrent)

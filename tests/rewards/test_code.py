@@ -22,13 +22,13 @@ from rehearsal.rewards.code import CodeVerifier, extract_code, same_output
 from rehearsal.rewards.code_judge import defined_names, free_names
 from rehearsal.rewards.registry import verifier as named
 from rehearsal.rewards.verifier import Task, VerificationError
-from rehearsal.sandbox import Interpreter, Isolation, Limits, Outcome, ProgramResult, strongest
+from rehearsal.sandbox import Interpreter, Isolation, Limits, Outcome, ProgramResult, RemoteSandbox, strongest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "sandbox"))
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from loopback import really, running_service
+from loopback import Service, really, running_service
 from mutants import KINDS, mutants
 from pools import idle_processes
 
@@ -448,6 +448,8 @@ def test_a_recipe_can_name_a_service(monkeypatch: pytest.MonkeyPatch) -> None:
     ] * 2
     monkeypatch.setattr("rehearsal.rewards.code.require", lambda *_: (_ for _ in ()).throw(SandboxError("none here")))
     assert named("code", url="http://sandbox.example").facts() == {"sandbox": "remote"}  # type: ignore[attr-defined]
+    with RemoteSandbox("http://sandbox.example") as own, pytest.raises(RehearsalError, match="takes its place"):
+        CodeVerifier(programs=own, isolation="namespaces")
     for options, told in (
         ({"url": "http://sandbox.example", "isolation": "namespaces"}, "isolation is of the own sandbox"),
         ({"url": "http://sandbox.example", "packages": ["lib"]}, "packages is of the own sandbox"),
@@ -468,14 +470,18 @@ def test_a_service_that_fails_gives_no_score() -> None:
 
 
 @pytest.fixture(scope="module")
-def at_service() -> Iterator[CodeVerifier]:
-    with pytest.MonkeyPatch.context() as patch, running_service() as service:
+def service() -> Iterator[Service]:
+    with pytest.MonkeyPatch.context() as patch, running_service() as made:
         patch.setenv("NO_PROXY", "127.0.0.1")
-        made = named("code", url=service.url, seconds=3.0, memory_mib=256)
-        assert isinstance(made, CodeVerifier)
-        made.tests_service = service  # type: ignore[attr-defined]
-        with made:
-            yield made
+        yield made
+
+
+@pytest.fixture(scope="module")
+def at_service(service: Service) -> Iterator[CodeVerifier]:
+    made = named("code", url=service.url, seconds=3.0, memory_mib=256)
+    assert isinstance(made, CodeVerifier)
+    with made:
+        yield made
         assert made._pool is None, "nothing ran here"
 
 
@@ -506,12 +512,11 @@ def test_a_service_checks_assertions(at_service: CodeVerifier, completion: str, 
 
 # One reads all files that it may, and there is no wall around the service of this test.
 @pytest.mark.parametrize("name", FORGERIES.keys() - {"looking for the tests in files"})
-def test_a_pass_cannot_be_forged_at_a_service(at_service: CodeVerifier, name: str) -> None:
-    requests = at_service.tests_service.requests  # type: ignore[attr-defined]
-    before = len(requests)
+def test_a_pass_cannot_be_forged_at_a_service(service: Service, at_service: CodeVerifier, name: str) -> None:
+    before = len(service.requests)
     score = at_service.verify(f"```python\n{FORGERIES[name]}\n```", TASK)
     assert not score.passed and score.value == 0.0, score
-    for request in requests[before:]:
+    for request in service.requests[before:]:
         calls = json.loads(request["stdin"])
         if any(call.get("source") == f"{FORGERIES[name]}\n" for call in calls):
             assert "candidate(1) == 2" not in str(request), "the tests are where the code is"
@@ -541,8 +546,7 @@ def test_the_tests_of_a_service_see_what_they_see_here(at_service: CodeVerifier)
         at_service.verify("def double(n): return n", Task(PROMPT, ["import nowhere", "assert double(1) == 2"]))
 
 
-def test_a_service_that_is_down_gives_no_score_either(at_service: CodeVerifier) -> None:
-    service = at_service.tests_service  # type: ignore[attr-defined]
+def test_a_service_that_is_down_gives_no_score_either(service: Service, at_service: CodeVerifier) -> None:
     try:
         service.answer = lambda request: (500, {})
         with pytest.raises(VerificationError, match="status 500"):

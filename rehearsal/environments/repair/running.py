@@ -86,14 +86,15 @@ class ProgramRunner:
     Close it after use.
 
     Args:
-        where: level of the sandbox, or the service in its place.
+        where: level of the sandbox, or the service in its place; the strongest level there is if None.
         interpreters: how many programs run at one time.
 
     Raises:
         SandboxError: if the level is not to be had, or the service is none.
     """
 
-    def __init__(self, where: Where = Where(), interpreters: int | None = None) -> None:  # noqa: B008 - it is frozen
+    def __init__(self, where: Where | None = None, interpreters: int | None = None) -> None:
+        where = where or Where()
         count = interpreters or max(2, min(8, os.cpu_count() or 2))
         service = where.service()
         self._pool = service or InterpreterPool(count, limits=_LIMITS, isolation=where.isolation, spare=0)
