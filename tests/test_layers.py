@@ -56,7 +56,7 @@ KNOWS_NOTHING_OF = {
     "errors": set(FLOORS) - {"errors"},
     "environments": {"models", "trajectory"},
     "rewards": {"models", "training"},
-    "sandbox": set(FLOORS) - {"sandbox", "errors", "signals", "usage"},
+    "sandbox": set(FLOORS) - {"sandbox", "errors", "naming", "signals", "usage"},
     "models": {"environments"},
     "generation": {"environments"},
     "algorithms": {"environments", "models", "generation"},

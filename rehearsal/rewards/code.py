@@ -33,13 +33,13 @@ import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rehearsal.errors import RewardError, SandboxError
-from rehearsal.naming import secret_named
 from rehearsal.parsing import ALONE, parse_python
 from rehearsal.rewards import code_judge
 from rehearsal.rewards.answers import ANSWER
@@ -56,6 +56,7 @@ from rehearsal.sandbox import (
     ProgramRunner,
     RemoteSandbox,
     require,
+    service_at,
 )
 from rehearsal.sandbox.inside import plain
 from rehearsal.usage import merged
@@ -92,14 +93,16 @@ class CodeVerifier:
         concurrent: how many completions are checked at one time.
         packages: folders of packages that code may import, beside the standard library.
         python: the Python to run inside; this one if None.
-        programs: what runs programs in place of the own sandbox, such as a :class:`rehearsal.sandbox.RemoteSandbox`.
-            Assertions need interpreters and are always checked here.
-        url: of a service that runs programs, for which a :class:`rehearsal.sandbox.RemoteSandbox` is made and closed.
+        programs: what runs programs in place of the own sandbox. A :class:`rehearsal.sandbox.RemoteSandbox` checks
+            assertions too, the code in one of its interpreters and the tests in another one; for anything else they are
+            checked here.
+        url: of a service, for which a :class:`rehearsal.sandbox.RemoteSandbox` is made and closed.
         api_key_env: name of the environment variable with the service's key, which is sent as a bearer token.
 
     Raises:
-        RewardError: for a key that is not set or has no service, and for both a service and something else.
-        SandboxError: for a URL that is none; and at the first use, if the level is not to be had.
+        RewardError, SandboxError: for both a url and ``programs``, for options of the own sandbox beside a service, for
+            a URL that is none, and for a key that is not set or has no service.
+        SandboxError: at the first use, if the level is not to be had.
     """
 
     name = "code"
@@ -111,16 +114,19 @@ class CodeVerifier:
         packages: Sequence[str | PathLike[str]] = (), python: str | None = None,
         programs: ProgramRunner | None = None, url: str | None = None, api_key_env: str | None = None,
     ) -> None:  # fmt: skip
-        if (url is None and api_key_env is not None) or (url is not None and programs is not None):
-            raise RewardError("The url names the service that runs programs: a key needs one, and other programs none.")
+        if url is not None and programs is not None:
+            raise RewardError("The url names a service that runs programs, so nothing else can run them.")
         self.limits = limits or Limits()
         self.together = 3 * self.limits.seconds if together is None else float(together)
         if not 0 < self.together < float("inf"):
             raise RewardError(f"together, the seconds for all inputs of a program, must be above 0, not {together}.")
         self.partial = partial
-        self._service = None if url is None else RemoteSandbox(url, headers=_with_key(api_key_env))
-        self._programs = programs or self._service
         self._options: dict[str, Any] = {"isolation": isolation, "packages": packages, "python": python}
+        self._made = service_at(url, api_key_env, limits=self.limits, **self._options)
+        self._programs = programs or self._made
+        self._service = self._programs if isinstance(self._programs, RemoteSandbox) else None
+        if self._service is not None and any(self._options.values()):
+            raise RewardError("Isolation, packages and python are of the own sandbox, and a service takes its place.")
         self._concurrent = concurrent
         # Each check needs two interpreters: whoever has one must be sure of the other.
         self._turns = threading.BoundedSemaphore(concurrent)
@@ -128,21 +134,24 @@ class CodeVerifier:
         self._pool: InterpreterPool | None = None
 
     def warm_up(self) -> None:
-        """Start the sandbox."""
-        self._sandbox()
+        """Start the sandbox, where it is on this machine."""
+        if self._service is None:
+            self._sandbox()
 
     @property
-    def isolation(self) -> Isolation:
-        """The level in force."""
-        return self._sandbox().isolation
+    def isolation(self) -> Isolation | str:
+        """The level in force, or ``remote`` for a service."""
+        return self._sandbox().isolation if self._service is None else self._service.isolation
 
     def facts(self) -> dict[str, str]:
-        """The level of isolation of the sandbox, found without starting it; and ``remote`` where programs are run by a
-        service, alone where this machine has no sandbox and none is asked for.
+        """The level of isolation of the sandbox, found without starting it; ``remote`` for a service. Where something
+        else runs programs, its level too, and alone where this machine has no sandbox and none is asked for.
 
         Raises:
             SandboxError: if the level is not to be had.
         """
+        if self._service is not None:
+            return {"sandbox": self._service.isolation}
         try:
             own = require(self._options["isolation"], self._options["python"]).value
         except SandboxError:
@@ -186,8 +195,8 @@ class CodeVerifier:
             if self._pool is not None:
                 self._pool.close()
                 self._pool = None
-        if self._service is not None:
-            self._service.close()
+        if self._made is not None:
+            self._made.close()
 
     def __enter__(self) -> CodeVerifier:
         return self
@@ -200,6 +209,11 @@ class CodeVerifier:
             if self._pool is None:
                 self._pool = InterpreterPool(2 * self._concurrent, limits=self.limits, **self._options)
             return self._pool
+
+    def _interpreter(self) -> AbstractContextManager[Interpreter]:
+        if self._service is not None:
+            return self._service.interpreter(limits=self.limits)
+        return self._sandbox().interpreter()
 
     def _checked(self, code: str, task: Task) -> Score:
         if isinstance(task.reference, str):
@@ -220,7 +234,7 @@ class CodeVerifier:
             extra = task.data.get(key) or ""
             given += "\n" + (extra if isinstance(extra, str) else "\n".join(extra))
         names = self._names(task, tests, given, check)
-        with self._sandbox().interpreter() as candidate:
+        with self._interpreter() as candidate:
             _there(candidate.run("__name__ = 'solution'"))
             if code_given:
                 asked = _there(candidate.run(code_given))
@@ -230,7 +244,7 @@ class CodeVerifier:
             if loaded.outcome not in _WELL:
                 evidence = f"No test was run. The code does not run: {loaded.error}"
                 return Score(0.0, False, {"tests": 0.0}, evidence[:_LONGEST_EVIDENCE])
-            with self._sandbox().interpreter() as judge:
+            with self._interpreter() as judge:
                 return self._judged(candidate, judge, [tests, given, names, check])
 
     def _names(self, task: Task, tests: str, given: str, check: bool) -> list[str]:
@@ -256,7 +270,8 @@ class CodeVerifier:
         def answer(question: str) -> str:
             nonlocal asked
             asked += 1
-            left = deadline - time.monotonic()
+            # A service makes all calls so far again with each, so there the limit of each is that of all together.
+            left = deadline - time.monotonic() if self._service is None else self.limits.seconds
             if left <= 0 and not gone:
                 gone.append(f"its time of {self.limits.seconds:g} seconds was over")
             if not gone:
@@ -334,14 +349,6 @@ def extract_code(completion: str) -> str:
 def same_output(output: str, wanted: str) -> bool:
     """Whether outputs are the same but for white space at the end of lines and empty lines at the end."""
     return _lines(output) == _lines(wanted)
-
-
-def _with_key(api_key_env: str | None) -> dict[str, str]:
-    """The headers of requests to a service."""
-    if api_key_env is None:
-        return {}
-    key = secret_named(api_key_env, "the sandbox service's key", RewardError)
-    return {"Authorization": f"Bearer {key}"}
 
 
 def _lines(text: str) -> list[str]:

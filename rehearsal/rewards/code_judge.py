@@ -180,7 +180,7 @@ def _stand_in(name: str, ask: Ask, record: _Record) -> Callable[..., Any]:
             record.last_call = f"{shown} gave {answer['unusable']}"
             raise CandidateError(f"it gave {answer['unusable']}, and only plain data can be compared")
         result, left = plain.decode(answer["result"]), plain.decode(answer["arguments"])
-        for mine, its in zip((*arguments, *named.values()), left, strict=False):
+        for mine, its in zip((*arguments, *named.values()), left):  # noqa: B905 - Python 3.9 has no strict
             _update(mine, its)
         record.last_call = f"{shown} gave {_short(_shown(result))}"
         return result
@@ -193,9 +193,9 @@ def _update(mine: Any, its: Any) -> None:
     changed or moved cannot be told."""
     if type(mine) is not type(its):
         return
-    if isinstance(mine, list | bytearray):
+    if isinstance(mine, (list, bytearray)):
         mine[:] = its
-    elif isinstance(mine, dict | set):
+    elif isinstance(mine, (dict, set)):
         mine.clear()
         mine.update(its)
 
@@ -235,19 +235,19 @@ def _bound(tree: ast.AST) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
             names.add(node.id)
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names.add(node.name)
         elif isinstance(node, ast.arg):
             names.add(node.arg)
         elif isinstance(node, ast.ExceptHandler) and node.name:
             names.add(node.name)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
             names.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
     return names
 
 
 def _is_stub(node: ast.stmt) -> bool:
-    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and all(
+    return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and all(
         isinstance(part, ast.Pass) or (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant))
         for part in node.body
     )

@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Callable
 from typing import Any
 
+from rehearsal.sandbox.calls import Answer
 from rehearsal.sandbox.inside.framing import FramingError, Message, Unpacker, pack
 from rehearsal.sandbox.limits import Limits
 from rehearsal.sandbox.zygote import Zygote
-
-Answer = Callable[[str], str]
-"""Answers a question that code inside asks with ``host.ask(text)``."""
 
 SECONDS_OF_GRACE = 10.0
 """How much later than the warden the host itself gives up on a call: the warden has then been ended or stopped."""

@@ -1,4 +1,4 @@
-"""Persistent interpreters, one an episode, and a pool that hands them out in milliseconds.
+"""A pool that hands out persistent interpreters, one an episode, in milliseconds.
 
 Names live on from one call of an interpreter to the next, as ReTool's do (arXiv:2504.11536). No process serves two
 episodes: each interpreter is forked anew from a zygote that has never run any model's code, and when it is given back
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
@@ -17,125 +16,49 @@ from typing import Any
 
 from rehearsal import usage
 from rehearsal.errors import SandboxError
-from rehearsal.sandbox.cell import Answer, Cell, CellGone
-from rehearsal.sandbox.inside import plain
+from rehearsal.sandbox.calls import Answer, Interpreter
+from rehearsal.sandbox.cell import Cell, CellGone
 from rehearsal.sandbox.inside.framing import Message
 from rehearsal.sandbox.isolation import Isolation
-from rehearsal.sandbox.limits import CallResult, Limits, Outcome, ProgramResult
+from rehearsal.sandbox.limits import Limits, ProgramResult
 from rehearsal.sandbox.probing import require
 from rehearsal.sandbox.program import run_in
 from rehearsal.sandbox.zygote import TRIES, Zygote
 
 
-class Interpreter:
-    """One interpreter, handed out by :class:`InterpreterPool`. Thread-safe: calls wait for each other.
-
-    A call that goes beyond its limits ends the interpreter with everything in it but its files; the next call begins in
-    a new one and says so. So does one after the end of the whole sandbox from outside, which also loses the files.
-
-    Attributes:
-        calls: how many calls there were.
-        losses: how often the state was lost.
-    """
+class _CellInterpreter(Interpreter):
+    """One in a cell of a pool."""
 
     def __init__(self, pool: InterpreterPool, cell: Cell) -> None:
+        super().__init__(pool.limits, pool.isolation.value)
         self._pool = pool
         self._cell: Cell | None = cell
-        self._lock = threading.Lock()
-        self._closed = False
-        self.calls = 0
-        self.losses = 0
 
-    def run(self, source: str, *, seconds: float | None = None, answer: Answer | None = None) -> CallResult:
-        """Run source. The value of a last expression is shown, as at a prompt.
-
-        Args:
-            source: Python.
-            seconds: time limit of this call; that of the pool if None.
-            answer: called when the code calls ``ask(text)`` of the module ``host``, with text that is not to be
-                trusted; its answer is returned there.
-
-        Raises:
-            SandboxError: if the interpreter or its pool was closed.
-        """
-        return self._request({"do": "run", "source": source}, seconds, answer)
-
-    def call(
-        self, function: str, arguments: Sequence[Any] = (), named: Mapping[str, Any] | None = None, *,
-        seconds: float | None = None, answer: Answer | None = None,
-    ) -> CallResult:  # fmt: skip
-        """Call a function that an earlier call defined. ``value`` of the result is what it says in plain data.
-
-        It is a dictionary: with ``result`` and ``arguments`` (the positional ones, then the named ones, as the function
-        left them), or with ``raised``, ``said`` and ``error`` (class, message and traceback of an exception), or with
-        ``unusable`` (why the result is no plain data); None if the call did not come to its end.
-
-        Raises:
-            SandboxError: if an argument is no plain data, or the interpreter was closed.
-        """
+    def _asked(self, message: Message, seconds: float, answer: Answer | None) -> Message:
+        lost_here = self._cell is None
+        usage.count({usage.SANDBOX + self._isolation: 1})
         try:
-            coded = plain.encode((list(arguments), dict(named or {})))
-        except plain.PlainError as error:
-            raise SandboxError(f"Only plain data can be given to a function in a sandbox, not {error}.") from error
-        result = self._request({"do": "call", "function": function, "arguments": coded}, seconds, answer)
-        return CallResult(**{**result.__dict__, "value": _read(result.value)})
-
-    def close(self) -> None:
-        """Give it back: everything in it ends."""
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                if self._cell is not None:
-                    self._cell.close()
-                self._pool._given_back()
-
-    def __enter__(self) -> Interpreter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _request(self, message: Message, seconds: float | None, answer: Answer | None) -> CallResult:
-        with self._lock:
-            if self._closed:
-                raise SandboxError("This interpreter was given back; take another one from the pool.")
-            limits = self._pool.limits
-            seconds = limits.seconds if seconds is None else seconds
-            begun = time.monotonic()
-            lost_here = self._cell is None
-            self.calls += 1
-            usage.count({usage.SANDBOX + self._pool.isolation.value: 1})
-            try:
-                if self._cell is None:
-                    self._cell = self._pool._new_cell()
-                said = self._cell.ask(message, seconds, answer)
-            except CellGone:
-                assert self._cell is not None
-                self._drop()
-                return self._result({"outcome": "gone", "output": "", "error": None}, begun, lost_here)
-            except BaseException:
-                self._drop()  # what `answer` raised leaves a call unanswered
-                raise
-            return self._result(said, begun, lost_here or said["lost"])
+            if self._cell is None:
+                self._cell = self._pool._new_cell()
+            said = self._cell.ask(message, seconds, answer)
+        except CellGone:
+            assert self._cell is not None
+            self._drop()
+            return {"outcome": "gone", "output": "", "error": None, "lost": lost_here}
+        except BaseException:
+            self._drop()  # what `answer` raised leaves a call unanswered
+            raise
+        return {**said, "lost": lost_here or said["lost"]}
 
     def _drop(self) -> None:
         if self._cell is not None:
             self._cell.close()
         self._cell = None
 
-    def _result(self, said: Message, begun: float, lost: bool) -> CallResult:
-        outcome = Outcome(said["outcome"])
-        error = said["error"] if outcome in (Outcome.RAISED, Outcome.MEMORY) else None
-        self.losses += lost
-        return CallResult(
-            output=said["output"],
-            error=error or _SENTENCES.get(outcome),
-            outcome=outcome,
-            seconds=time.monotonic() - begun,
-            isolation=self._pool.isolation.value,
-            state_lost=lost,
-            value=said.get("value"),
-        )
+    def _give_back(self) -> None:
+        if self._cell is not None:
+            self._cell.close()
+        self._pool._given_back()
 
 
 class InterpreterPool:
@@ -189,7 +112,7 @@ class InterpreterPool:
         if not self._places.acquire(timeout=timeout):
             raise SandboxError(f"No interpreter became free in {timeout} seconds; make the pool larger.")
         try:
-            return Interpreter(self, self._new_cell())
+            return _CellInterpreter(self, self._new_cell())
         except BaseException:
             self._places.release()
             raise
@@ -272,28 +195,3 @@ class InterpreterPool:
 
     def _given_back(self) -> None:
         self._places.release()
-
-
-def _read(value: Any) -> dict[str, Any] | None:
-    """What a guest says of a function's result; anything else than the known forms is nothing."""
-    if not isinstance(value, dict):
-        return None
-    if {"result", "arguments"} <= value.keys():
-        try:
-            return {"result": plain.decode(value["result"]), "arguments": plain.decode(value["arguments"])}
-        except plain.PlainError as error:
-            return {"unusable": str(error)}
-    if "raised" in value:
-        return {key: str(value.get(key, "")) for key in ("raised", "said", "error")}
-    return {"unusable": str(value.get("unusable", "nothing"))}
-
-
-_SENTENCES = {
-    Outcome.TIMEOUT: "The call was ended because its time was over; all variables are lost.",
-    Outcome.MEMORY: "The call was ended because it used too much memory; all variables are lost.",
-    Outcome.PROCESSES: "The call was ended because it had too many processes; all variables are lost.",
-    Outcome.EXITED: "The interpreter ended itself; all variables are lost.",
-    Outcome.KILLED: "The interpreter crashed or was killed; all variables are lost.",
-    Outcome.BROKEN: "The interpreter stopped answering and was ended; all variables are lost.",
-    Outcome.GONE: "The sandbox was ended from outside; all variables are lost.",
-}

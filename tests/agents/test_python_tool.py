@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,10 @@ from rehearsal.environments import make
 from rehearsal.errors import RehearsalError, SandboxError
 from rehearsal.sandbox import available
 from rehearsal.trajectory import ToolCall
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "sandbox"))
+
+from loopback import running_service
 
 pytestmark = pytest.mark.skipif(all(available().values()), reason="there is no sandbox here")
 
@@ -111,7 +117,37 @@ def test_beside_the_tools_of_an_environment(source: Python) -> None:
     toolbox.close()
 
 
+def test_a_service_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("SANDBOX_KEY", "k")
+    with running_service() as service:
+        options = {"url": service.url, "api_key_env": "SANDBOX_KEY", "seconds": 2.0}
+        with contextlib.closing(make_source("python", options)) as remote:
+            assert remote.facts() == {"sandbox": "remote"}
+            first, second = Toolbox(remote.open()), Toolbox(remote.open())
+            assert call(first, "x = 20\nprint('made')") == ("made", "")
+            assert call(first, "x + 1") == ("21", "")
+            assert "NameError" in call(second, "x")[0]
+            assert "time was over" in call(first, "while True: pass")[0]
+            assert "lost" in call(first, "'x' in globals()")[0]
+            assert call(second, "1 + 1") == ("2", "")
+            first.close()
+            second.close()
+        assert {headers["Authorization"] for headers in service.headers} == {"Bearer k"}
+    with contextlib.closing(make_source("python", {"url": service.url})) as down:
+        monkeypatch.setattr(down.pool, "_attempts", 1)
+        toolbox = Toolbox(down.open())
+        with pytest.raises(SandboxError, match="is it running"):
+            call(toolbox, "1")
+        toolbox.close()
+
+
 def test_what_cannot_be_had() -> None:
+    for option in ({"isolation": "filters"}, {"preload": ["json"]}, {"packages": ["lib"]}):
+        with pytest.raises(RehearsalError, match="of the own sandbox"):
+            make_source("python", {"url": "http://sandbox.example", **option})
+    with pytest.raises(RehearsalError, match="a key needs one"):
+        make_source("python", {"api_key_env": "SANDBOX_KEY"})
     with pytest.raises(RehearsalError, match="isolation"):
         make_source("python", {"isolation": "concrete"})
     with pytest.raises(RehearsalError, match="time limit"):

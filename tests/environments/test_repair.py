@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,9 +31,13 @@ from rehearsal.environments.repair import (
 from rehearsal.environments.repair.bugs import KINDS, draw_bugs
 from rehearsal.environments.repair.families import FAMILIES
 from rehearsal.environments.repair.programs import _NAMES
-from rehearsal.environments.repair.running import Answer, ProgramRunner, run_own
+from rehearsal.environments.repair.running import Answer, ProgramRunner, Where, run_own
 from rehearsal.environments.splits import content_split
-from rehearsal.errors import RecipeError
+from rehearsal.errors import RecipeError, RehearsalError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "sandbox"))
+
+from loopback import running_service
 
 WANTED = {
     "sum above": ({"k": 3}, ([1, 3, 4, 9],), 13),
@@ -290,17 +296,41 @@ def test_the_sandbox_ends_with_the_last_environment():
     for user in (one, other):
         user.reset(seed=7)
         user.step("replace 1: pass")
-    runner = running._runners[None]
-    users = list(running._users[None])
+    runner = running._runners[Where()]
+    users = list(running._users[Where()])
     one.close()
     one.close()
-    assert running._runners[None] is runner
+    assert running._runners[Where()] is runner
     for user in users:
         user.close()
-    assert None not in running._runners
+    assert Where() not in running._runners
     one.reset(seed=7)
     assert "does not run" in one.step("replace 1: pass (")[0]
     one.close()
+
+
+def test_a_service_runs_the_programs(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with running_service() as service:
+        env, other = (Repair(bugs=2, turns=8, url=service.url) for _ in range(2))
+        assert env.facts() == {"sandbox": "remote"}
+        env.reset(seed=3)
+        assert "does not run" in env.step("replace 1: pass (")[0]
+        env.reset(seed=3)
+        while edits := env.oracle():
+            _, reward, terminated, _, _ = env.step(edits[0])
+        assert terminated and reward == 1.0
+        sent, where = len(service.requests), Where(url=service.url)
+        assert sent > 0 and where in running._runners
+        runner = running.shared_runner(where, other)
+        for name in ("for ever", "leaves", "an object", "recursion"):
+            source, told = HOSTILE[name]
+            assert told in runner.run("f", source, [(1,), (2,)]).answers[0].text
+        assert runner.run("f", GOOD, [(1,), (2,)]).answers == AFTER
+        assert len(json.loads(service.requests[-1]["stdin"])) == 2, "no program is run with another one"
+        env.close()
+        other.close()
+    assert where not in running._runners
 
 
 @pytest.mark.parametrize(
@@ -313,6 +343,19 @@ def test_the_sandbox_ends_with_the_last_environment():
 )  # fmt: skip
 def test_parameters_out_of_range(params, told):
     with pytest.raises(RecipeError, match=told):
+        Repair(**params)
+
+
+@pytest.mark.parametrize(
+    ("params", "told"),
+    [
+        ({"api_key_env": "KEY"}, "a key needs one"), ({"url": "sandbox.example"}, "begins with http"),
+        ({"url": "http://sandbox.example", "isolation": "filters"}, "of the own sandbox"),
+        ({"url": "http://sandbox.example", "api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY is not set"),
+    ],
+)  # fmt: skip
+def test_services_that_are_none(params, told):
+    with pytest.raises(RehearsalError, match=told):
         Repair(**params)
 
 

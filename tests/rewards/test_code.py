@@ -22,12 +22,13 @@ from rehearsal.rewards.code import CodeVerifier, extract_code, same_output
 from rehearsal.rewards.code_judge import defined_names, free_names
 from rehearsal.rewards.registry import verifier as named
 from rehearsal.rewards.verifier import Task, VerificationError
-from rehearsal.sandbox import Interpreter, Isolation, Limits, Outcome, ProgramResult, strongest
+from rehearsal.sandbox import Interpreter, Isolation, Limits, Outcome, ProgramResult, RemoteSandbox, strongest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "sandbox"))
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from loopback import Service, really, running_service
 from mutants import KINDS, mutants
 from pools import idle_processes
 
@@ -441,15 +442,17 @@ def test_a_recipe_can_name_a_service(monkeypatch: pytest.MonkeyPatch) -> None:
     with made as verifier:
         assert verifier.verify("print(2 * int(input()))", Task("Double it.", PAIRS)).passed
         assert verifier._pool is None, "nothing ran here"
-        assert "remote" in verifier.facts()["sandbox"]
+        assert (verifier.facts(), verifier.isolation) == ({"sandbox": "remote"}, "remote")
     assert [(one["url"], one["key"], one["run_timeout"]) for one in sent] == [
         ("http://sandbox.example/run_code", "Bearer k", 3.0)
     ] * 2
     monkeypatch.setattr("rehearsal.rewards.code.require", lambda *_: (_ for _ in ()).throw(SandboxError("none here")))
     assert named("code", url="http://sandbox.example").facts() == {"sandbox": "remote"}  # type: ignore[attr-defined]
-    with pytest.raises(SandboxError, match="none here"):
-        named("code", url="http://sandbox.example", isolation="namespaces").facts()  # type: ignore[attr-defined]
+    with RemoteSandbox("http://sandbox.example") as own, pytest.raises(RehearsalError, match="takes its place"):
+        CodeVerifier(programs=own, isolation="namespaces")
     for options, told in (
+        ({"url": "http://sandbox.example", "isolation": "namespaces"}, "isolation is of the own sandbox"),
+        ({"url": "http://sandbox.example", "packages": ["lib"]}, "packages is of the own sandbox"),
         ({"url": "sandbox.example"}, "begins with http"), ({"api_key_env": "SANDBOX_KEY"}, "a key needs one"),
         ({"url": "http://sandbox.example", "api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY is not set"),
     ):  # fmt: skip
@@ -464,6 +467,96 @@ def test_a_service_that_fails_gives_no_score() -> None:
 
     with CodeVerifier(programs=Service()) as verifier, pytest.raises(VerificationError, match="no room"):
         verifier.verify("anything", Task("Double it.", PAIRS))
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with pytest.MonkeyPatch.context() as patch, running_service() as made:
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        yield made
+
+
+@pytest.fixture(scope="module")
+def at_service(service: Service) -> Iterator[CodeVerifier]:
+    made = named("code", url=service.url, seconds=3.0, memory_mib=256)
+    assert isinstance(made, CodeVerifier)
+    with made:
+        yield made
+        assert made._pool is None, "nothing ran here"
+
+
+@pytest.mark.parametrize(
+    ("completion", "words"),
+    [
+        ("    return 2 * n\n", "2 of 2 tests passed."),
+        ("```python\nfrom math import prod\ndouble = lambda n: prod((2, n))\n```", "2 of 2 tests passed."),
+        ("    print('noise')\n    return 2 * n\n", "2 of 2 tests passed."),
+        ("    return 3 * n\n", "0 of 2 tests passed. First failing: assert candidate(1) == 2; double(1) gave 3"),
+        ("    return 2 * n if n < 3 else None\n", "assert candidate(4) == 8, 'four'; double(4) gave None; four"),
+        ("    raise ValueError('no')\n", "double(1) raised ValueError: no"),
+        ("    return object()\n", "only plain data can be compared"),
+        ("    while True: pass\n", "time was over"),
+        ("    import time; time.sleep(1.7); return 2 * n\n", "1 of 2 tests passed. First failing"),
+        ("    return bytearray(1 << 30)\n", "MemoryError"),
+        ("    import os; os._exit(0)\n", "ended itself"),
+        ("    return ''.join(\n", "SyntaxError"),
+        ("```python\ndef other(n): return 2 * n\n```", "0 of 2"),
+        ("```python\nn = 0\ndef double(x):\n    global n\n    n += 1\n    return 2 * x * n\n```", "double(4) gave 16"),
+    ],
+)
+def test_a_service_checks_assertions(at_service: CodeVerifier, completion: str, words: str) -> None:
+    score = at_service.verify(completion, TASK)
+    assert score.passed is (words == "2 of 2 tests passed."), score
+    assert words in score.evidence, score.evidence
+
+
+# One reads all files that it may, and there is no wall around the service of this test.
+@pytest.mark.parametrize("name", FORGERIES.keys() - {"looking for the tests in files"})
+def test_a_pass_cannot_be_forged_at_a_service(service: Service, at_service: CodeVerifier, name: str) -> None:
+    before = len(service.requests)
+    score = at_service.verify(f"```python\n{FORGERIES[name]}\n```", TASK)
+    assert not score.passed and score.value == 0.0, score
+    for request in service.requests[before:]:
+        calls = json.loads(request["stdin"])
+        if any(call.get("source") == f"{FORGERIES[name]}\n" for call in calls):
+            assert "candidate(1) == 2" not in str(request), "the tests are where the code is"
+            assert all(call.get("function") in (None, "double") for call in calls)
+
+
+def test_the_tests_of_a_service_see_what_they_see_here(at_service: CodeVerifier) -> None:
+    tests = ["assert math.isclose(area(1), math.pi)", "assert set(parts(4)) == {1, 2}", "assert area(r) > 3"]
+    task = Task("Areas.", tests, {"test_setup_code": "import math\nr = 1", "test_imports": ["import os"]})
+    good = "import math\ndef area(r): return math.pi * r ** 2\ndef parts(n): return (k for k in (1, 2))"
+    assert at_service.verify(good, task).passed
+    assert not at_service.verify(good.replace("** 2", "** 2 + 1"), task).passed
+    checks = "def check(candidate):\n    a = [3, 1]\n    candidate(values=a)\n    assert a == [1, 3]\n"
+    task = Task("def arrange(values):\n    ''\n", checks, {"entry_point": "arrange"})
+    assert at_service.verify("    values.sort()\n", task).passed
+    assert not at_service.verify("    return sorted(values)\n", task).passed
+    # Tests that draw their inputs draw the same ones each time that they are run again; sets have one order.
+    checks = ("import random\ndef check(candidate):\n    for _ in range(5):\n"
+              "        words = {str(random.random()) for _ in range(9)}\n"
+              "        assert candidate(words, list(words)) == sorted(words)\n")  # fmt: skip
+    task = Task("def order(a, b):\n    ''\n", checks, {"entry_point": "order"})
+    assert at_service.verify("    return sorted(b)\n", task).evidence == "1 of 1 tests passed."
+    clock = Task("Double it!", ["import time", "assert double(time.time_ns()) > 0", "assert double(1) == 2"])
+    with pytest.raises(VerificationError, match="something else when it is run again"):
+        at_service.verify("def double(n): return 2 * n", clock)
+    with pytest.raises(VerificationError, match="No module named 'nowhere'"):
+        at_service.verify("def double(n): return n", Task(PROMPT, ["import nowhere", "assert double(1) == 2"]))
+
+
+def test_a_service_that_is_down_gives_no_score_either(service: Service, at_service: CodeVerifier) -> None:
+    try:
+        service.answer = lambda request: (500, {})
+        with pytest.raises(VerificationError, match="status 500"):
+            at_service.verify("    return 2 * n\n", TASK)
+        lost = {"status": "Error", "return_code": None, "stdout": "", "stderr": ""}
+        service.answer = lambda request: (200, {"status": "Failed", "run_result": lost})
+        with pytest.raises(VerificationError, match="ended from outside, 3 times"):
+            at_service.verify("    return 2 * n\n", TASK)
+    finally:
+        service.answer = really
 
 
 def test_many_at_once() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from rehearsal.agents.toolbox import ToolSource
 from rehearsal.agents.tools import Tool, ToolFailure, tool_from
 from rehearsal.errors import SandboxError
-from rehearsal.sandbox import CallResult, Interpreter, InterpreterPool, Limits
+from rehearsal.sandbox import CallResult, Interpreter, InterpreterPool, Limits, RemoteSandbox, service_at
 
 _GRACE = 10.0
 """Seconds beyond those of a call: the sandbox keeps the time, and starting an interpreter takes some too."""
@@ -28,19 +29,24 @@ class Python(ToolSource):
         interpreters: how many there may be at one time; further episodes wait for one.
         packages: folders of packages that code may import, beside the standard library.
         preload: modules that are imported once for all episodes.
+        url: of a service that takes the sandbox's place, see :class:`rehearsal.sandbox.RemoteSandbox`. It makes the
+            earlier calls of an episode again with each new one, and gives each episode its interpreter at once.
+        api_key_env: name of the environment variable with the service's key.
 
     Raises:
-        SandboxError: if the level is not to be had, or a limit cannot be used.
+        SandboxError: if the level is not to be had, a limit cannot be used, the service is none, or options of the own
+            sandbox stand beside it.
     """
 
     def __init__(
         self, isolation: str | None = None, seconds: float = 5.0, memory_mib: int = 256, interpreters: int = 256,
-        packages: Sequence[str] = (), preload: Sequence[str] = (),
+        packages: Sequence[str] = (), preload: Sequence[str] = (), url: str | None = None,
+        api_key_env: str | None = None,
     ) -> None:  # fmt: skip
         limits = Limits(seconds=seconds, memory_bytes=memory_mib << 20)
-        self.pool = InterpreterPool(
-            interpreters, limits=limits, isolation=isolation, packages=packages, preload=preload
-        )
+        own: dict[str, Any] = {"isolation": isolation, "packages": packages, "preload": preload}
+        service = service_at(url, api_key_env, limits=limits, **own)
+        self.pool: InterpreterPool | RemoteSandbox = service or InterpreterPool(interpreters, limits=limits, **own)
 
     def open(self) -> Sequence[Tool]:
         episode = _Episode(self.pool)
@@ -48,7 +54,8 @@ class Python(ToolSource):
         return [replace(tool_from(episode.python, timeout=seconds), close=episode.close)]
 
     def facts(self) -> Mapping[str, str]:
-        return {"sandbox": self.pool.isolation.value}
+        level = self.pool.isolation
+        return {"sandbox": level if isinstance(level, str) else level.value}
 
     def close(self) -> None:
         self.pool.close()
@@ -57,7 +64,7 @@ class Python(ToolSource):
 class _Episode:
     """The interpreter of one episode, from its first call on."""
 
-    def __init__(self, pool: InterpreterPool) -> None:
+    def __init__(self, pool: InterpreterPool | RemoteSandbox) -> None:
         self._pool = pool
         self._interpreter: Interpreter | None = None
         self._closed = False

@@ -12,10 +12,10 @@ from rehearsal.environments.episode import EpisodeEnv, whole_number
 from rehearsal.environments.repair.bugs import Bug, draw_bugs, with_bugs
 from rehearsal.environments.repair.edits import EditError, apply_edit, edits_between
 from rehearsal.environments.repair.programs import Program, draw_program
-from rehearsal.environments.repair.running import Answer, Arguments, Run, leave, run_own, shared_runner
+from rehearsal.environments.repair.running import Answer, Arguments, Run, Where, leave, run_own, shared_runner
 from rehearsal.environments.splits import draw_in_split
 from rehearsal.errors import EnvironmentFault, RecipeError
-from rehearsal.sandbox import Isolation, require
+from rehearsal.sandbox import Isolation, RemoteSandbox, require
 
 _TRIES = 200
 _LEAST_HIDDEN = 3
@@ -56,9 +56,12 @@ class Repair(EpisodeEnv):
         visible: tests that the agent sees, 1 to 6, and at least as many as there are bugs.
         turns: edits of an episode.
         isolation: level of the sandbox, see :class:`rehearsal.sandbox.Isolation`; the strongest there is if None.
+        url: of a service that takes the sandbox's place, see :class:`rehearsal.sandbox.RemoteSandbox`.
+        api_key_env: name of the environment variable with the service's key.
 
     Raises:
         RecipeError: for a parameter out of its range.
+        SandboxError: for a service that is none, or that stands beside a level.
     """
 
     name = "repair"
@@ -66,7 +69,10 @@ class Repair(EpisodeEnv):
     max_turns = 6
     max_actions_per_turn = 1
 
-    def __init__(self, bugs: int = 1, visible: int = 3, turns: int = 6, isolation: str | None = None) -> None:
+    def __init__(
+        self, bugs: int = 1, visible: int = 3, turns: int = 6, isolation: str | None = None, url: str | None = None,
+        api_key_env: str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(max_steps=whole_number("turns", turns, 1, 64))
         self.bugs = whole_number("bugs", bugs, 1, 3)
         self.visible = whole_number("visible", visible, 1, 6)
@@ -78,7 +84,10 @@ class Repair(EpisodeEnv):
         levels = [level.value for level in Isolation]
         if isolation is not None and isolation not in levels:
             raise RecipeError(f"isolation must be one of {', '.join(levels)}, not {isolation!r}.")
-        self.isolation = isolation
+        self._where = Where(isolation, url, api_key_env)
+        service = self._where.service()  # what is wrong with it is told now, and not in the middle of an episode
+        if service is not None:
+            service.close()
         self._now: _Task | None = None
         self._lines: tuple[str, ...] = ()
         self._run = Run(())
@@ -154,7 +163,7 @@ class Repair(EpisodeEnv):
         if changed:
             self._lines = lines
             # Asked for each time: it may have been closed meanwhile, and a copy of this environment is another user.
-            runner = shared_runner(self.isolation, self)
+            runner = shared_runner(self._where, self)
             self._run = runner.run(task.program.function, "\n".join(lines), task.calls)
         solved = self._run.answers == task.wanted
         return float(solved), solved, solved, changed
@@ -211,16 +220,16 @@ class Repair(EpisodeEnv):
         }  # fmt: skip
 
     def facts(self) -> dict[str, str]:
-        """The level of isolation of its sandbox.
+        """The level of isolation of its sandbox; ``remote`` for a service.
 
         Raises:
             SandboxError: if the level is not to be had.
         """
-        return {"sandbox": require(self.isolation).value}
+        return {"sandbox": require(self._where.isolation).value if self._where.url is None else RemoteSandbox.isolation}
 
     def close(self) -> None:
         """Give the sandbox back; closing twice is harmless, and a reset after it begins again."""
-        leave(self.isolation, self)
+        leave(self._where, self)
 
     @property
     def _present(self) -> _Task:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from weakref import WeakSet
 
 from rehearsal.environments.repair import inside
-from rehearsal.sandbox import CallResult, Interpreter, InterpreterPool, Limits, Outcome
+from rehearsal.sandbox import CallResult, Interpreter, InterpreterPool, Limits, Outcome, RemoteSandbox, service_at
 from rehearsal.sandbox.inside import plain
 
 _INSIDE = Path(inside.__file__).read_text(encoding="utf-8")
@@ -53,6 +53,28 @@ class Run(NamedTuple):
     broken: str = ""
 
 
+class Where(NamedTuple):
+    """Where programs that are not to be trusted run.
+
+    Attributes:
+        isolation: level of the own sandbox; the strongest there is if None.
+        url: of a service in its place.
+        api_key_env: name of the environment variable with the service's key.
+    """
+
+    isolation: str | None = None
+    url: str | None = None
+    api_key_env: str | None = None
+
+    def service(self) -> RemoteSandbox | None:
+        """A new connection to the service; None if there is none.
+
+        Raises:
+            SandboxError: if it cannot be one.
+        """
+        return service_at(self.url, self.api_key_env, limits=_LIMITS, isolation=self.isolation)
+
+
 def run_own(function: str, program: str, calls: Sequence[Arguments]) -> Run:
     """What a program of our own making answers. It runs in this process, which is many times faster; that it comes to
     an end is seen to by counting lines."""
@@ -64,16 +86,20 @@ class ProgramRunner:
     Close it after use.
 
     Args:
-        isolation: level of the sandbox; the strongest there is if None.
+        where: level of the sandbox, or the service in its place; the strongest level there is if None.
         interpreters: how many programs run at one time.
 
     Raises:
-        SandboxError: if the level is not to be had.
+        SandboxError: if the level is not to be had, or the service is none.
     """
 
-    def __init__(self, isolation: str | None = None, interpreters: int | None = None) -> None:
+    def __init__(self, where: Where | None = None, interpreters: int | None = None) -> None:
+        where = where or Where()
         count = interpreters or max(2, min(8, os.cpu_count() or 2))
-        self._pool = InterpreterPool(count, limits=_LIMITS, isolation=isolation, spare=0)
+        service = where.service()
+        self._pool = service or InterpreterPool(count, limits=_LIMITS, isolation=where.isolation, spare=0)
+        # One at a service would run every program before it again.
+        self._used_again = service is None
         self._places = threading.BoundedSemaphore(count)
         self._idle: deque[Interpreter] = deque()
         self._known: OrderedDict[tuple[str, str, str], Run] = OrderedDict()
@@ -124,7 +150,7 @@ class ProgramRunner:
             try:
                 found = _result(interpreter.call("trial", asked))
             finally:
-                if found is None:
+                if found is None or not self._used_again:
                     interpreter.close()
                 else:
                     self._idle.append(interpreter)
@@ -160,12 +186,13 @@ def _read(answers: Sequence[Any], count: int, missing: str) -> Run:
 # --- one for all environments of this process -------------------------------------------------------------------------
 
 _lock = threading.Lock()
-_runners: dict[str | None, ProgramRunner] = {}
-_users: dict[str | None, WeakSet[Any]] = {}
+_runners: dict[Where, ProgramRunner] = {}
+_users: dict[Where, WeakSet[Any]] = {}
 
 
-def shared_runner(isolation: str | None, user: object) -> ProgramRunner:
-    """The runner of this process for a level of isolation. It stays until all its users have left or are gone.
+def shared_runner(where: Where, user: object) -> ProgramRunner:
+    """The runner of this process for a level of isolation or a service. It stays until all its users have left or are
+    gone.
 
     A runner keeps nothing of a program, so there need be no more interpreters than processors, however many
     environments there are.
@@ -174,20 +201,20 @@ def shared_runner(isolation: str | None, user: object) -> ProgramRunner:
         SandboxError: if the level is not to be had.
     """
     with _lock:
-        if isolation not in _runners:
-            _runners[isolation] = ProgramRunner(isolation)
-            _users[isolation] = WeakSet()
-        _users[isolation].add(user)
-        return _runners[isolation]
+        if where not in _runners:
+            _runners[where] = ProgramRunner(where)
+            _users[where] = WeakSet()
+        _users[where].add(user)
+        return _runners[where]
 
 
-def leave(isolation: str | None, user: object) -> None:
+def leave(where: Where, user: object) -> None:
     """Say that a user needs its runner no more."""
     with _lock:
-        users = _users.get(isolation, WeakSet())
+        users = _users.get(where, WeakSet())
         users.discard(user)
-        if not users and isolation in _runners:
-            _runners.pop(isolation).close()
+        if not users and where in _runners:
+            _runners.pop(where).close()
 
 
 def close_all() -> None:

@@ -1,7 +1,8 @@
 """What runs the text that a model wrote. From here on nothing in this process can be trusted.
 
 A guest speaks to its warden through two pipes. Whatever it writes there is about its own call and believed no further:
-model code can find the pipes and lie, and has then lied about its own output.
+model code can find the pipes and lie, and has then lied about its own output. At a service there is no warden, and
+:mod:`replay` makes the calls with the functions from here.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ast
 import atexit
 import builtins
+import functools
 import linecache
 import os
 import sys
@@ -22,7 +24,7 @@ from rehearsal.sandbox.inside import plain
 from rehearsal.sandbox.inside.framing import Message, pack, read_message, write_all
 
 PROGRAM = "program.py"
-_LARGEST_VALUE = 1 << 22
+LARGEST_VALUE = 1 << 22
 """Bytes of what a call answers."""
 _LONGEST_ERROR = 8000
 """Characters of a traceback; of a longer one the middle is left out."""
@@ -62,7 +64,7 @@ def program(source: str, results: int) -> None:
         cast(Any, threading)._shutdown()
         cast(Any, atexit)._run_exitfuncs()
     finally:
-        _flush()
+        flush()
         os._exit(status)
 
 
@@ -81,7 +83,22 @@ def _exit_status(leaving: SystemExit) -> int:
 
 def interpreter(requests: int, results: int) -> None:
     """Serve calls one after the other; names live on from call to call."""
-    main = _fresh_main("<interpreter>")
+
+    def exchange(text: str) -> Message:
+        write_all(results, pack({"ask": text}))
+        return read_message(requests) or {"error": "the host is gone"}
+
+    main = begin(exchange)
+    while (request := read_message(requests)) is not None:
+        write_all(results, pack({"n": request["n"], **answered(request, main)}))
+
+
+def begin(exchange: Callable[[str], Message]) -> types.ModuleType:
+    """A fresh ``__main__`` for calls.
+
+    Args:
+        exchange: gets an answer to what code asks with ``host.ask(text)``: ``text``, or ``error``.
+    """
     lock = threading.Lock()
 
     def ask(text: str) -> str:
@@ -89,8 +106,7 @@ def interpreter(requests: int, results: int) -> None:
         if not isinstance(text, str):
             raise TypeError("only text can be asked")
         with lock:
-            write_all(results, pack({"ask": text}))
-            answer = read_message(requests) or {"error": "the host is gone"}
+            answer = exchange(text)
         if answer.get("error") is not None:
             raise RuntimeError(answer["error"])
         return str(answer["text"])
@@ -98,23 +114,27 @@ def interpreter(requests: int, results: int) -> None:
     host = types.ModuleType("host", "What the program that runs this interpreter offers to it.")
     host.ask = ask  # type: ignore[attr-defined]
     sys.modules["host"] = host
+    return _fresh_main("<interpreter>")
+
+
+def answered(request: Message, main: types.ModuleType, largest: int = LARGEST_VALUE) -> Message:
+    """Make a call in ``main``; what came of it. Names live on there from call to call.
+
+    Args:
+        request: what the host sends.
+        main: from :func:`begin`.
+        largest: bytes of the value that a function may give.
+    """
     own = os.getpid()
-    while (request := read_message(requests)) is not None:
-        if request["do"] == "run":
-            answer = _answered(_run, request, main)
-        else:
-            answer = _answered(_call, request, main)
-        _flush()
-        if os.getpid() != own:
-            os._exit(0)  # a fork made by the model's code must not serve calls as well
-        write_all(results, pack({"n": request["n"], **answer}))
-
-
-def _answered(work: Callable[[Message, types.ModuleType], Any], request: Message, main: types.ModuleType) -> Message:
     try:
-        return {"error": None, "value": work(request, main)}
+        work = _run if request["do"] == "run" else functools.partial(_call, largest=largest)
+        answer: Message = {"error": None, "value": work(request, main)}
     except BaseException as error:
-        return {"error": _shown(error, "<call"), "kind": type(error).__name__}
+        answer = {"error": _shown(error, "<call"), "kind": type(error).__name__}
+    flush()
+    if os.getpid() != own:
+        os._exit(0)  # a fork made by the model's code must not serve calls as well
+    return answer
 
 
 def _run(request: Message, main: types.ModuleType) -> None:
@@ -131,7 +151,7 @@ def _run(request: Message, main: types.ModuleType) -> None:
             main.__dict__["_"] = value
 
 
-def _call(request: Message, main: types.ModuleType) -> Any:
+def _call(request: Message, main: types.ModuleType, largest: int) -> Any:
     """Call a function by name. Answered are its result, its arguments as it left them, or what it raised."""
     function = main.__dict__.get(request["function"], getattr(builtins, request["function"], None))
     if function is None:
@@ -140,8 +160,8 @@ def _call(request: Message, main: types.ModuleType) -> Any:
     try:
         result = function(*positional, **named)
         answer = {"result": plain.encode(result), "arguments": plain.encode([*positional, *named.values()])}
-        if len(pack(answer)) > _LARGEST_VALUE:
-            raise plain.PlainError(f"a value of more than {_LARGEST_VALUE} bytes")
+        if len(pack(answer)) > largest:
+            raise plain.PlainError(f"a value of more than {largest} bytes")
         return answer
     except plain.PlainError as error:
         return {"unusable": str(error)}
@@ -191,7 +211,8 @@ def _shown(error: BaseException, first: str) -> str:
     return text
 
 
-def _flush() -> None:
+def flush() -> None:
+    """Write out what the streams of output hold."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

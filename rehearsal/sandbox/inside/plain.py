@@ -76,11 +76,11 @@ def _encoded(value: Any, depth: int, counter: Iterator[int]) -> Any:
         return {"tuple": each(tuple.__iter__(value))}
     if isinstance(value, dict):
         return {"dict": [each(pair) for pair in dict.items(value)]}
-    if isinstance(value, set | frozenset):
+    if isinstance(value, (set, frozenset)):
         return {"set" if isinstance(value, set) else "frozenset": each(iter(value))}
     if isinstance(value, complex):
         return {"complex": [float.__repr__(value.real), float.__repr__(value.imag)]}
-    if isinstance(value, bytes | bytearray):
+    if isinstance(value, (bytes, bytearray)):
         kind = "bytes" if isinstance(value, bytes) else "bytearray"
         return {kind: base64.b64encode(bytes(value)).decode("ascii")}
     if isinstance(value, range):
@@ -91,7 +91,7 @@ def _encoded(value: Any, depth: int, counter: Iterator[int]) -> Any:
         return {"fraction": [hex(value.numerator), hex(value.denominator)]}
     if hasattr(type(value), "__next__"):
         return {"iterator": each(itertools.islice(value, MOST_ITEMS))}
-    if isinstance(value, type({}.keys()) | type({}.values()) | type({}.items())):
+    if isinstance(value, (type({}.keys()), type({}.values()), type({}.items()))):
         return {"iterator": each(value)}
     raise PlainError(f"a value of type {type(value).__name__}")
 
@@ -99,7 +99,7 @@ def _encoded(value: Any, depth: int, counter: Iterator[int]) -> Any:
 def _decoded(coded: Any, depth: int) -> Any:
     if depth == 0:
         raise PlainError("a value nested too deep")
-    if coded is None or isinstance(coded, bool | int | str):
+    if coded is None or isinstance(coded, (bool, int, str)):
         return coded
     if isinstance(coded, list):
         return [_decoded(item, depth - 1) for item in coded]
