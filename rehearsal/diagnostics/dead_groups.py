@@ -79,7 +79,8 @@ def cause_of(found: DeadGroups, *, dead: float, solved: float, done: float) -> C
         return "too_hard"
     if found.equal > found.dead / 2:
         return "no_signal"
-    if min(found.solved, found.failed) >= found.dead / 5 and not found.success >= done:
+    beyond_reach = found.failed >= (1 - found.solved) / 2
+    if min(found.solved, found.failed) >= found.dead / 5 and beyond_reach and not found.success >= done:
         return "all_or_nothing"
     if found.solved > found.dead / 2 and found.dead - found.solved < dead * (1 - found.solved):
         return None

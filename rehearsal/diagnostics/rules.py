@@ -29,6 +29,7 @@ class Thresholds:
         large_step: KL divergence, in nats a token, between the policy that played and the one that learns, while
             it learns from what was played.
         unpaid: correlation of reward and success inside groups, below which the reward pays for something else.
+        unpaid_fall: the same correlation over its highest mean, below which the reward has ceased to pay for success.
         surer: self-certainty over what it was at the start.
         success_done: a run that succeeds this often may be sure of itself.
         spread_fall: in-group spread over its highest mean.
@@ -50,13 +51,14 @@ class Thresholds:
     ignored: float = 0.1
     varied: float = 0.5
     entropy_fall: float = 0.15
-    entropy_rise: float = 2.5
+    entropy_rise: float = 2.0
     large_step: float = 0.01
     unpaid: float = 0.08
+    unpaid_fall: float = 0.25
     surer: float = 1.2
     success_done: float = 0.85
     spread_fall: float = 0.5
-    reward_fall: float = 0.2
+    reward_fall: float = 0.4
     spike: float = 4.0
     noise: float = 0.05
     longer: float = 1.75
@@ -116,6 +118,12 @@ _PERPLEXITIES = "probe/*perplexity"
 _IGNORED_LOOKS = 4
 _NOISE_LOOKS = 4
 _UNPAID_LOOKS = 5
+_LASTING = 5
+"""Judged steps in a row for what the tasks of one step can feign, as long as it is among the five that means are taken
+over."""
+_PAID = 0.5
+"""Correlation of reward and success from which on a run has paid for success."""
+_LARGE_LOOKS = 3
 
 
 def _percent(value: float) -> str:
@@ -203,9 +211,10 @@ def _entropy_rise(series: Series, limits: Thresholds) -> str | None:
 
 
 def _large_steps(series: Series, limits: Thresholds) -> str | None:
-    # The median: now and then a single step of a healthy run is ten times as large as those around it.
+    # The median: now and then a single step of a healthy run is ten times as large as those around it. It is what keeps
+    # a single step from being called, so it need not hold for several steps besides.
     moved = series.recent_median("policy/kl_sampling")
-    if not moved > limits.large_step:
+    if len(series.measured("policy/kl_sampling")) < _LARGE_LOOKS or not moved > limits.large_step:
         return None
     return f"While it learns from a batch, the policy moves {moved:.3f} nats a token away from the one that played it."
 
@@ -225,10 +234,15 @@ def _no_progress(series: Series, limits: Thresholds) -> str | None:
 
 def _success_unpaid(series: Series, limits: Thresholds) -> str | None:
     name = "signal/success_correlation"
-    paid = series.recent(name)
-    if len(series.measured(name)) < _UNPAID_LOOKS or not paid < limits.unpaid:
+    paid, best, now = series.recent(name), series.best(name), series.recent(name, 2)
+    if len(series.measured(name)) >= _UNPAID_LOOKS and paid < limits.unpaid:
+        return f"Inside groups the correlation of reward and success is {paid:.2f}."
+    # What has paid and all at once does not is seen in a look or two. Where nearly all succeed it means nothing: groups
+    # in which everybody does have rewards that differ, and no success to go with them.
+    broke = best >= _PAID and now < limits.unpaid_fall * best
+    if not broke or series.recent("train/success", 2) >= limits.success_done:
         return None
-    return f"Inside groups the correlation of reward and success is {paid:.2f}."
+    return f"Inside groups the correlation of reward and success fell from {best:.2f} to {now:.2f}."
 
 
 def _echo_trap(series: Series, limits: Thresholds) -> str | None:
@@ -369,24 +383,24 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "too_easy", "Too easy", "Where everything succeeds there is nothing to compare, and little is left to learn.",
         "Make the tasks harder, or draw them by difficulty (curriculum.name = difficulty).",
-        "signal/dead_groups", _too_easy,
+        "signal/dead_groups", _too_easy, begins_after=_LASTING,
     ),
     Rule(
         "too_hard", "Too hard", "Where nothing succeeds there is nothing to compare.",
         "Make the tasks easier, give partial credit, play more episodes of each task, or start from a better model.",
-        "signal/dead_groups", _too_hard,
+        "signal/dead_groups", _too_hard, begins_after=_LASTING,
     ),
     Rule(
         "no_signal", "No signal",
         "Equal rewards do not tell which episode of a task was better; what compares these learns nothing from them.",
         "Look at how the reward is made: does it depend on what the agent does? Finer rewards or larger groups help.",
-        "signal/dead_groups", _no_signal,
+        "signal/dead_groups", _no_signal, begins_after=_LASTING,
     ),
     Rule(
         "all_or_nothing", "All or nothing",
         "Tasks are either solved whatever the agent does or beyond it, so there is nothing to compare.",
         "Draw tasks by difficulty (curriculum.name = difficulty), play more episodes of each, or give partial credit.",
-        "signal/dead_groups", _all_or_nothing,
+        "signal/dead_groups", _all_or_nothing, begins_after=_LASTING,
     ),
     Rule(
         "template_collapse", "Template collapse",
@@ -412,31 +426,31 @@ RULES: tuple[Rule, ...] = (
         "entropy_rise", "Entropy runs away",
         "The policy is on its way to answering at random.",
         f"Weaken or drop entropy_coefficient or lower the learning rate, {_FROM_BEFORE}",
-        "policy/entropy", _entropy_rise, looks=3,
+        "policy/entropy", _entropy_rise, begins_after=1, looks=3,
     ),
     Rule(
         "large_steps", "Steps too large",
         "A batch says which way is better nearby; a policy that goes further than that undoes what it learned.",
         "Lower training.learning_rate, or take fewer minibatches and epochs of each batch.",
-        "policy/kl_sampling", _large_steps,
+        "policy/kl_sampling", _large_steps, begins_after=1, looks=_LARGE_LOOKS,
     ),
     Rule(
         "success_unpaid", "Success does not pay",
         "Of the episodes of a task those that succeed get no more than the others: the policy learns something else.",
         "Look at how the reward is made, or at what success means: one of them is not what you want.",
-        "signal/success_correlation", _success_unpaid, looks=_UNPAID_LOOKS,
+        "signal/success_correlation", _success_unpaid, begins_after=2, looks=_UNPAID_LOOKS,
     ),
     Rule(
         "no_progress", "No progress", "The weights move and the reward does not: what told episodes apart may be luck.",
         "Look at how the reward is made: does it depend on what the agent does? Play more episodes of each task, lower "
         "the chance in the environment, or drop groups of little reward variance.",
-        "train/reward", _no_progress, begins_after=5, looks=20, unless=_ADAPTIVE,
+        "train/reward", _no_progress, begins_after=_LASTING, looks=20, unless=_ADAPTIVE,
     ),
     Rule(
         "echo_trap", "Echo trap",
         "Episodes of a task have become alike without becoming better; a jump of the gradient usually makes it final.",
         f"Lower the learning rate and drop groups of little reward variance, {_FROM_BEFORE}",
-        "signal/reward_std_in_group", _echo_trap, looks=5,
+        "signal/reward_std_in_group", _echo_trap, begins_after=_LASTING, looks=5,
     ),
     Rule(
         "noise", "Noise outweighs signal",
@@ -464,7 +478,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "success_fell", "Success fell", "The agent was better before.",
         f"Keep the policy from before the fall, or go on with a lower learning rate, {_FROM_BEFORE}",
-        "train/success", _success_fell, begins_after=5, looks=5, unless=_ADAPTIVE,
+        "train/success", _success_fell, begins_after=_LASTING, looks=5, unless=_ADAPTIVE,
     ),
     Rule(
         "sure_and_worse", "Surer and worse",

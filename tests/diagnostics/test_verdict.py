@@ -437,3 +437,43 @@ def test_every_rule_is_written_out() -> None:
         assert rule.suggestion.endswith(".")
         assert rule.name in SICK
     assert Thresholds() == Thresholds()
+
+
+# How soon rules speak
+
+
+def test_a_reward_that_ceases_to_pay_is_called_in_a_few_steps() -> None:
+    scatter = random.Random(0)
+    rows = run(signal__success_correlation=lambda i: 0.9 if i < 30 else scatter.gauss(0, 0.09))
+    (verdict,) = judge(rows)
+    assert verdict.rule.name == "success_unpaid"
+    assert 31 <= verdict.called <= 34
+    assert "fell from 0.90" in verdict.evidence
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"signal__success_correlation": lambda i: 0.9 if i != 30 else -0.1},
+        {"signal__success_correlation": late(0.45, 0.1)},
+        {"signal__success_correlation": late(0.9, 0.15), "train__success": late(0.7, 0.9)},
+    ],
+    ids=["a single look", "never paid much", "nearly all succeed"],
+)
+def test_a_correlation_that_falls_means_nothing_where(changes: dict[str, Callable[[int], float]]) -> None:
+    assert "success_unpaid" not in names(run(**changes))
+
+
+def test_large_steps_are_called_with_the_third_look_and_a_single_one_never() -> None:
+    (verdict,) = judge(run(policy__kl_sampling=lambda i: 0.05))
+    assert (verdict.rule.name, verdict.called) == ("large_steps", 3)
+    assert judge(run(policy__kl_sampling=lambda i: 0.05 if i in (0, 20, 40) else 1e-3)) == []
+
+
+def test_what_a_few_odd_steps_can_feign_has_to_last() -> None:
+    """Dead groups and echo traps go by means of five steps, which one step's tasks move for as long."""
+    odd = run(signal__dead_groups=lambda i: 1.0 if 20 <= i < 26 else 0.3, signal__dead_groups_failed=lambda i: 0.3)
+    assert judge(odd) == []
+    for rule in RULES:
+        if rule.needs == "signal/dead_groups" or rule.name in ("echo_trap", "success_fell"):
+            assert rule.begins_after == 5

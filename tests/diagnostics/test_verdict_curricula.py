@@ -82,7 +82,7 @@ def test_groups_of_two_stages_are_not_mixed() -> None:
         row[STAGE] = staged(i)
     assert Series(rows).until(31).recent("signal/dead_groups_solved") == 0.0
     (verdict,) = judge(rows)
-    assert (verdict.rule.name, verdict.began, verdict.called) == ("too_hard", 31, 33)
+    assert (verdict.rule.name, verdict.began, verdict.called) == ("too_hard", 31, 35)
 
 
 def test_the_stage_of_a_series() -> None:
