@@ -221,13 +221,20 @@ def say(text: str) -> None:
 # Memory
 
 
-def in_own_process(options: Sequence[str]) -> dict[str, Any]:
+def in_own_process(options: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Run the same script with other options in a process of its own, and read the JSON object that it prints last.
+
+    Args:
+        options: of the script.
+        environment: variables that the process has besides.
 
     Raises:
         SystemExit: with the last line of what went wrong.
     """
-    done = subprocess.run([sys.executable, str(script_path()), *options], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script_path()), *options], capture_output=True, text=True, check=False,
+        env={**os.environ, **(environment or {})},
+    )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"{shlex.join(options)} failed: {done.stderr.strip().splitlines()[-1]}")
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))

@@ -176,6 +176,11 @@ class PackedPlan:
         self._key_index = torch.cat([bucket.key_index for bucket in self._buckets])
         self._rows_T = torch.from_numpy(self._rows(parts)).to(device)
 
+    def forget(self) -> None:
+        """Let go of the masks: they take more room than all else of a pack, and are made anew if it is read again."""
+        for bucket in self._buckets:
+            bucket.biases.clear()
+
     def _rows(self, parts: list[list[Span]]) -> np.ndarray:
         """For each token of the pack its row among the padded queries of all buckets."""
         rows_T = np.full(self.n_tokens, -1, dtype=np.int64)

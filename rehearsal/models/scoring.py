@@ -72,7 +72,13 @@ def each_target(
 ) -> list[np.ndarray]:  # fmt: skip
     """A number, or a row of them, for every target token, by ``flat_of`` a pack; one array a sequence, in order."""
     packs = make_packs(items, pack_tokens, share_prefixes=share_prefixes, device=device, workers=workers)
-    parts = list(map_packs(models, flat_of, packs, workers))
+
+    def work(pack: Pack) -> np.ndarray:
+        flat = flat_of(pack)
+        pack.plan.forget()
+        return flat
+
+    parts = list(map_packs(models, work, packs, workers))
     flat_N = np.concatenate(parts) if parts else np.empty(0, np.float32)
     ends = np.cumsum([len(item.targets) for item in items], dtype=np.int64)
     return np.split(flat_N, ends)[:-1]

@@ -224,6 +224,7 @@ def _losses(model: Any, work: _Work) -> tuple[Tensor, np.ndarray]:
     pack = work.pack
     hidden_ND = packed_hidden(model, pack.token_ids_T, pack.positions_T, pack.plan, pack.sources_N)
     logprobs_N, _ = token_logprobs(model, hidden_ND, pack.targets_N)
+    pack.plan.forget()
     return -logprobs_N, work.classes_N
 
 

@@ -305,6 +305,7 @@ class Learner:
         models = [self.model, self.critic] if values else [self.model]
         results = accumulate_gradients(models, trained, losses_of, packs, self._workers, self._master)
         for number, figures in enumerate(results):
+            packs[number].plan.forget()
             bad = not_finite(updates) if look else None
             if bad is not None or not figures.finite:
                 results.close()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import rehearsal.models.scoring as scoring_module
 import rehearsal.training.learner as learner_module
 from rehearsal.algorithms.aggregation import AGGREGATIONS
 from rehearsal.algorithms.presets import PRESETS, preset
@@ -256,6 +257,26 @@ def test_sequences_without_an_advantage_are_not_computed_and_still_count(
     monkeypatch.setattr(Learner, "_wanted", lambda self, objectives, mini: np.arange(mini.n_sequences))
     assert_same(skipped, gradients(learner_of(model, algorithm), groups))
     assert seen == [9, 12]
+
+
+def test_the_masks_of_a_step_are_not_kept(model: Any, make_groups: MakeGroups, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are larger than all else of a pack, and a step has many packs."""
+    made: list[Any] = []
+    for module in (learner_module, scoring_module):
+
+        def keeping(*args: Any, make: Any = module.make_packs, **kwargs: Any) -> Any:
+            packs = make(*args, **kwargs)
+            made.append(packs)
+            return packs
+
+        monkeypatch.setattr(module, "make_packs", keeping)
+    groups = make_groups(model)
+    learner = learner_of(model, "ppo", pack_tokens=32)
+    learner.step(groups, 0)
+    learner.logprobs(groups)
+    packs = [pack for some in made for pack in some]
+    assert len(packs) > 4
+    assert not any(bucket.biases for pack in packs for bucket in pack.plan._buckets)
 
 
 def test_nothing_is_skipped_where_an_objective_looks_at_more_than_advantages(
