@@ -440,12 +440,8 @@ def _build(name: str, options: Options) -> Algorithm:
     )
 
 
-def _policy_objective(
-    options: Options, correction: ImportanceCorrection, aggregation: Aggregation
-) -> PolicyObjective:  # fmt: skip
-    common: dict[str, Any] = {
-        "correction": correction, "aggregation": aggregation, "parameters": options.parameters,
-    }  # fmt: skip
+def _policy_objective(options: Options, correction: ImportanceCorrection, aggregation: Aggregation) -> PolicyObjective:
+    common: Any = {"correction": correction, "aggregation": aggregation, "parameters": options.parameters}
     if options.loss == "cispo":
         return CISPOLoss(options.ratio_low, options.ratio_high, **common)
     if options.loss == "sapo":

@@ -71,9 +71,9 @@ class VESPOLoss(PolicyObjective):
     """Variational sequence-level soft policy optimisation (arXiv:2602.10693): -detach(phi(w)) A log present.
 
     w is the product of the ratios present / old of a sequence's tokens, and of the correction's weights, so that it
-    goes all the way back to what sampled; phi(w) = w^k exp(decay (1 - w)) is 1 at w = 1, falls like a power where a
-    sequence became unlikely and exponentially where it became likely. The product of many tokens moves fast: with long
-    sequences phi is near 0 after a few updates of one batch.
+    goes all the way back to what sampled. phi(w) = w^k exp(decay (1 - w)) is 1 at w = 1 and largest at w = k / decay;
+    it falls like a power below, where a sequence became unlikely, and exponentially above. The product of many tokens
+    moves fast: with long sequences phi is near 0 after a few updates of one batch.
 
     Metrics: ``ratio`` (of the token); ``gate``, phi; ``kl_old``; ``correction``.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 
 from rehearsal.diagnostics.rules import Rule, Thresholds
 from rehearsal.diagnostics.series import Series
@@ -50,25 +51,17 @@ def _few_thoughts(series: Series, limits: Thresholds) -> str | None:
     return f"Of {asked:.0f} reflections {kept:.0f} were kept." if kept < _KEPT * asked else None
 
 
-def _not_better(series: Series, name: str) -> tuple[float, float] | None:
+def _no_better(series: Series, name: str, what: str) -> str | None:
     before, after = series.last(f"before/{name}"), series.last(f"after/{name}")
-    return (before, after) if after >= before else None
+    return f"In held-out states {what} {after:.2f} nats, from {before:.2f}." if after >= before else None
 
 
 def _world_memorised(series: Series, limits: Thresholds) -> str | None:
-    found = _not_better(series, "world_nats")
-    if found is None:
-        return None
-    return (
-        f"In states that were held out the environment's words take {found[1]:.2f} nats a token, from {found[0]:.2f}."
-    )
+    return _no_better(series, "world_nats", "a token of the environment's words takes")
 
 
 def _expert_memorised(series: Series, limits: Thresholds) -> str | None:
-    found = _not_better(series, "action_nats")
-    if found is None:
-        return None
-    return f"In held-out states the expert's answer takes {found[1]:.2f} nats, from {found[0]:.2f}."
+    return _no_better(series, "action_nats", "the expert's answer takes")
 
 
 def _plays_worse(series: Series, limits: Thresholds) -> str | None:
@@ -78,44 +71,47 @@ def _plays_worse(series: Series, limits: Thresholds) -> str | None:
     return f"Held-out success fell from {series.last('before/success'):.0%} to {series.last('after/success'):.0%}."
 
 
+_at_once = partial(Rule, begins_after=1, ends_after=1)
+"""There is one row of figures, so nothing can last."""
+
 EARLY_RULES = (
-    Rule(
+    _at_once(
         "expert_fails", "The expert fails", "What it does is imitated all the same.",
         "See what its oracle() cannot do, and whether agent.max_turns, actions and max_context leave room for it.",
-        "expert/success", _expert_fails, begins_after=1, ends_after=1,
+        "expert/success", _expert_fails,
     ),
-    Rule(
+    _at_once(
         "few_branches", "Little was tried", "There is hardly anything to compare the expert's actions with.",
         "Raise draws or the temperature of sampling, or name other actions by a proposer, such as any_legal.",
-        "branches/alternatives", _few_branches, begins_after=1, ends_after=1,
+        "branches/alternatives", _few_branches,
     ),
-    Rule(
+    _at_once(
         "thoughts_tell", "Thoughts know the end",
         "Those were turned down, but a filter finds what somebody thought of: the same may stand in others in words "
         "that it does not know, and who learns them thinks what cannot be known before acting.",
         "Read some of those that were kept (on_reflection) before you go on.",
-        "reflections/label", _thoughts_tell, begins_after=1, ends_after=1,
+        "reflections/label", _thoughts_tell,
     ),
-    Rule(
+    _at_once(
         "few_thoughts", "Few thoughts", "Without one the expert is imitated in thinking nothing.",
         "Set empty_thoughts to False, take a model that can read the question, or do without (reflect=False).",
-        "reflections/kept", _few_thoughts, begins_after=1, ends_after=1,
+        "reflections/kept", _few_thoughts,
     ),
-    Rule(
+    _at_once(
         "world_memorised", "The world is no better known", "What was learnt of the branches does not carry over.",
         "Play more episodes of the expert, take one world epoch, or lower the learning rate.",
-        "after/world_nats", _world_memorised, begins_after=1, ends_after=1,
+        "after/world_nats", _world_memorised,
     ),
-    Rule(
+    _at_once(
         "expert_memorised", "The expert is no better known", "What was learnt of its answers does not carry over.",
         "Play more episodes of the expert, take fewer imitation epochs, or lower the learning rate.",
-        "after/action_nats", _expert_memorised, begins_after=1, ends_after=1,
+        "after/action_nats", _expert_memorised,
     ),
-    Rule(
+    _at_once(
         "plays_worse", "It plays worse than before", "That is more than chance.",
         "Lower the learning rate, and look at the expert and at what happens with world_epochs=0: where policy and "
         "world model share parameters, the world may cost more than it is worth.",
-        "after/success", _plays_worse, begins_after=1, ends_after=1,
+        "after/success", _plays_worse,
     ),
 )  # fmt: skip
 

@@ -177,7 +177,7 @@ class PackedPlan:
         self._rows_T = torch.from_numpy(self._rows(parts)).to(device)
 
     def forget(self) -> None:
-        """Let go of the masks: they take more room than all else of a pack, and are made anew if it is read again."""
+        """Let go of the masks: they take more room than all else that a pack keeps, and are made anew if need be."""
         for bucket in self._buckets:
             bucket.biases.clear()
 

@@ -30,7 +30,7 @@ def test_nothing_is_said_where_nothing_is_wrong_or_measured():
         ({"branches/alternatives": 40.0}, "few_branches", "40 other actions were found in 100 states"),
         ({"reflections/label": 10.0, "reflections/future": 5.0}, "thoughts_tell", "10% gave away"),
         ({"reflections/kept": 24.0}, "few_thoughts", "Of 100 reflections 24 were kept"),
-        ({"after/world_nats": 1.2}, "world_memorised", "1.20 nats a token, from 1.20"),
+        ({"after/world_nats": 1.2}, "world_memorised", "words takes 1.20 nats, from 1.20"),
         ({"after/action_nats": 2.0}, "expert_memorised", "2.00 nats, from 1.30"),
         ({"after/success": 0.05, "after/success_high": 0.14}, "plays_worse", "from 20% to 5%"),
     ],
