@@ -167,11 +167,14 @@ class Agent:
             self._equip(toolbox)
         if env is not None:
             self.protocol = replace(self.protocol, free_text=env.legal_actions() is None)
-        rules = [env_instructions.strip(), self._tool_lines(), self.protocol.format_instructions(env)]
-        system = [Piece("\n".join(text for text in rules if text), Kind.SYSTEM)]
         self._words = observation
         turn = Turn(observation, notice=self._status(), state=state)
-        return self._show(turn, self.renderer.first(system, self._pieces(turn)))
+        return self._show(turn, self.renderer.first(self.system(env_instructions, env), self._pieces(turn)))
+
+    def system(self, env_instructions: str, env: TextEnv | None = None) -> list[Piece]:
+        """The content of the system message: rules, tools where the template does not show them, answer format."""
+        rules = [env_instructions.strip(), self._tool_lines(), self.protocol.format_instructions(env)]
+        return [Piece("\n".join(text for text in rules if text), Kind.SYSTEM)]
 
     def read(
         self, sampled_ids: Sequence[int] | np.ndarray, logprobs: Sequence[float] | np.ndarray, stop: SampleStop

@@ -33,6 +33,7 @@ N target tokens.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections import Counter
@@ -47,6 +48,7 @@ import torch
 from rehearsal.agents.agent import Agent, Limits, check_reset, play_actions
 from rehearsal.agents.players import end_of_answer
 from rehearsal.agents.protocol import ANSWER_CLOSE, ANSWER_OPEN, Protocol
+from rehearsal.agents.toolbox import Toolkit
 from rehearsal.environments.base import TextEnv
 from rehearsal.errors import RecipeError
 from rehearsal.models.chat import ChatRenderer, Piece
@@ -93,17 +95,26 @@ class Gap:
 class _Walk:
     """An episode up to a state, in tokens, with the turns and actions that a policy would see."""
 
-    def __init__(self, env: TextEnv, renderer: ChatRenderer, limits: Limits, seed: int, split: str) -> None:
+    def __init__(
+        self, env: TextEnv, renderer: ChatRenderer, limits: Limits, toolkit: Toolkit, seed: int, split: str
+    ) -> None:
         self.env = env
-        self.renderer = renderer
         self.agent = Agent(renderer, Protocol(thinking=False), limits)
         self.observation, info = check_reset(env, env.reset(seed=seed, options={"split": split}))
         self.before = np.empty(0, np.int32)
         """The tokens before the last message."""
         self.answer: np.ndarray | None = None
         """The answer that the last message replies to; None at the start."""
-        prompt = self.agent.opening(env.instructions, self.observation, str(info.get("state", "")), env)
+        # Tools are shown, as in every episode, and called in none of the gaps.
+        toolbox = toolkit.open(env)
+        with contextlib.closing(toolbox) if toolbox is not None else contextlib.nullcontext():
+            prompt = self.agent.opening(env.instructions, self.observation, str(info.get("state", "")), env, toolbox)
         self.open = prompt is not None
+
+    @property
+    def renderer(self) -> ChatRenderer:
+        """The agent's, which shows the tools."""
+        return self.agent.renderer
 
     @property
     def token_ids(self) -> np.ndarray:
@@ -142,9 +153,7 @@ class _Walk:
             Piece(f"\n{self.agent.turns[-1].notice}{question}", Kind.NOTICE),
         ]
         if answer is None:
-            rules = self.env.instructions.strip()
-            line = self.agent.protocol.format_instructions(self.env)
-            return self.renderer.first([Piece(f"{rules}\n{line}" if rules else line, Kind.SYSTEM)], pieces).token_ids
+            return self.renderer.first(self.agent.system(self.env.instructions, self.env), pieces).token_ids
         return np.concatenate([before, self.renderer.after_answer(answer, pieces).token_ids]).astype(np.int32)
 
 
@@ -192,8 +201,9 @@ def _plan(env: TextEnv) -> list[str]:
 
 
 def make_gaps(
-    env: TextEnv, renderer: ChatRenderer, limits: Limits, count: int, *, seed: int = 0, split: str = "validation"
-) -> list[Gap]:
+    env: TextEnv, renderer: ChatRenderer, limits: Limits, count: int, *, seed: int = 0, split: str = "validation",
+    toolkit: Toolkit | None = None,
+) -> list[Gap]:  # fmt: skip
     """Gaps in ``count`` episodes of an environment, walked half by the oracle and half at random.
 
     Args:
@@ -203,6 +213,7 @@ def make_gaps(
         count: episodes; each gives at most one gap of each kind.
         seed: of the tasks and the walks.
         split: of the tasks.
+        toolkit: the tools that agents have besides those of the environment. They are shown and not called.
 
     Raises:
         RecipeError: for an environment that has no oracle, or where nothing is legal.
@@ -215,13 +226,14 @@ def make_gaps(
     if env.legal_actions() == []:
         raise RecipeError(f"The environment {env.name} cannot be probed: no action is legal at the start.")
     choices = _Choices(env, seed, split)
+    toolkit = toolkit or Toolkit()
     rng = np.random.default_rng([seed, 7])
     gaps: list[Gap] = []
     rewarded: list[tuple[_Walk, str, _Step]] = []
     for _ in range(count):
         turns = int(rng.integers(1, max(3, 2 * limits.max_turns)))
         drawn = Limits(turns, limits.max_actions_per_turn, turns * limits.max_actions_per_turn, 64, 1 << 20)
-        walk = _Walk(copy.deepcopy(env), renderer, drawn, int(rng.integers(2**31)), split)
+        walk = _Walk(copy.deepcopy(env), renderer, drawn, toolkit, int(rng.integers(2**31)), split)
         for _ in range(int(rng.integers(0, turns))):
             _stroll(walk, choices, rng)
         plan = _plan(walk.env)

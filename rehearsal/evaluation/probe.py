@@ -12,7 +12,7 @@ from rehearsal.errors import RecipeError
 from rehearsal.evaluation.run import load_for_evaluation
 from rehearsal.evaluation.statistics import wilson_interval
 from rehearsal.models.chat import ChatRenderer
-from rehearsal.training.playing import episode_limits
+from rehearsal.training.playing import episode_limits, make_toolkit
 from rehearsal.training.recipe import Recipe
 from rehearsal.training.tasks import variants_of
 
@@ -37,10 +37,11 @@ class Prober:
         if count < 1:
             raise RecipeError(f"A probe needs at least one episode, not {count}.")
         self._gaps: dict[str, list[Gap]] = {}
-        for variant, limits in zip(variants_of(recipe), episode_limits(recipe), strict=True):
-            with contextlib.closing(variant.make()) as env:
-                found = make_gaps(env, renderer, limits, count, seed=seed, split=split)
-                self._gaps.setdefault(env.name, []).extend(found)
+        with contextlib.closing(make_toolkit(recipe)) as toolkit:
+            for variant, limits in zip(variants_of(recipe), episode_limits(recipe), strict=True):
+                with contextlib.closing(variant.make()) as env:
+                    found = make_gaps(env, renderer, limits, count, seed=seed, split=split, toolkit=toolkit)
+                    self._gaps.setdefault(env.name, []).extend(found)
 
     def measure(self, model: Any) -> dict[str, float]:
         """The figures of :func:`rehearsal.diagnostics.world_model.fill_gaps` with 95% intervals, ``KIND/low`` and

@@ -13,6 +13,8 @@ import torch
 
 import rehearsal.diagnostics.world_model as world_model_module
 from rehearsal.agents.agent import Limits
+from rehearsal.agents.toolbox import FunctionTools, Toolkit, ToolLimits, ToolSource
+from rehearsal.agents.tools import Tool
 from rehearsal.diagnostics.world_model import PROBES, Gap, fill_gaps, make_gaps
 from rehearsal.environments import make
 from rehearsal.environments.arithmetic import parse_expression
@@ -341,3 +343,43 @@ def test_to_probe_leaves_the_environment_as_it_was(renderer: Any) -> None:
     before = copy.deepcopy(env.describe())
     make_gaps(env, renderer, Limits.for_env(env), 3)
     assert env.describe() == before
+
+
+def test_tools_are_shown_as_in_an_episode(renderer: Any) -> None:
+    def doubled(number: int) -> int:
+        """Twice a number.
+
+        Args:
+            number: any.
+        """
+        return 2 * number
+
+    def shown(toolkit: Toolkit | None) -> list[str]:
+        env = make("frozenlake")
+        gaps = make_gaps(env, renderer, Limits.for_env(env), 20, toolkit=toolkit)
+        assert {gap.kind for gap in gaps} == set(PROBES)
+        return [parts(renderer, gap)[0] for gap in gaps]
+
+    toolkit = Toolkit([FunctionTools(doubled)], ToolLimits(max_calls=3))
+    assert not any("doubled" in context for context in shown(None))
+    for context in shown(toolkit):
+        assert "doubled" in context.partition("<|im_start|>user")[0]
+        assert context.count("actions left") + context.count("1 action left") == 0
+        assert ", 3 tool calls left." in context
+
+
+def test_the_tools_of_an_episode_are_closed(renderer: Any) -> None:
+    class Opened(ToolSource):
+        open_now = 0
+
+        def open(self) -> list[Tool]:
+            self.open_now += 1
+            return [Tool("wait", "Wait.", {}, lambda arguments: "", close=self._closed)]
+
+        def _closed(self) -> None:
+            self.open_now -= 1
+
+    source = Opened()
+    env = make("frozenlake")
+    make_gaps(env, renderer, Limits.for_env(env), 5, toolkit=Toolkit([source]))
+    assert source.open_now == 0
