@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rehearsal.generation.cache import CachePlan, KeyValuePool
 from rehearsal.generation.sampling import SamplingParams, draw, uniforms
-from rehearsal.models.adapters import active_names
+from rehearsal.generation.weights import WeightWatch
 from rehearsal.models.packed import AttentionPlan, fused_decoder, is_narrow, logits_of, packed_hidden
 
 Forward = Callable[[Tensor, Tensor, AttentionPlan, Tensor | None], Tensor]
@@ -25,6 +25,8 @@ Forward = Callable[[Tensor, Tensor, AttentionPlan, Tensor | None], Tensor]
 
 _DECODE_ROWS = 128
 _PREFILL_TOKENS = 256
+_LOOK = 256
+"""Tokens that are compared at a time."""
 
 
 class Run(NamedTuple):
@@ -38,12 +40,17 @@ class Run(NamedTuple):
 
 @dataclass
 class Block:
-    """Rows of a step: places that read the token that they drew last, in ascending order, and runs of new text."""
+    """Rows of a step: places that read the token that they drew last, in ascending order, and runs of new text.
+
+    Attributes:
+        shared: how many of their first tokens these places have in common, as far as it is of use.
+    """
 
     slots: np.ndarray
     positions: np.ndarray
     token_ids: np.ndarray
     runs: list[Run] = field(default_factory=list)
+    shared: int = 0
 
 
 class Streams(NamedTuple):
@@ -80,6 +87,16 @@ def cut_blocks(slots: np.ndarray, positions: np.ndarray, token_ids: np.ndarray, 
     return blocks
 
 
+def common_tokens(token_ids_SL: np.ndarray, slots: np.ndarray, most: int) -> int:
+    """How many of their first ``most`` tokens some places have in common."""
+    for begin in range(0, most, _LOOK):
+        token_ids_nT = token_ids_SL[slots, begin : min(begin + _LOOK, most)]
+        differs_T = (token_ids_nT != token_ids_nT[0]).any(axis=0)
+        if differs_T.any():
+            return begin + int(differs_T.argmax())
+    return most
+
+
 class BlockRunner:
     """Runs blocks through a model.
 
@@ -87,17 +104,19 @@ class BlockRunner:
         model: in evaluation mode, with packed attention switched on.
         pool: keys and values of the places.
         device: of both.
+        watch: of the model's weights.
     """
 
-    def __init__(self, model: Any, pool: KeyValuePool, device: torch.device) -> None:
+    def __init__(self, model: Any, pool: KeyValuePool, device: torch.device, watch: WeightWatch) -> None:
         self.model = model
         self.narrow = is_narrow(model)
         self._pool = pool
         self._device = device
-        self._parameters = list(model.parameters())
-        self._versions: list[int] | None = None
-        self._forwards: dict[tuple[str, ...], Forward] = {}
+        self._watch = watch
+        watch.renew()
+        self._forwards: dict[int, Forward] = {}
         self._forward: Forward = self._plain
+        self._weights = -1
 
     def run(self, blocks: list[Block], streams: Streams) -> list[Drawn]:
         """The tokens drawn in each block.
@@ -110,16 +129,14 @@ class BlockRunner:
 
     def _refresh(self) -> None:
         """Joined weights are copies: make them anew if somebody has changed the weights since."""
-        versions = [-1 if parameter.is_inference() else parameter._version for parameter in self._parameters]
-        if versions != self._versions:
-            self._versions = versions
-            self._forwards.clear()
-        names = active_names(self.model)
-        if names not in self._forwards:
+        self._weights, alive = self._watch.look()
+        for gone in self._forwards.keys() - alive:
+            del self._forwards[gone]
+        if self._weights not in self._forwards:
             with torch.inference_mode():
                 fused = fused_decoder(self.model)
-            self._forwards[names] = fused or self._plain
-        self._forward = self._forwards[names]
+            self._forwards[self._weights] = fused or self._plain
+        self._forward = self._forwards[self._weights]
 
     def _plain(
         self, token_ids_T: Tensor, positions_T: Tensor, plan: AttentionPlan, rows_R: Tensor | None
@@ -131,7 +148,10 @@ class BlockRunner:
         n = len(block.slots)
         token_ids = np.concatenate([block.token_ids, *(run.token_ids for run in block.runs)]).astype(np.int64)
         spans = [(run.slot, run.first, len(run.token_ids)) for run in block.runs]
-        plan = CachePlan(self._pool, block.slots, block.positions, spans, self._device)
+        read = np.concatenate([block.slots, [slot for slot, _, _ in spans]]).astype(np.int64)
+        firsts = np.concatenate([block.positions, [first for _, first, _ in spans]])
+        self._pool.computed_with(self._weights, read, firsts)
+        plan = CachePlan(self._pool, block.slots, block.positions, spans, self._device, block.shared)
         last = n - 1 + np.cumsum([count for _, _, count in spans], dtype=np.int64)
         draws = np.array([run.draws for run in block.runs], dtype=bool)
         rows_R = np.concatenate([np.arange(n), last[draws]])

@@ -21,12 +21,13 @@ import numpy as np
 import torch
 
 from rehearsal.errors import GenerationError
-from rehearsal.generation.blocks import Block, BlockRunner, Drawn, Run, Streams, cut_blocks
+from rehearsal.generation.blocks import Block, BlockRunner, Drawn, Run, Streams, common_tokens, cut_blocks
 from rehearsal.generation.cache import KeyValuePool, ShapeProbe
 from rehearsal.generation.local_session import LocalSession
 from rehearsal.generation.places import Places
 from rehearsal.generation.sampling import SamplingParams
 from rehearsal.generation.session import EngineStats
+from rehearsal.generation.weights import WeightWatch
 from rehearsal.models.adapters import active_adapters, adapter_parameters
 from rehearsal.models.packed import causal_lm, packed_attention, packed_hidden
 from rehearsal.trajectory import SampleStop
@@ -39,6 +40,9 @@ _CONTAINER = (
     ),
 )  # fmt: skip
 """Files with the limit of a container, with what it uses, and with how much of that are cached files."""
+
+_SHARERS, _LEAST_SHARED = 8, 32
+"""The fewest places, and the fewest tokens that they have in common, for which these are read once for all."""
 
 
 def free_memory(device: torch.device) -> int:
@@ -113,10 +117,11 @@ class LocalEngine:
         self._adapters_index = np.zeros(S, dtype=np.int64)
         self._adapters: list[tuple[str, ...] | None] = [None]
         self._last_ids = np.zeros(S, dtype=np.int64)
-        self._new_ids = np.zeros((S, L), dtype=np.int32)
+        self._token_ids = np.zeros((S, L), dtype=np.int32)
         self._new_logprobs = np.zeros((S, L), dtype=np.float32)
         self._params: list[SamplingParams] = []
         self._stops: list[np.ndarray] = []
+        self._watch = WeightWatch(model)
         self._waiting: deque[LocalSession] = deque()
         self._runner: asyncio.Task[None] | None = None
         self._clock = 0
@@ -215,6 +220,7 @@ class LocalEngine:
         self._computed[slot] = session.computed
         self._limit[slot] = min(session.length + session.params.max_tokens, self.max_context)
         self._keys[slot] = np.uint64(session.key)
+        self._token_ids[slot, : session.length] = session.token_ids[: session.length]
         self._last_ids[slot] = session.token_ids[session.length - 1]
         self._active[slot] = True
 
@@ -249,7 +255,7 @@ class LocalEngine:
     async def _run(self) -> None:
         started = time.perf_counter()
         threads = torch.get_num_threads()
-        runner = BlockRunner(self.model, self._pool, self._device)
+        runner = BlockRunner(self.model, self._pool, self._device, self._watch)
         try:
             if runner.narrow:
                 torch.set_num_threads(1)
@@ -298,6 +304,8 @@ class LocalEngine:
                 budget -= last - first
         read = (single, self._computed[single], self._last_ids[single])
         blocks = cut_blocks(*read, runs) if runner.narrow else [Block(*read, runs)]
+        for block in blocks:
+            block.shared = self._shared(block)
         streams = Streams(self._keys, self._length, self._params_index, self._params)
         results = runner.run(blocks, streams)
         self.stats.forwards += 1
@@ -310,6 +318,14 @@ class LocalEngine:
         for drawn in results:
             self._append(drawn)
 
+    def _shared(self, block: Block) -> int:
+        """How many of the first tokens of a block's places are read once for all. Nothing but what the places hold now
+        decides it, so that a run that is resumed samples what it would have sampled."""
+        if len(block.slots) < _SHARERS or not self._pool.alike(block.slots):
+            return 0
+        shared = common_tokens(self._token_ids, block.slots, int(block.positions.min()))
+        return shared if shared >= _LEAST_SHARED else 0
+
     def _append(self, drawn: Drawn) -> None:
         slots_R, ids_R = drawn.slots_R, drawn.token_ids_R
         self.stats.tokens_sampled += len(slots_R)
@@ -318,7 +334,7 @@ class LocalEngine:
         for kind in np.unique(kind_R):
             ended_R |= (kind_R == kind) & np.isin(ids_R, self._stops[kind])
         at_R = self._length[slots_R]
-        self._new_ids[slots_R, at_R] = self._last_ids[slots_R] = ids_R
+        self._token_ids[slots_R, at_R] = self._last_ids[slots_R] = ids_R
         self._new_logprobs[slots_R, at_R] = drawn.logprobs_R
         self._length[slots_R] += 1
         for row in np.nonzero(ended_R | (self._length[slots_R] >= self._limit[slots_R]))[0]:
@@ -330,4 +346,4 @@ class LocalEngine:
         stop = SampleStop.END if ended else SampleStop.CONTEXT if end == self.max_context else SampleStop.LENGTH
         session.computed = int(self._computed[slot])
         self._active[slot] = False
-        session.append(self._new_ids[slot, begin:end], self._new_logprobs[slot, begin:end], stop)
+        session.append(self._token_ids[slot, begin:end], self._new_logprobs[slot, begin:end], stop)

@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-import torch
-
-from rehearsal.generation.cache import KeyValuePool
+from rehearsal.generation.cache import KeyValuePool, Saved
 
 
 class Guest(Protocol):
@@ -40,7 +38,7 @@ class SharedPrefix:
     """The one that is computing them now."""
     waiting: int = 0
     """Forks that have no place yet."""
-    saved: list[torch.Tensor] | None = None
+    saved: Saved | None = None
     """A copy for those who wait, made when the last holder left."""
 
     @property
@@ -121,7 +119,7 @@ class Places(Generic[G]):
             if prefix.holders:
                 self._pool.copy(min(prefix.holders), slot, prefix.length)
             elif prefix.saved is not None:
-                self._pool.load(slot, prefix.saved)
+                self._pool.load(slot, prefix.length, prefix.saved)
             else:
                 prefix.filler = guest
             if prefix.filler is not guest:

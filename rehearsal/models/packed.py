@@ -16,7 +16,7 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -90,9 +90,18 @@ def additive_mask(visible_nqk: Tensor, shared: int, dtype: torch.dtype) -> Tenso
     return bias_nqk.repeat_interleave(shared, dim=1)[:, None]
 
 
+class Piece(NamedTuple):
+    """Queries of a bucket, from ``start`` to ``stop``, and how many of the keys any of them sees."""
+
+    start: int
+    stop: int
+    n_keys: int
+
+
 def attention(
-    query_nqHD: Tensor, key_nkGD: Tensor, value_nkGD: Tensor, bias: Tensor, scaling: float, softcap: float | None
-) -> Tensor:
+    query_nqHD: Tensor, key_nkGD: Tensor, value_nkGD: Tensor, bias: Tensor, scaling: float, softcap: float | None,
+    pieces: Sequence[Piece] = (),
+) -> Tensor:  # fmt: skip
     """Masked attention over a batch of padded sequences, returned as (n, q, H, D).
 
     Query heads that share a key head are folded into the query dimension, so keys are never copied per head.
@@ -100,6 +109,8 @@ def attention(
     Args:
         bias: from :func:`additive_mask`. It is made once and serves all layers: the fused kernel would make it anew
             from a boolean mask in each.
+        pieces: that the queries are cut into, one after the other. The kernel computes what is masked too, so it is
+            given the keys that are seen alone.
     """
     n, q, H, D = query_nqHD.shape
     G = key_nkGD.shape[2]
@@ -108,7 +119,14 @@ def attention(
     query = query_nqHD.reshape(n, q, G, shared, D).transpose(1, 2).reshape(n, G, q * shared, D)
     key, value = key_nkGD.transpose(1, 2), value_nkGD.transpose(1, 2)
     if softcap is None:
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
+        parts = [
+            F.scaled_dot_product_attention(
+                query[:, :, start * shared : stop * shared], key[:, :, :n_keys], value[:, :, :n_keys],
+                attn_mask=bias[:, :, start * shared : stop * shared, :n_keys], scale=scaling,
+            )
+            for start, stop, n_keys in pieces or [Piece(0, q, key.shape[2])]
+        ]  # fmt: skip
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     else:
         scores = softcap * torch.tanh(torch.matmul(query, key.transpose(-1, -2)) * (scaling / softcap)) + bias
         out = torch.matmul(scores.softmax(-1, dtype=torch.float32).to(value), value)
@@ -140,6 +158,7 @@ class _Bucket:
     key_index: Tensor
     query_positions_nq: Tensor
     key_positions_nk: Tensor
+    pieces: list[Piece]
     biases: dict[tuple[int | None, int, torch.dtype], Tensor] = field(default_factory=dict)
 
     def bias(self, window: int | None, shared: int, dtype: torch.dtype) -> Tensor:
@@ -149,6 +168,19 @@ class _Bucket:
             visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
             self.biases[key] = additive_mask(visible, shared, dtype)
         return self.biases[key]
+
+
+_PIECE = 192
+"""Queries of a piece: fewer leave the kernel too little to do at a time, more have it compute more than is seen."""
+
+
+def _pieces(query_positions_nq: np.ndarray, n_keys: int) -> list[Piece]:
+    """The pieces of a bucket's queries; none where one would do."""
+    most_q = np.minimum(query_positions_nq.max(axis=0) + 1, n_keys)
+    starts = range(0, len(most_q), _PIECE)
+    ends = [*starts[1:], len(most_q)]
+    found = [Piece(start, end, int(most_q[start:end].max())) for start, end in zip(starts, ends, strict=True)]
+    return found if len(found) > 1 else []
 
 
 class PackedPlan:
@@ -232,7 +264,7 @@ class PackedPlan:
 
         return _Bucket(
             n, tensor(query_index.reshape(-1)), tensor(key_index.reshape(-1)), tensor(query_positions),
-            tensor(key_positions),
+            tensor(key_positions), _pieces(query_positions, k) if torch.device(device).type == "cpu" else [],
         )  # fmt: skip
 
     def attend(
@@ -253,7 +285,7 @@ class PackedPlan:
         for bucket, *parts in zip(self._buckets, queries, keys, values, strict=True):
             query, key, value = (part.view(bucket.n, -1, *part.shape[1:]) for part in parts)
             bias = bucket.bias(window, query.shape[2] // key.shape[2], query.dtype)
-            out_nqHD = attention(query, key, value, bias, scaling, softcap)
+            out_nqHD = attention(query, key, value, bias, scaling, softcap, bucket.pieces)
             outputs.append(out_nqHD.flatten(0, 1))
         return torch.cat(outputs).index_select(0, self._rows_T)
 

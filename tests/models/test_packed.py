@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rehearsal.errors import ModelError
+from rehearsal.models import packed
 from rehearsal.models.packed import (
     IMPLEMENTATION,
     PackedPlan,
@@ -36,6 +37,13 @@ LENGTHS = (7, 1, 12, 12, 3)
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest, build_family: Callable[[str], Any]) -> Any:
     return build_family(request.param)
+
+
+@pytest.fixture(params=[192, 4], ids=["whole", "pieces"])
+def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many queries go to the kernel at a time."""
+    monkeypatch.setattr(packed, "_PIECE", request.param)
+    return int(request.param)
 
 
 def random_ids(n: int, seed: int) -> Tensor:
@@ -69,6 +77,7 @@ def single_pass(model: Any, sequences: Sequence[Tensor]) -> tuple[list[Tensor], 
     return [part.detach() for part in logits], gradients(model)
 
 
+@pytest.mark.usefixtures("piece")
 def test_a_pack_equals_its_sequences(family: Any) -> None:
     sequences = [random_ids(n, i) for i, n in enumerate(LENGTHS)]
     expected, expected_gradients = single_pass(family, sequences)
@@ -84,6 +93,7 @@ def test_a_pack_equals_its_sequences(family: Any) -> None:
         assert close(actual_gradients[name], wanted, 3e-5), name
 
 
+@pytest.mark.usefixtures("piece")
 def test_a_shared_prefix_equals_sequences_that_repeat_it(family: Any) -> None:
     """Two groups with a prompt each, one of them longer than the window, beside a sequence that shares nothing."""
     prompts, tails = [random_ids(9, 10), random_ids(3, 11)], [(4, 1, 6), (2, 8)]
@@ -162,12 +172,18 @@ def span_lists(draw: st.DrawFn) -> tuple[list[Span], int]:
 
 
 @settings(deadline=None, max_examples=60)
-@given(case=span_lists(), window=st.sampled_from([None, 1, 4]), seed=st.integers(0, 100))
-def test_any_plan_attends_as_written_down(case: tuple[list[Span], int], window: int | None, seed: int) -> None:
+@given(
+    case=span_lists(), window=st.sampled_from([None, 1, 4]), piece=st.sampled_from([192, 2]), seed=st.integers(0, 100)
+)
+def test_any_plan_attends_as_written_down(
+    case: tuple[list[Span], int], window: int | None, piece: int, seed: int
+) -> None:
     spans, n = case
     generator = torch.Generator().manual_seed(seed)
     query, key, value = (torch.randn(n, heads, 4, generator=generator) for heads in (4, 2, 2))
-    out = PackedPlan(spans, n).attend(0, query, key, value, 0.5, window, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "_PIECE", piece)
+        out = PackedPlan(spans, n).attend(0, query, key, value, 0.5, window, None)
     for span in spans:
         rows = [*(i for start, stop in span.prefix for i in range(start, stop)), *range(span.start, span.stop)]
         offset = len(rows) - (span.stop - span.start)
