@@ -20,8 +20,8 @@ the quietest ones that reach the goals: from a detector that hardly ever speaks,
 sharper until it does. (To choose those with the longest lead instead was tried first, on three seeds in halves: it took
 thresholds so sharp that half of the healthy runs of the other half were called.) ``shipped`` are the thresholds that
 come with the package, on the second half too. Rules and thresholds were changed with the first half known, and fixed
-before the first run of the second half was played; ``known`` is what they say of that first half, which shows nothing
-more than that they fit it.
+before anybody looked at what they say of the second half; ``known`` is what they say of that first half, which shows
+nothing more than that they fit it.
 
 What the arms are and are not: ``noisy`` has 6.7 times the healthy rate besides, because slips alone ruin no run of this
 length, so it shows no effect of noise by itself; and the coin of ``deaf`` knows neither thought nor action. A call at
@@ -82,7 +82,7 @@ CANDIDATES: dict[str, Sequence[float]] = {
     "dead": (0.95, 0.85, 0.75),
     "information_fall": (0.5, 0.7, 0.85),
     "information_low": (0.25, 0.5, 0.75),
-    "entropy_fall": (0.1, 0.15, 0.3),
+    "entropy_fall": (0.05, 0.075, 0.1, 0.15),
     "spread_fall": (0.35, 0.5, 0.65),
     "reward_fall": (0.4, 0.2),
     "longer": (1.75, 1.3),
@@ -127,6 +127,21 @@ def play(settings: Mapping[str, Any]) -> dict[str, Any]:
         for i, row in enumerate(rows)
     ]
     return figures
+
+
+def completed(row: Mapping[str, float]) -> dict[str, float]:
+    """A step's metrics with what rules read and cells that were played earlier hold in parts only."""
+    found: dict[str, float] = {}
+    kinds = [
+        ("behaviour/thought_tokens", "behaviour/entropy_thought"),
+        ("behaviour/answer_tokens", "behaviour/entropy_action"),
+    ]
+    told = [(row[tokens], row[entropy]) for tokens, entropy in kinds if entropy in row]
+    if told:
+        found["behaviour/entropy"] = sum(a * b for a, b in told) / sum(a for a, _ in told)
+    if row.get("policy/updates", 0.0) > 1 and "policy/kl_sampling" in row:
+        found["policy/moved"] = row["policy/kl_sampling"]
+    return {**found, **row}
 
 
 def parts_of(arm: str, changes: Mapping[str, Any], quick: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -237,7 +252,7 @@ def main() -> int:
         for arm, changes in arms.items()
     }  # fmt: skip
     played = run_cells("collapse", cells, play, None if options.quick else RESULTS, options.workers)
-    rows = {name: [json.loads(line) for line in figures["metrics"]] for name, figures in played.items()}
+    rows = {name: [completed(json.loads(line)) for line in figures["metrics"]] for name, figures in played.items()}
 
     def some(kinds: Mapping[str, Any], which: Sequence[int]) -> list[Any]:
         return [rows[f"{arm}-{seed}"] for arm in kinds if arm in arms for seed in which]

@@ -136,7 +136,7 @@ class TerminalObserver(Observer):
                 percent(metrics.get("train/success")),
                 f"{metrics.get('train/reward', float('nan')):.3f}",
                 percent(metrics.get("signal/dead_groups")),
-                f"{metrics.get('policy/entropy', float('nan')):.3f}",
+                f"{metrics.get('behaviour/entropy', float('nan')):.3f}",
                 f"{metrics.get('train/response_tokens', float('nan')):.1f}",
                 f"{metrics.get('speed/tokens_per_second', float('nan')):,.0f}",
                 f"{metrics.get('speed/episodes_per_second', float('nan')):.1f}",

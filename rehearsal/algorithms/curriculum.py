@@ -204,7 +204,10 @@ class ByDifficulty(_Pool):
     def draw(self, count: int, rng: np.random.Generator, played: Sequence[Draw] = ()) -> list[Draw]:
         inside = self._inside
         wanted = int(rng.binomial(count, self.retry)) if (~inside).any() else 0
-        reach = int((inside & self._fresh(played)).sum())
+        fresh = self._fresh(played)
+        reach = int((inside & fresh).sum())
+        # No task twice for the sake of a retry.
+        wanted = min(wanted, int((~inside & fresh).sum()))
         outside_count = max(wanted, count - reach) if (~inside).any() else 0
         outside_count = min(outside_count, count)
         draws: list[Draw] = []

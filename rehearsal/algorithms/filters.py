@@ -439,7 +439,8 @@ def _masses(rewards_PG: NDArray[np.float64], mass: Mass, include_constant: bool)
     possible_P = _possible(rewards_PG, include_constant)
     mass_P = np.zeros(len(rewards_PG))
     mass_P[possible_P] = variance_mass(rewards_PG[possible_P], mass)
-    return mass_P, possible_P
+    # A softmax gives groups without variance a mass too; elsewhere they have none, and what has none is not kept.
+    return mass_P, possible_P if mass == "softmax" else possible_P & has_variance(rewards_PG)
 
 
 def _largest_first(mass_P: NDArray[np.float64], possible_P: Bools) -> NDArray[np.int64]:

@@ -15,15 +15,16 @@ NGRAM = 4
 def behaviour_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Figures of a batch of episodes; one that cannot be had (no thoughts, no states) is left out.
 
-    ``behaviour/entropy_thought``, ``behaviour/entropy_action``: nats a token, from what was sampled, E[-log p].
+    ``behaviour/entropy``: nats a token, E[-log p] of what was sampled, whoever learns from it; and of a kind of tokens,
+    ``behaviour/entropy_thought``, ``behaviour/entropy_action``.
     ``behaviour/thought_tokens``, ``behaviour/answer_tokens``: of a turn, tags included.
     ``behaviour/cut_off``: share of the turns whose answer ended at a limit of tokens.
     ``behaviour/invalid_turns``: share of the turns that broke the format or named an illegal action.
     ``behaviour/unchanged_states``: share of the turns, of those with valid actions and a turn after them, after which
     the state is what it was.
     ``behaviour/repeated_states``: share of the turns that begin in a state that their episode has been in before.
-    ``behaviour/distinct_ngrams``: distinct runs of four tokens over all of them, in thoughts of the first turn, one
-    of each group; 1 where no two groups share any.
+    ``behaviour/distinct_ngrams``: distinct runs of four tokens over those of each thought, in thoughts of the first
+    turn, one of each group; 1 where no two groups share any.
     ``behaviour/shared_ngrams``: share of these runs that stand in more than half of the groups' thoughts: the template.
     """
     episodes = [trajectory for trajectory in all_trajectories(groups) if not trajectory.failed]
@@ -39,15 +40,19 @@ def behaviour_metrics(groups: Sequence[Group]) -> dict[str, float]:
 def _token_figures(episodes: Sequence[Trajectory]) -> dict[str, float]:
     segments = [segment for trajectory in episodes for segment in trajectory.segments]
     n_turns = max(1, sum(len(trajectory.turns) for trajectory in episodes))
-    figures = {}
+    figures = _entropy("behaviour/entropy", [segment.logprobs[segment.sampled_mask] for segment in segments])
     for kind, name, length in ((Kind.THOUGHT, "thought", "thought"), (Kind.ACTION, "action", "answer")):
         logprobs = [segment.logprobs[segment.kinds == kind] for segment in segments]
-        flat = np.concatenate(logprobs).astype(np.float64) if logprobs else np.empty(0)
-        if len(flat):
-            figures[f"behaviour/{length}_tokens"] = len(flat) / n_turns
-            if not np.isnan(flat).all():  # a server may give none
-                figures[f"behaviour/entropy_{name}"] = float(-np.nanmean(flat))
+        if tokens := sum(map(len, logprobs)):
+            figures[f"behaviour/{length}_tokens"] = tokens / n_turns
+            figures |= _entropy(f"behaviour/entropy_{name}", logprobs)
     return figures
+
+
+def _entropy(name: str, logprobs: Sequence[np.ndarray]) -> dict[str, float]:
+    flat = np.concatenate(logprobs).astype(np.float64) if logprobs else np.empty(0)
+    # A server may give none.
+    return {} if np.isnan(flat).all() else {name: float(-np.nanmean(flat))}
 
 
 def _state_figures(episodes: Sequence[Trajectory]) -> dict[str, float]:
@@ -74,13 +79,11 @@ def _state_figures(episodes: Sequence[Trajectory]) -> dict[str, float]:
 
 def _ngram_figures(groups: Sequence[Group]) -> dict[str, float]:
     found: list[set[bytes]] = []
-    total = 0
     for group in groups:
         thought = next((ids for trajectory in group if len(ids := _first_thought(trajectory)) >= NGRAM), None)
         if thought is None:
             continue
         runs = [thought[i : i + NGRAM].tobytes() for i in range(len(thought) - NGRAM + 1)]
-        total += len(runs)
         found.append(set(runs))
     if len(found) < 2:
         return {}
@@ -92,7 +95,7 @@ def _ngram_figures(groups: Sequence[Group]) -> dict[str, float]:
     occurrences = sum(len(runs_of_group) for runs_of_group in found)
     template = sum(count for count in counts.values() if count > len(found) / 2)
     return {
-        "behaviour/distinct_ngrams": len(everything) / total,
+        "behaviour/distinct_ngrams": len(everything) / occurrences,
         "behaviour/shared_ngrams": template / occurrences,
     }
 

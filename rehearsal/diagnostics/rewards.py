@@ -28,7 +28,7 @@ def signal_metrics(groups: Sequence[Group]) -> dict[str, float]:
         return {}
     rated = [group for group in groups if not np.isnan(group.rewards).all()]
     if not rated:
-        return {"signal/dead_groups": 1.0}
+        return {}  # that all have failed has a figure of its own
     rewards_PG = rewards_matrix(rated)
     alive_P = has_variance(rewards_PG)
     variance_P = group_variance(rewards_PG)

@@ -50,7 +50,7 @@ class Thresholds:
     information_fall: float = 0.5
     ignored: float = 0.1
     varied: float = 0.5
-    entropy_fall: float = 0.15
+    entropy_fall: float = 0.075
     entropy_rise: float = 2.0
     large_step: float = 0.01
     unpaid: float = 0.08
@@ -196,7 +196,7 @@ def _prompt_ignored(series: Series, limits: Thresholds) -> str | None:
 
 
 def _entropy_collapse(series: Series, limits: Thresholds) -> str | None:
-    entropy, start = series.recent("policy/entropy"), series.start("policy/entropy")
+    entropy, start = series.recent("behaviour/entropy"), series.start("behaviour/entropy")
     success = series.recent("train/success")
     if not entropy < limits.entropy_fall * start or success >= limits.success_done:
         return None
@@ -204,7 +204,7 @@ def _entropy_collapse(series: Series, limits: Thresholds) -> str | None:
 
 
 def _entropy_rise(series: Series, limits: Thresholds) -> str | None:
-    entropy, start = series.recent("policy/entropy", 3), series.start("policy/entropy")
+    entropy, start = series.recent("behaviour/entropy", 3), series.start("behaviour/entropy")
     if not entropy > limits.entropy_rise * start:
         return None
     return f"The entropy is {entropy:.3g} nats a token, {entropy / start:.1f} times what it was at the start."
@@ -213,8 +213,8 @@ def _entropy_rise(series: Series, limits: Thresholds) -> str | None:
 def _large_steps(series: Series, limits: Thresholds) -> str | None:
     # The median: now and then a single step of a healthy run is ten times as large as those around it. It is what keeps
     # a single step from being called, so it need not hold for several steps besides.
-    moved = series.recent_median("policy/kl_sampling")
-    if len(series.measured("policy/kl_sampling")) < _LARGE_LOOKS or not moved > limits.large_step:
+    moved = series.recent_median("policy/moved")
+    if len(series.measured("policy/moved")) < _LARGE_LOOKS or not moved > limits.large_step:
         return None
     return f"While it learns from a batch, the policy moves {moved:.3f} nats a token away from the one that played it."
 
@@ -420,19 +420,19 @@ RULES: tuple[Rule, ...] = (
         "entropy_collapse", "Entropy collapse",
         "The policy has stopped trying other things before it was good, and what it does not try it cannot learn.",
         f"Raise clip_high, add a small entropy_coefficient or lower the learning rate, {_FROM_BEFORE}",
-        "policy/entropy", _entropy_collapse, looks=3,
+        "behaviour/entropy", _entropy_collapse, looks=3,
     ),
     Rule(
         "entropy_rise", "Entropy runs away",
         "The policy is on its way to answering at random.",
         f"Weaken or drop entropy_coefficient or lower the learning rate, {_FROM_BEFORE}",
-        "policy/entropy", _entropy_rise, begins_after=1, looks=3,
+        "behaviour/entropy", _entropy_rise, begins_after=1, looks=3,
     ),
     Rule(
         "large_steps", "Steps too large",
         "A batch says which way is better nearby; a policy that goes further than that undoes what it learned.",
         "Lower training.learning_rate, or take fewer minibatches and epochs of each batch.",
-        "policy/kl_sampling", _large_steps, begins_after=1, looks=_LARGE_LOOKS,
+        "policy/moved", _large_steps, begins_after=1, looks=_LARGE_LOOKS,
     ),
     Rule(
         "success_unpaid", "Success does not pay",

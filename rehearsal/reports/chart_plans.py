@@ -60,7 +60,7 @@ PLANS: dict[str, list[Plan]] = {
         ),
     ],
     "The policy": [
-        Plan("Entropy", "Nats a token. Towards zero, it tries nothing new any more.", {"policy/entropy": "policy"}),
+        Plan("Entropy", "Nats a token. Towards zero, it tries nothing new any more.", {"behaviour/entropy": "policy"}),
         Plan(
             "Gradient norm",
             "Before clipping. Single peaks are harmless; a steady rise comes before divergence.",
@@ -68,8 +68,9 @@ PLANS: dict[str, list[Plan]] = {
         ),
         Plan(
             "Sampling against training",
-            "KL divergence between the policy that sampled and the one that learns. It should stay near zero.",
-            {"policy/kl_sampling": "KL"},
+            "KL divergence between the policy that sampled and the one that learns, in steps of several updates. It should "
+            "stay near zero.",
+            {"policy/moved": "KL"},
         ),
         Plan(
             "Clipped tokens",

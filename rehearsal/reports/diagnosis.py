@@ -66,7 +66,7 @@ FIGURES = {
     "signal/reward_std_in_group": "spread of rewards inside groups",
     "information/first/sequence/share": "what thoughts say of their prompt, over what they could",
     "information/first/sequence/conditional_entropy": "how varied thoughts are, nats",
-    "policy/entropy": "entropy, nats a token",
+    "behaviour/entropy": "entropy, nats a token",
     "behaviour/thought_tokens": "tokens of a thought",
     "behaviour/invalid_turns": "broken or illegal answers",
     "policy/effective_sample_share": "effective samples",

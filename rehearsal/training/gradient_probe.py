@@ -6,7 +6,9 @@ gradient of every objective is taken for each group alone. With g_1..g_n of norm
     signal^2 = (|sum g_i|^2 - sum |g_i|^2) / (n (n - 1))      unbiased for |E g|^2; cut at 0
     noise^2  = mean |g_i|^2 - signal^2                        how far a group is from that mean
 
-and the signal-to-noise ratio is that of one group; a step of P groups has sqrt(P) times it. (RAGEN-2 measures gradient
+inside a quantile. Quantiles have means of their own, so over all of them what chance adds to |sum g_i|^2 is estimated
+inside each, (n sum |g_i|^2 - |sum g_i|^2) / (n - 1), and taken off; that needs two groups of each. The
+signal-to-noise ratio is that of one group; a step of P groups has sqrt(P) times it. (RAGEN-2 measures gradient
 norms by quantile in the same way; its bound says that the signal grows with the root of the variance, and that what
 pulls equally in all groups, KL and entropy terms, takes over where there is little.)
 """
@@ -32,11 +34,14 @@ class GradientSums:
         count: groups.
         squares: sum of the squared norms.
         total: sum of the gradients, one tensor a parameter; None where no group had one.
+        quantiles: where the groups come from several quantiles, what chance adds to the squared norm of the total,
+            summed over these; None for groups of one mean.
     """
 
     count: int = 0
     squares: float = 0.0
     total: list[Tensor | None] = field(default_factory=list)
+    quantiles: float | None = None
 
     def add(self, gradients: Gradients) -> None:
         """Take in the gradient of another group."""
@@ -57,10 +62,17 @@ class GradientSums:
     @property
     def signal(self) -> float:
         """Norm of the mean gradient, estimated; NaN for fewer than two groups."""
+        chance = self.chance
+        return math.nan if math.isnan(chance) else math.sqrt(max(0.0, _squared_norm(self.total) - chance)) / self.count
+
+    @property
+    def chance(self) -> float:
+        """What chance adds to the squared norm of the total, estimated; NaN for fewer than two groups."""
+        if self.quantiles is not None:
+            return self.quantiles
         if self.count < 2:
             return math.nan
-        together = _squared_norm(self.total)
-        return math.sqrt(max(0.0, (together - self.squares) / (self.count * (self.count - 1))))
+        return (self.count * self.squares - _squared_norm(self.total)) / (self.count - 1)
 
     @property
     def snr(self) -> float:
@@ -97,7 +109,8 @@ def gradient_figures(
 
     Returns:
         ``gradient/OBJECTIVE/norm``, ``/signal``, ``/snr``; the same with ``/qK`` for quantile K from 1 (least
-        variance); ``gradient/variance/qK``, the mean variance there.
+        variance); ``gradient/variance/qK``, the mean variance there. What cannot be told is left out: signal and ratio
+        over all quantiles where one of them gave a single group.
     """
     overall: dict[str, GradientSums] = {}
     figures: dict[str, float] = {}
@@ -108,9 +121,12 @@ def gradient_figures(
         for _ in groups:
             for name, gradients in next(one_by_one).items():
                 here.setdefault(name, GradientSums()).add(gradients)
-                overall.setdefault(name, GradientSums()).add(gradients)
+                overall.setdefault(name, GradientSums(quantiles=0.0)).add(gradients)
         figures[f"gradient/variance/q{number}"] = float(variance_P[list(groups)].mean())
         for name, sums in here.items():
+            pooled = overall[name]
+            assert pooled.quantiles is not None
+            pooled.quantiles += sums.chance
             figures |= _figures(f"gradient/{name}", sums, f"/q{number}")
     for name, sums in overall.items():
         figures |= _figures(f"gradient/{name}", sums, "")

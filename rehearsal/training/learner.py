@@ -163,6 +163,9 @@ class Learner:
             # Kish's effective sample size over the number of tokens: 1 where what is learned from was sampled by the
             # very policy that learns.
             metrics["policy/effective_sample_share"] = metrics.pop(WEIGHT) ** 2 / mean_square
+        if metrics["policy/updates"] > 1 and "policy/kl_sampling" in metrics:
+            # In its first update of a step the policy is still the one that played.
+            metrics["policy/moved"] = metrics["policy/kl_sampling"]
         for name in map(_shown, self.optimisers):
             metrics[f"{name}/grad_norm"] = float(np.mean(norms[name] or [0.0]))
             metrics[f"{name}/grad_clipped"] = float(

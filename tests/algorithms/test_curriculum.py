@@ -117,6 +117,15 @@ def test_a_band_with_too_few_tasks_is_filled_from_outside() -> None:
     assert len(empty.draw(3, np.random.default_rng(0))) == 3
 
 
+def test_no_task_is_retried_twice_in_a_step() -> None:
+    sampler = taught(ByDifficulty(64, retry=0.5), {0: 0.0})
+    for seed in range(50):
+        draws = sampler.draw(32, np.random.default_rng(seed))
+        assert len({draw.number for draw in draws}) == 32
+        again = sampler.draw(8, np.random.default_rng(seed), draws)
+        assert not {draw.number for draw in again} & {draw.number for draw in draws}
+
+
 def test_a_task_comes_back_into_the_band() -> None:
     sampler = taught(ByDifficulty(2, retry=0.0), {0: 0.0, 1: 0.5})
     for _ in range(3):

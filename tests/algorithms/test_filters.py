@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -145,6 +146,15 @@ def test_a_batch_without_any_variance(filter_: Any) -> None:
     assert filter_(rewards_PG).keep_P.sum() == expected
     assert filter_(np.full((4, 3), NAN)).keep_P.sum() == 0
     assert filter_(np.empty((0, 3))).share == 1.0
+
+
+@pytest.mark.parametrize("filter_", [TopP(0.9), TopP(1.0), TopP(1.0, "deviation"), MinP(0.2)], ids=str)
+def test_what_has_no_mass_is_not_kept(filter_: Any) -> None:
+    taking_part = dataclasses.replace(filter_, include_constant=True)
+    assert taking_part(np.ones((4, 3))).keep_P.sum() == 0
+    mixed_PG = np.array([[0.0, 1.0], [1.0, 1.0], [0.0, 0.5]])
+    assert kept(taking_part, mixed_PG) == kept(filter_, mixed_PG)
+    assert not taking_part(mixed_PG).keep_P[1]
 
 
 def test_the_published_softmax_keeps_seven_or_eight_of_eight_groups() -> None:

@@ -68,8 +68,8 @@ def test_what_rewards_have_to_do_with_success() -> None:
 
 
 def test_batches_without_a_reward() -> None:
-    assert signal_metrics([]) == {"signal/dead_groups": 1.0}
-    assert signal_metrics([made_up(None, None)]) == {"signal/dead_groups": 1.0}
+    # Where all have failed no rewards are equal, and nobody is to be told to look at how they are made.
+    assert signal_metrics([]) == signal_metrics([made_up(None, None)]) == {}
     # Where nothing is compared nothing is dead: algorithms that do without groups are not to be told that theirs are.
     assert signal_metrics([made_up(1.0, success=(True,)), made_up(0.0, success=(False,))]) == {}
     # One of two episodes is missing: its group should have had something to compare.
@@ -88,6 +88,8 @@ def test_entropy_and_length_by_kind() -> None:
     figures = behaviour_metrics([Group([spoken([5, 6, 7, 8], ["a"]), spoken([5, 6], ["a"])])])
     assert figures["behaviour/entropy_thought"] == pytest.approx(0.5)
     assert figures["behaviour/entropy_action"] == pytest.approx(3.0)
+    tokens = figures["behaviour/thought_tokens"], figures["behaviour/answer_tokens"]
+    assert figures["behaviour/entropy"] == pytest.approx((tokens[0] * 0.5 + tokens[1] * 3.0) / sum(tokens))
     assert figures["behaviour/thought_tokens"] == 3.0
     assert figures["behaviour/answer_tokens"] == 2.0
 
@@ -128,4 +130,4 @@ def test_nothing_to_see() -> None:
     assert all(math.isfinite(value) for value in behaviour_metrics([Group([silent])]).values())
     unknown = spoken([5], ["a"])
     unknown.segments[0].logprobs[:] = np.nan
-    assert "behaviour/entropy_thought" not in behaviour_metrics([Group([unknown])])
+    assert not [name for name in behaviour_metrics([Group([unknown])]) if "entropy" in name]

@@ -24,10 +24,10 @@ HEALTHY: dict[str, Callable[[int], float]] = {
     "signal/reward_std_in_group": lambda i: 0.35 - 0.1 * i / 60,
     "train/reward": lambda i: 0.2 + 0.6 * i / 60,
     "train/success": lambda i: 0.2 + 0.6 * i / 60,
-    "policy/entropy": lambda i: 0.2 - 0.1 * i / 60,
+    "behaviour/entropy": lambda i: 0.2 - 0.1 * i / 60,
     "policy/grad_norm": lambda i: 0.3,
     "policy/mismatch_first": lambda i: 1e-6,
-    "policy/kl_sampling": lambda i: 1e-3,
+    "policy/moved": lambda i: 1e-3,
     "signal/success_correlation": lambda i: 0.9,
     "behaviour/thought_tokens": lambda i: 20.0,
     "behaviour/invalid_turns": lambda i: 0.02,
@@ -88,8 +88,8 @@ def test_a_world_is_foreign_by_environment() -> None:
 
 
 def test_one_step_that_went_too_far_is_no_verdict() -> None:
-    assert names(run(policy__kl_sampling=lambda i: 0.2 if i in (20, 41) else 1e-3)) == set()
-    assert names(run(policy__kl_sampling=lambda i: 0.02 if i % 5 in (0, 2, 4) else 1e-3)) == {"large_steps"}
+    assert names(run(policy__moved=lambda i: 0.2 if i in (20, 41) else 1e-3)) == set()
+    assert names(run(policy__moved=lambda i: 0.02 if i % 5 in (0, 2, 4) else 1e-3)) == {"large_steps"}
 
 
 SICK: dict[str, dict[str, Callable[[int], float]]] = {
@@ -113,10 +113,10 @@ SICK: dict[str, dict[str, Callable[[int], float]]] = {
         "information__first__sequence__share": late(0.9, 0.1),
         "information__first__sequence__conditional_entropy": late(3.0, 2.5),
     },
-    "entropy_collapse": {"policy__entropy": late(0.2, 0.01), "train__success": lambda i: 0.4},
-    "entropy_rise": {"policy__entropy": late(0.2, 0.7)},
+    "entropy_collapse": {"behaviour__entropy": late(0.2, 0.01), "train__success": lambda i: 0.4},
+    "entropy_rise": {"behaviour__entropy": late(0.2, 0.7)},
     "success_unpaid": {"signal__success_correlation": late(0.9, -0.02)},
-    "large_steps": {"policy__kl_sampling": late(1e-3, 0.03)},
+    "large_steps": {"policy__moved": late(1e-3, 0.03)},
     "no_progress": {"train__reward": lambda i: 0.5 if 5 <= i < 28 else 0.2},
     "echo_trap": {"signal__reward_std_in_group": late(0.35, 0.05), "train__reward": risen_and_fallen},
     "noise": {"gradient__kl__norm": late(0.01, 0.5)},
@@ -156,7 +156,7 @@ def test_each_rule_on_a_run_that_has_it(name: str) -> None:
             "information__first__sequence__conditional_entropy": late(3.0, 0.5),
         },
         # A policy that is good may be sure.
-        {"policy__entropy": late(0.2, 0.01), "train__success": lambda i: 0.95},
+        {"behaviour__entropy": late(0.2, 0.01), "train__success": lambda i: 0.95},
         # Spread falls because everything succeeds.
         {"signal__reward_std_in_group": late(0.35, 0.05), "train__reward": lambda i: min(0.98, 0.5 + i / 60)},
         # Few prompts and much scatter: nothing is certain.
@@ -333,7 +333,7 @@ def test_metrics_that_are_missing_or_odd() -> None:
         row["step"] = 7
     assert judge(rows) == []
     odd: list[dict[str, Any]] = [
-        {"step": i + 1, "train/success": "high", "policy/entropy": None, "signal/dead_groups": math.nan, "x": True}
+        {"step": i + 1, "train/success": "high", "behaviour/entropy": None, "signal/dead_groups": math.nan, "x": True}
         for i in range(20)
     ]
     assert judge(odd) == []
@@ -425,7 +425,7 @@ def test_a_series_grows_as_if_it_had_been_made_whole() -> None:
     for count, row in enumerate(rows, start=1):
         grown.append(row)
         whole = Series(rows[:count])
-        for name in ("train/reward", "policy/entropy", "nothing"):
+        for name in ("train/reward", "behaviour/entropy", "nothing"):
             assert np.array_equal(grown.values(name), whole.values(name), equal_nan=True)
         assert grown.step == whole.step
     assert np.array_equal(grown.until(7).values("train/reward"), Series(rows[:7]).values("train/reward"))
@@ -465,9 +465,9 @@ def test_a_correlation_that_falls_means_nothing_where(changes: dict[str, Callabl
 
 
 def test_large_steps_are_called_with_the_third_look_and_a_single_one_never() -> None:
-    (verdict,) = judge(run(policy__kl_sampling=lambda i: 0.05))
+    (verdict,) = judge(run(policy__moved=lambda i: 0.05))
     assert (verdict.rule.name, verdict.called) == ("large_steps", 3)
-    assert judge(run(policy__kl_sampling=lambda i: 0.05 if i in (0, 20, 40) else 1e-3)) == []
+    assert judge(run(policy__moved=lambda i: 0.05 if i in (0, 20, 40) else 1e-3)) == []
 
 
 def test_what_a_few_odd_steps_can_feign_has_to_last() -> None:

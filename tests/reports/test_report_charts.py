@@ -209,7 +209,7 @@ def test_verdicts_are_numbered_named_and_drawn_once() -> None:
 def test_a_verdict_has_the_same_number_everywhere(tmp_path: Path) -> None:
     rows = [
         {"signal/dead_groups": 0.1 if step < 20 else 1.0, "signal/dead_groups_failed": 0.1 if step < 20 else 1.0,
-         "policy/kl_sampling": 0.1, "train/success": 0.5}
+         "policy/moved": 0.1, "train/success": 0.5}
         for step in range(40)
     ]  # fmt: skip
     data = run_of(tmp_path / "run", rows)

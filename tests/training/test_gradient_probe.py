@@ -65,6 +65,30 @@ def test_groups_are_drawn_by_variance() -> None:
     assert [len(part) for part in few] == [1, 1]
 
 
+@pytest.mark.parametrize("each", [2, 4])
+def test_quantiles_with_means_of_their_own(each: int) -> None:
+    """Only one quartile is alive, as late in a run: the mean over all is a quarter of its."""
+    generator = torch.Generator().manual_seed(0)
+    squares = []
+    for _ in range(400):
+        means = [torch.zeros(50)] * 3 + [torch.full((50,), 0.3)]
+        drawn = [[4 * k + i for i in range(each)] for k in range(4)]
+        one_by_one = [
+            {"policy": [mean + 0.1 * torch.randn(50, generator=generator)]} for mean in means for _ in range(each)
+        ]
+        figures = gradient_figures(drawn, np.zeros(16), iter(one_by_one))
+        squares.append(figures["gradient/policy/signal"] ** 2)
+    assert np.mean(squares) == pytest.approx((0.3 * math.sqrt(50) / 4) ** 2, rel=0.03)
+
+
+def test_a_quantile_with_a_single_group_leaves_the_whole_unknown() -> None:
+    one_by_one = iter([{"policy": [torch.tensor([float(i)])]} for i in (1, 2, 3)])
+    figures = gradient_figures([[0, 1], [2]], np.zeros(3), one_by_one)
+    assert figures["gradient/policy/signal/q1"] == pytest.approx(math.sqrt(2))
+    assert "gradient/policy/norm" in figures
+    assert "gradient/policy/signal" not in figures and "gradient/policy/snr" not in figures
+
+
 def test_figures() -> None:
     gradients = iter([{"policy": [torch.tensor([float(i)])], "kl": [None]} for i in (1, 2, 3)])
     figures = gradient_figures([[4, 2], [], [0]], np.array([0.9, 0, 0.2, 0, 0.4]), gradients)

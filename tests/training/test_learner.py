@@ -425,6 +425,7 @@ def test_the_first_ratio_is_one(temperature: float, family: str, build_family: C
     assert figures["policy/kl_sampling"] < 1e-6
     assert figures["policy/mismatch"] < 1e-4
     assert figures["policy/clipped_low"] == figures["policy/clipped_high"] == 0.0
+    assert "policy/moved" not in figures, "it is not known after one update"
     # A control: at another temperature the ratios are off.
     other = learner_of(build_family(family), temperature=1.3).step(groups, 0)
     assert other["policy/kl_sampling"] > 1e-4
@@ -482,6 +483,15 @@ def test_minibatches_use_every_episode_once(
         assert sorted(number for part in epoch for number in part) == everything
         assert {len(part) for part in epoch} == {2, 3}
     assert seen[:5] != seen[5:]
+
+
+def test_how_far_a_step_goes_is_told_where_there_are_several_updates(model: Any, make_groups: MakeGroups) -> None:
+    groups = make_groups(model)
+    one = learner_of(copy.deepcopy(model)).step(groups, 0)
+    assert one["policy/updates"] == 1 and "policy/moved" not in one
+    several = learner_of(copy.deepcopy(model), epochs=3).step(groups, 0)
+    assert several["policy/updates"] == 3
+    assert several["policy/moved"] == several["policy/kl_sampling"] > one["policy/kl_sampling"]
 
 
 def test_minibatches_of_one_seed_and_step_are_the_same(model: Any, make_groups: MakeGroups) -> None:
