@@ -68,8 +68,8 @@ PLANS: dict[str, list[Plan]] = {
         ),
         Plan(
             "Sampling against training",
-            "KL divergence between the policy that sampled and the one that learns, in steps of several updates. It should "
-            "stay near zero.",
+            "KL divergence between the policy that sampled and the one that learns, in steps of several updates. It "
+            "should stay near zero.",
             {"policy/moved": "KL"},
         ),
         Plan(
