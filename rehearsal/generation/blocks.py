@@ -125,7 +125,9 @@ class BlockRunner:
             GenerationError: if logits are not a number.
         """
         self._refresh()
-        return [self._block(block, streams) for block in blocks]
+        drawn = [self._block(block, streams) for block in blocks]
+        self._watch.passed()
+        return drawn
 
     def _refresh(self) -> None:
         """Joined weights are copies: make them anew if somebody has changed the weights since."""

@@ -52,7 +52,8 @@ class ShapeProbe:
 
 
 def _lazy_zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; on a processor the system hands out their pages only as they are written.
+    """Zeros; on a processor the system hands out their pages only as they are written (a place's keys lie in many, so
+    theirs come with its first tokens).
 
     Masked positions are read too (as 0 times whatever is there), so memory that was never written must not hold NaN.
     """
@@ -215,7 +216,7 @@ class CachePlan:
         shared = query_THD.shape[1] // key_TGD.shape[1]
         for number, (query_index, query_positions_nq, rows, targets, slots, k) in enumerate(self._prefill):
             query = query_THD.index_select(0, query_index).view(len(slots), -1, *query_THD.shape[1:])
-            key = keys[..., :k].index_select(0, slots).transpose(2, 3).contiguous()
+            key = keys[..., :k].transpose(2, 3).index_select(0, slots)
             value = values[:, :, :k].index_select(0, slots)
             if (number, window) not in self._prefill_biases:
                 distance = query_positions_nq[:, :, None] - torch.arange(k, device=self._device)

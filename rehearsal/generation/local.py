@@ -41,8 +41,9 @@ _CONTAINER = (
 )  # fmt: skip
 """Files with the limit of a container, with what it uses, and with how much of that are cached files."""
 
-_SHARERS, _LEAST_SHARED = 8, 32
-"""The fewest places, and the fewest tokens that they have in common, for which these are read once for all."""
+_LEAST_READ, _LEAST_SHARE = 8192, 0.2
+"""The fewest tokens, over all places of a block, and the least part of the longest of their contexts, that are worth
+reading once for all: to put the two parts of the scores together costs as well."""
 
 
 def free_memory(device: torch.device) -> int:
@@ -186,7 +187,7 @@ class LocalEngine:
             return
         self._active[session.slot] = False
         # At least the last token is computed again: its output is what the next draw needs.
-        session.computed = min(int(self._computed[session.slot]), session.length - 1)
+        session.computed = self._computed[session.slot] = min(int(self._computed[session.slot]), session.length - 1)
         self._places.interrupted(session)
 
     def share(self, parent: LocalSession, child: LocalSession) -> None:
@@ -321,10 +322,11 @@ class LocalEngine:
     def _shared(self, block: Block) -> int:
         """How many of the first tokens of a block's places are read once for all. Nothing but what the places hold now
         decides it, so that a run that is resumed samples what it would have sampled."""
-        if len(block.slots) < _SHARERS or not self._pool.alike(block.slots):
+        if len(block.slots) < 2 or not self._pool.alike(block.slots):
             return 0
         shared = common_tokens(self._token_ids, block.slots, int(block.positions.min()))
-        return shared if shared >= _LEAST_SHARED else 0
+        worth = shared * len(block.slots) >= _LEAST_READ and shared >= _LEAST_SHARE * int(block.positions.max())
+        return shared if worth else 0
 
     def _append(self, drawn: Drawn) -> None:
         slots_R, ids_R = drawn.slots_R, drawn.token_ids_R

@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 from rehearsal.models.adapters import active_names
+from rehearsal.models.lora import rewrites_weights
 
 
 class WeightWatch:
@@ -28,10 +29,11 @@ class WeightWatch:
     def renew(self) -> None:
         """List the parameters anew: some may have been replaced or added."""
         self._parameters = list(self._model.parameters())
+        self._rewritten = rewrites_weights(self._model)
 
     def look(self) -> tuple[int, frozenset[int]]:
         """The number of the present weights, active adapters included, and all numbers that may come back."""
-        versions = [(id(one), -1 if one.is_inference() else one._version) for one in self._parameters]
+        versions = self._present()
         if versions != self._versions:
             self._versions = versions
             self._numbers.clear()
@@ -39,3 +41,12 @@ class WeightWatch:
         if names not in self._numbers:
             self._numbers[names] = next(self._next)
         return self._numbers[names], frozenset(self._numbers.values())
+
+    def passed(self) -> None:
+        """Called after a pass: some adapters write into the weights for it and put back what was there, which is no
+        change."""
+        if self._rewritten:
+            self._versions = self._present()
+
+    def _present(self) -> list[tuple[int, int]]:
+        return [(id(one), -1 if one.is_inference() else one._version) for one in self._parameters]
