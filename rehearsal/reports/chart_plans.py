@@ -73,6 +73,11 @@ PLANS: dict[str, list[Plan]] = {
             {"policy/moved": "KL"},
         ),
         Plan(
+            "Distance from the start",
+            "KL divergence from the policy that the run began with, nats a token.",
+            {"policy/kl_reference": "KL"},
+        ),
+        Plan(
             "Clipped tokens",
             "Share of tokens whose ratio left the trust region.",
             {"policy/clipped_high": "above", "policy/clipped_low": "below"},

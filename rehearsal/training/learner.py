@@ -41,7 +41,7 @@ from rehearsal.training.optimiser import (
     not_finite,
     scheduled_share,
 )
-from rehearsal.training.options import TrainingOptions
+from rehearsal.training.options import DiagnosticsOptions, TrainingOptions
 from rehearsal.training.passes import Passes
 from rehearsal.training.sequences import collect
 from rehearsal.training.terms import WEIGHT, WEIGHT_SQUARED, PackFigures, term_of
@@ -62,6 +62,7 @@ class Learner:
         truncated: whether episodes are sampled from a part of the vocabulary (top-p, top-k). Log-probs of sampling are
             then over that part, and figures do not compare the learner's with them.
         reference: the frozen policy for objectives that need one; a copy of ``model`` is made if None.
+        start: whether ``model`` as it is now is kept for :meth:`drift`; where there is a reference, that one serves.
         world: how the environment's answers are learnt from; None if they are not.
 
     Raises:
@@ -72,6 +73,7 @@ class Learner:
     def __init__(
         self, model: Any, algorithm: Algorithm, options: TrainingOptions, *, temperature: float = 1.0,
         truncated: bool = False, reference: Any | None = None, seed: int = 0, world: WorldModel | None = None,
+        start: bool = False,
     ) -> None:  # fmt: skip
         self.model = model
         self.algorithm = algorithm
@@ -90,6 +92,7 @@ class Learner:
         self.reference = reference
         if reference is None and any(objective.needs_reference for objective in self.policy_objectives):
             self.reference = _frozen_copy(model)
+        self._start = None if not start else _frozen_copy(model) if self.reference is None else self.reference
         self.critic: Critic | None = None
         self.critic_optimiser: MasterAdamW | None = None
         if any(objective.needs_values for objective in self.policy_objectives):
@@ -421,6 +424,36 @@ class Learner:
         temperature of sampling, or another one."""
         return self.passes.score(items, model, temperature)
 
+    def drift(self, groups: Sequence[Group], most: int, rng: np.random.Generator) -> dict[str, float]:
+        """How far the policy that played is from the one that this learner was made with.
+
+        Args:
+            groups: what it played, before it learns from it.
+            most: tokens that may be read for it; one sequence is read however long it is.
+            rng: draws the episodes.
+
+        Returns:
+            ``policy/kl_reference``, KL(policy || start) by the estimator k3, nats a token; nothing if no copy was kept
+            or nothing was sampled.
+        """
+        sequences = collect(groups)
+        items = sequences.items()
+        if self._start is None or not items:
+            return {}
+        order = rng.permutation(len(items))
+        # What was sampled from a part of the vocabulary is read by both policies, over all of it.
+        reads = 2 if self.truncated else 1
+        ends = reads * np.cumsum([len(items[i].token_ids) for i in order])
+        chosen = sorted(order[: max(1, int(np.searchsorted(ends, most, side="right")))].tolist())
+        start_N = np.concatenate(self.score([items[i] for i in chosen], self._start))
+        own = [sequences.segments[i].logprobs[sequences.targets[i]] for i in chosen]
+        if self.truncated or any(np.isnan(one).any() for one in own):
+            own = self.score([items[i] for i in chosen])
+        difference_N = start_N.astype(np.float64) - np.concatenate(own)
+        if not len(difference_N):
+            return {}
+        return {"policy/kl_reference": float(np.mean(np.expm1(difference_N) - difference_N))}
+
     def prediction_losses(self, groups: Sequence[Group]) -> dict[str, float]:
         """How well the environment's answers are foretold, in nats a token, with the world adapter at work if there is
         a mode that trains it. One pass over the episodes, without gradients.
@@ -469,6 +502,17 @@ class Learner:
         if self.critic is not None and self.critic_optimiser is not None:
             self.critic.load_state_dict(state["critic"])
             self.critic_optimiser.load_state_dict(state["critic_optimiser"])
+
+
+_START_BYTES = 256 << 20
+"""What a diagnostic alone may cost: all of a model of 60 million parameters, or the adapters of nearly any."""
+
+
+def keeps_start(options: DiagnosticsOptions, model: Any) -> bool:
+    """Whether a run keeps a copy of what it trains as it was at the start, to tell how far it has come: where it looks
+    at its signal and the copy is small."""
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return options.every > 0 and trained <= _START_BYTES
 
 
 def _frozen_copy(model: Any) -> Any:

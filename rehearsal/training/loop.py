@@ -39,7 +39,7 @@ from rehearsal.training.checkpoint import (
 )
 from rehearsal.training.choices import chosen
 from rehearsal.training.first_look import cut_off_warning, first_look
-from rehearsal.training.learner import Learner
+from rehearsal.training.learner import Learner, keeps_start
 from rehearsal.training.monitor import Monitor
 from rehearsal.training.observer import Observer, SilentObserver
 from rehearsal.training.playing import (
@@ -105,6 +105,7 @@ class Trainer:
             truncated=recipe.sampling.truncated,
             seed=recipe.seed,
             world=world_of(recipe.world, adapter_names(self.policy.model)),
+            start=keeps_start(recipe.diagnostics, self.policy.model),
         )
         self.monitor = Monitor(
             recipe.diagnostics, self.learner, self.policy.renderer, recipe.seed, recipe.agent.thinking

@@ -31,6 +31,9 @@ from rehearsal.trajectory import Group, all_trajectories
 _LEARNING_PASSES = 3.0
 """A token that is learned from costs about as much as three that are read: one pass forward, two back."""
 
+_DRIFT = 0.25
+"""The part of a measurement's tokens that the distance from the start reads."""
+
 
 class Monitor:
     """What a trainer asks about its signal.
@@ -68,8 +71,12 @@ class Monitor:
         """
         began = time.perf_counter()
         figures = {**signal_metrics(groups), **behaviour_metrics(groups)}
-        if self._due(self.options.every, step) and self._thinking:
+        every = self.options.every
+        if self._due(every, step) and self._thinking:
             figures |= self._information(groups, step, families)
+        # Half-way between two looks at the thoughts, so that no step pays for both.
+        if self._due(every, step + every // 2):
+            figures |= self._learner.drift(groups, self._budget(groups, _DRIFT), self._rng(step, 2, 0))
         figures["time/diagnostics"] = time.perf_counter() - began
         return figures
 
@@ -86,7 +93,7 @@ class Monitor:
     ) -> dict[str, float]:  # fmt: skip
         """The figures of each environment by itself, and their means over the environments."""
         kinds = [0] * len(groups) if families is None else list(families)
-        budget = self._budget(groups)
+        budget = self._budget(groups, (1 - _DRIFT if self.options.every == 1 else 1) / 2)
         found = [
             self._information_in(
                 [group for group, kind in zip(groups, kinds, strict=True) if kind == family], step, family,
@@ -101,8 +108,8 @@ class Monitor:
             for name, values in told.items()
         }
 
-    def _budget(self, groups: Sequence[Group]) -> int:
-        """Tokens of each of the two tables: a share of what the step reads.
+    def _budget(self, groups: Sequence[Group], part: float) -> int:
+        """Tokens that a part of a measurement may read: its part of a share of what the step reads.
 
         In tokens and not in seconds, so a run on a busy machine measures the same. What is played is read once, and
         what is learned from (as in the step before: dead groups and common prompts are left out) three times over.
@@ -111,7 +118,7 @@ class Monitor:
         learned = self._series.last("speed/learner_tokens")
         if math.isnan(learned):
             learned = played / 2
-        return int(self.options.max_share * (played + _LEARNING_PASSES * learned) / 2)
+        return int(self.options.max_share * (played + _LEARNING_PASSES * learned) * part)
 
     def _information_in(self, groups: Sequence[Group], step: int, family: int, budget: int) -> dict[str, float]:
         figures: dict[str, float] = {}

@@ -12,6 +12,7 @@ from rehearsal.models.adapters import adapter_names
 from rehearsal.models.packed import causal_lm
 from rehearsal.models.parallel import pack_workers
 from rehearsal.training.choices import check_verdicts, chosen
+from rehearsal.training.learner import keeps_start
 from rehearsal.training.optimiser import training_bytes
 from rehearsal.training.playing import make_rollout, make_toolkit, policy_of
 from rehearsal.training.recipe import Recipe
@@ -57,6 +58,8 @@ def _planned(recipe: Recipe) -> tuple[dict[str, float], dict[str, str]]:
     }
     if any(objective.needs_reference for objective in algorithm.objectives):
         plan["reference policy"] = float(trained)  # it shares what is not trained
+    elif keeps_start(recipe.diagnostics, policy.model):
+        plan["policy at the start"] = float(trained)
     if algorithm.needs_critic:
         plan["critic"] = float(weights + sum(training_bytes(model.parameters())))
     facts = rollout.facts()

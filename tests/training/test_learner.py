@@ -537,6 +537,62 @@ def test_without_a_given_reference_the_first_policy_is_it(model: Any, make_group
     assert learner.step(groups, 1)["policy/kl"] > 1e-6
 
 
+def test_how_far_the_policy_is_from_its_start(model: Any, make_groups: MakeGroups) -> None:
+    """Against both policies' log-probs from whole sequences, one at a time."""
+    start = copy.deepcopy(model)
+    learner = Learner(model, preset("grpo"), options(learning_rate=2e-3), start=True)
+
+    def drift(groups: list[Group], most: int = 10**6, seed: int = 0) -> float:
+        (found,) = learner.drift(groups, most, np.random.default_rng(seed)).items()
+        assert found[0] == "policy/kl_reference"
+        return found[1]
+
+    def logprobs_of(policy: Any, segment: Segment) -> np.ndarray:
+        ids_T = torch.from_numpy(segment.token_ids.astype(np.int64))
+        with torch.no_grad():
+            each_TV = torch.log_softmax(policy(ids_T[None]).logits[0].double(), -1)
+        targets = np.nonzero(segment.sampled_mask)[0]
+        return each_TV[targets - 1, ids_T[targets]].numpy()
+
+    before = make_groups(model, spread=0.0)
+    assert drift(before) == pytest.approx(0.0, abs=1e-9)
+    for step in range(3):
+        learner.step(before, step)
+    assert all(torch.equal(tensor, weights(start)[name]) for name, tensor in weights(learner._start).items())
+
+    groups = make_groups(model, spread=0.0, seed=1)
+    terms = []
+    for trajectory in (one for group in groups for one in group):
+        difference_N = logprobs_of(start, trajectory.segments[0]) - logprobs_of(model, trajectory.segments[0])
+        terms.append(np.exp(difference_N) - 1 - difference_N)
+    expected = float(np.mean(np.concatenate(terms)))
+    assert expected > 1e-5
+    assert drift(groups) == pytest.approx(expected, rel=1e-3)
+    # With few tokens to read it is over a part of the episodes, of which at least one is read.
+    alone = {drift(groups, most=1, seed=seed) for seed in range(30)}
+    assert len(alone) > 3
+    for value in alone:
+        assert min(abs(value - float(term.mean())) for term in terms) < 1e-3 * value + 1e-9
+    # What was sampled from a part of the vocabulary has log-probs that compare with nothing.
+    learner.truncated = True
+    for trajectory in (one for group in groups for one in group):
+        trajectory.segments[0].logprobs[trajectory.segments[0].sampled_mask] = -0.5
+    assert drift(groups) == pytest.approx(expected, rel=1e-3)
+    learner.truncated = False
+    assert drift(groups) != pytest.approx(expected, rel=0.1), "a control"
+
+
+def test_a_start_that_nobody_kept(model: Any, make_groups: MakeGroups) -> None:
+    rng = np.random.default_rng(0)
+    assert learner_of(model).drift(make_groups(model), 10**6, rng) == {}
+    kept = Learner(model, preset("grpo", kl_coefficient=0.1), options(), start=True)
+    assert kept._start is kept.reference, "one copy serves both"
+    failed = make_groups(model)
+    for trajectory in (one for group in failed for one in group):
+        trajectory.stop_reason = StopReason.ERROR
+    assert kept.drift(failed, 10**6, rng) == {}
+
+
 def test_an_entropy_bonus_raises_entropy(tiny_qwen3: Callable[..., Any], make_groups: MakeGroups) -> None:
     entropies = {}
     for coefficient in (0.0, 0.05):

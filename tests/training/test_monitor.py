@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from rehearsal.algorithms.filters import loss_scale
 from rehearsal.diagnostics import RULES, Verdict, judge, thought_of_turn
 from rehearsal.errors import CheckpointError, RecipeError
+from rehearsal.training import learner as learner_module
 from rehearsal.training import monitor as monitor_module
 from rehearsal.training.batch import Batch
 from rehearsal.training.checkpoint import standing_checkpoints
@@ -23,7 +24,8 @@ from rehearsal.training.choices import chosen
 from rehearsal.training.export import export_policy
 from rehearsal.training.loop import Trainer
 from rehearsal.training.observer import SilentObserver
-from rehearsal.training.plan import describe_plan
+from rehearsal.training.plan import describe_plan, memory_plan
+from rehearsal.training.playing import policy_of
 from rehearsal.training.recipe import Recipe
 from rehearsal.training.run import train
 from rehearsal.training.runs import RunFolder
@@ -50,6 +52,7 @@ def test_every_step_is_measured(small: Callable[..., Recipe]) -> None:
         assert row["policy/effective_sample_share"] == pytest.approx(1.0, abs=1e-5)
         assert 0 < row["time/diagnostics_share"] < 1
         assert ("information/first/sequence/share" in row) == (i % 2 == 0)
+        assert ("policy/kl_reference" in row) == (i % 2 == 1), "not where the thoughts are looked at"
         assert ("gradient/policy/norm" in row) == (i % 3 == 0)
         assert all(math.isfinite(value) for value in row.values())
     first = trainer.history[0]
@@ -345,6 +348,31 @@ def test_a_resumed_run_knows_its_verdicts(
     result = train(output=tmp_path / "run", resume=True, observer=listener)
     assert listener.heard == [], "it was told before"
     assert result.summary["verdicts"] == ["too_hard"]
+
+
+def test_a_resumed_run_knows_where_it_began(small: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = small(diagnostics__every=1, evaluation__episodes=0)
+    whole = train(recipe, output=tmp_path / "whole")
+    train(recipe, output=tmp_path / "run", observer=StopAfter(2))
+    train(output=tmp_path / "run", resume=True)
+    each = [[row["policy/kl_reference"] for row in rows_of(path)] for path in (whole.path, tmp_path / "run")]
+    assert each[0] == each[1]
+    assert each[0][0] < 1e-6 < min(each[0][1:])
+
+
+def test_a_copy_of_the_start_is_kept_where_it_is_small(
+    small: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small(diagnostics__every=1, evaluation__episodes=0, training__steps=1)
+    trained = 4 * sum(parameter.numel() for parameter in policy_of(recipe).model.parameters())
+    for limit, every in ((trained, 1), (trained - 1, 1), (trained, 0)):
+        monkeypatch.setattr(learner_module, "_START_BYTES", limit)
+        chosen_recipe = small(diagnostics__every=every, evaluation__episodes=0, training__steps=1)
+        trainer = Trainer(chosen_recipe)
+        trainer.run()
+        kept = limit == trained and every == 1
+        assert ("policy/kl_reference" in trainer.history[0]) == kept
+        assert memory_plan(chosen_recipe).get("policy at the start") == (trained if kept else None)
 
 
 def test_verdicts_can_be_had_from_the_files(small: Callable[..., Recipe], tmp_path: Path) -> None:
