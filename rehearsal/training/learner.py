@@ -92,7 +92,9 @@ class Learner:
         self.reference = reference
         if reference is None and any(objective.needs_reference for objective in self.policy_objectives):
             self.reference = _frozen_copy(model)
-        self._start = None if not start else _frozen_copy(model) if self.reference is None else self.reference
+        self._start: Any | None = None
+        if start:
+            self._start = _frozen_copy(model) if self.reference is None else self.reference
         self.critic: Critic | None = None
         self.critic_optimiser: MasterAdamW | None = None
         if any(objective.needs_values for objective in self.policy_objectives):
@@ -436,9 +438,11 @@ class Learner:
             ``policy/kl_reference``, KL(policy || start) by the estimator k3, nats a token; nothing if no copy was kept
             or nothing was sampled.
         """
+        if self._start is None:
+            return {}
         sequences = collect(groups)
         items = sequences.items()
-        if self._start is None or not items:
+        if not items:
             return {}
         order = rng.permutation(len(items))
         # What was sampled from a part of the vocabulary is read by both policies, over all of it.
