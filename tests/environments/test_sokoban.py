@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rehearsal.environments import SPLITS, make
 from rehearsal.environments.sokoban import Sokoban, draw_levels, parse_level, parse_levels, read_levels, solve
-from rehearsal.environments.sokoban.generator import positions_by_length
+from rehearsal.environments.sokoban.generator import placed, positions_by_length
 from rehearsal.environments.sokoban.solver import SOLVED, UNKNOWN, UNSOLVABLE
 from rehearsal.environments.splits import content_split
 from rehearsal.errors import EnvironmentFault, RecipeError
@@ -104,12 +104,20 @@ def test_the_engine_plays_by_the_rules(seed, moves):
             break
 
 
-@pytest.mark.parametrize(("size", "boxes", "span"), [(6, 1, (1, 10)), (6, 1, (7, 9)), (8, 2, (5, 12)), (5, 1, (3, 3))])
+@pytest.mark.parametrize(
+    ("size", "boxes", "span"),
+    [
+        (6, 1, (1, 10)), (6, 1, (7, 9)), (8, 2, (5, 12)), (5, 1, (3, 3)), ([4, 9], 2, (1, 10)), (6, 13, (1, 10)),
+        (12, 30, (1, 6)), (40, 20, (4, 9)),
+    ],
+)  # fmt: skip
 def test_made_levels_have_the_wanted_length(size, boxes, span):
     env = Sokoban(size=size, boxes=boxes, min_solution=span[0], max_solution=span[1])
     lengths = []
     for seed in range(25):
         env.reset(seed=seed)
+        height, width = size if isinstance(size, list) else (size, size)
+        assert (env.level.height, env.level.width) == (height, width)
         assert (env.level.boxes.bit_count(), env.level.targets.bit_count()) == (boxes, boxes)
         lengths.append(len(env.oracle()))
     assert span[0] <= min(lengths)
@@ -121,7 +129,7 @@ def test_lengths_from_reverse_play_are_exact():
     level = some_levels(5, 1, boxes=2)[0]
     for length, layer in enumerate(positions_by_length(level, 9)):
         for position in layer[:: max(1, len(layer) // 5)]:
-            assert naive_shortest(level.moved(position & 1023, position >> 10)) == length
+            assert naive_shortest(placed(level, position)) == length
 
 
 def test_an_impossible_range_is_refused_in_words():
@@ -297,7 +305,9 @@ def test_the_episode_is_truncated_at_the_step_limit():
 @pytest.mark.parametrize(
     ("params", "named"),
     [
-        ({"size": 4}, "size"),
+        ({"size": 3}, "size"),
+        ({"size": 101}, "size"),
+        ({"boxes": 14}, "boxes must be a whole number from 1 to 13"),
         ({"size": [6, 7, 8]}, "size"),
         ({"boxes": 0}, "boxes"),
         ({"min_solution": 11, "max_solution": 10}, "max_solution"),

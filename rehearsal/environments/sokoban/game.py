@@ -34,8 +34,8 @@ class Sokoban(SpatialEnv):
     single ASCII characters.
 
     Args:
-        size: rows and columns, walls included, 5 to 20; two numbers for height and width. 6 unless levels are given.
-        boxes: how many, 1 to 6. 1 unless levels are given.
+        size: rows and columns, walls included, 4 to 100; two numbers for height and width. 6 unless levels are given.
+        boxes: how many; at least three cells inside the outer wall are left for floor. 1 unless levels are given.
         min_solution: moves of the shortest solution, at least. 1 unless levels are given.
         max_solution: moves of the shortest solution, at most. 10 unless levels are given.
         max_steps: actions after which the episode is truncated.
@@ -75,8 +75,9 @@ class Sokoban(SpatialEnv):
         sides = [6, 6] if size is None else [size, size] if isinstance(size, int) else list(size)
         if len(sides) != 2:
             raise RecipeError(f"size must be one number or two, height and width, not {size!r}.")
-        self.height, self.width = (whole_number("size", side, 5, 20) for side in sides)
-        self.boxes = whole_number("boxes", 1 if boxes is None else boxes, 1, 6)
+        self.height, self.width = (whole_number("size", side, 4, 100) for side in sides)
+        most = max(1, (self.height - 2) * (self.width - 2) - 3)
+        self.boxes = whole_number("boxes", 1 if boxes is None else boxes, 1, most)
         self.min_solution = whole_number("min_solution", 1 if min_solution is None else min_solution, 1, 500)
         longest = max(10, self.min_solution) if max_solution is None else max_solution
         self.max_solution = whole_number("max_solution", longest, self.min_solution, 500)

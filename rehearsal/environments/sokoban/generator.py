@@ -26,35 +26,48 @@ def positions_by_length(level: Level, max_length: int, max_positions: int = MAX_
         max_positions: positions after which to stop early.
 
     Returns:
-        A list by length, from 0 on; a position is ``boxes << 10 | player``.
+        A list by length, from 0 on; :func:`placed` puts player and boxes there.
     """
     walls, targets = level.walls, level.targets
+    bits = _player_bits(level)
+    player_mask = (1 << bits) - 1
     offsets = tuple(level.offsets.values())
-    layer = [targets << 10 | player for player in cells_of(level.floor & ~targets)]
+    layer = [targets << bits | player for player in cells_of(level.floor & ~targets)]
     seen = set(layer)
     layers = [layer]
     while layer and len(layers) <= max_length and len(seen) < max_positions:
         before: list[int] = []
         for position in layer:
-            player, boxes = position & 1023, position >> 10
+            player, boxes = position & player_mask, position >> bits
             blocked = walls | boxes
             for offset in offsets:
                 source = player - offset
                 if blocked >> source & 1:
                     continue
-                walked = boxes << 10 | source
+                walked = boxes << bits | source
                 if walked not in seen:
                     seen.add(walked)
                     before.append(walked)
                 box = player + offset
                 if boxes >> box & 1:
-                    pulled = (boxes ^ (1 << box) ^ (1 << player)) << 10 | source
+                    pulled = (boxes ^ (1 << box) ^ (1 << player)) << bits | source
                     if pulled not in seen:
                         seen.add(pulled)
                         before.append(pulled)
         layer = before
         layers.append(layer)
     return layers
+
+
+def placed(level: Level, position: int) -> Level:
+    """The board in one of the positions of :func:`positions_by_length`."""
+    bits = _player_bits(level)
+    return level.moved(position & ((1 << bits) - 1), position >> bits)
+
+
+def _player_bits(level: Level) -> int:
+    """A position is one number, the boxes above the player's cell: so many bits hold any cell."""
+    return (level.width * level.height).bit_length()
 
 
 def draw_room(rng: np.random.Generator, width: int, height: int, n_boxes: int) -> Level | None:
@@ -100,7 +113,7 @@ def draw_level(rng: np.random.Generator, room: Level, min_solution: int, max_sol
         return None
     layer = layers[lengths[int(rng.integers(len(lengths)))]]
     position = layer[int(rng.integers(len(layer)))]
-    return room.moved(position & 1023, position >> 10)
+    return placed(room, position)
 
 
 def draw_levels(
