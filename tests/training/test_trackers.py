@@ -1,7 +1,12 @@
 """Trackers are told everything, are named when they are missing, and never stop a run."""
 
+import contextlib
 import importlib
+import json
 import math
+import os
+import sqlite3
+import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
@@ -185,11 +190,40 @@ def test_tensorboard_writes_event_files_and_hides_the_steps_after_a_resume(tmp_p
     assert events.Tags()["scalars"] == ["train/success"]
 
 
-def test_wandb_itself_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    (tracker,) = make_trackers(["wandb"], tmp_path, {"a": 1})
-    tracker.log(1, {"x": 1.0})
-    tracker.finish({"x": 1.0})
-    assert isinstance(tracker, Guarded)
-    assert tracker.warning == ""
+TRACKED = """
+import sys
+from rehearsal.training.trackers import make_trackers
+
+for resume_step, steps in ((None, (1, 2)), (2, (3,))):
+    (tracker,) = make_trackers([sys.argv[1]], sys.argv[2], {"a": {"b": 1}}, resume_step=resume_step)
+    for step in steps:
+        tracker.log(step, {"train/success": step / 10})
+    tracker.finish({"success": 0.25})
+    assert not tracker.warning, tracker.warning
+"""
+
+
+def tracked_in_a_process(name: str, folder: Path, **variables: str) -> None:
+    """Two parts of a run with the tracker itself. It reads its variables once, and starts threads: so a process."""
+    folder.mkdir()
+    environment = os.environ | variables
+    subprocess.run([sys.executable, "-c", TRACKED, name, str(folder)], env=environment, check=True, timeout=120)
+
+
+def test_wandb_itself_works_offline(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    tracked_in_a_process("wandb", run, WANDB_MODE="offline", WANDB_SILENT="true")
+    name = (run / "wandb_run_id.txt").read_text().strip()
+    parts = sorted(run.rglob(f"run-{name}.wandb"))
+    assert parts, "nothing was written under the run's own id"
+    assert all(b"train/success" in part.read_bytes() for part in parts)
+
+
+def test_trackio_itself_keeps_both_parts_of_a_run_under_one_name(tmp_path: Path) -> None:
+    tracked_in_a_process("trackio", tmp_path / "run", TRACKIO_DIR=str(tmp_path / "kept"), TRACKIO_PROJECT="mine")
+    with contextlib.closing(sqlite3.connect(tmp_path / "kept" / "mine.db")) as database:
+        rows = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
+    told = [(step, json.loads(metrics)) for _, step, metrics in rows]
+    assert {name for name, _, _ in rows} == {"run"}
+    assert [step for step, metrics in told if "train/success" in metrics] == [1, 2, 3]
+    assert [metrics for _, metrics in told if "train/success" not in metrics] == 2 * [{"summary/success": 0.25}]

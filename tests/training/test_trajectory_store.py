@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import math
+import re
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -145,6 +146,49 @@ def test_columns_are_those_that_the_page_promises(tmp_path: Path) -> None:
     assert len(read_trajectories(file)) == 2
     frame = table.to_pandas()
     assert frame["turns"][0][0]["observation"] == "S F\nF G"
+
+
+@pytest.fixture()
+def in_a_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with the files that the page reads: three episodes trained on, of which one answer was of no use, and
+    two held out, of which one succeeded."""
+    stored = tmp_path / "runs" / "lake" / "trajectories"
+    unusable = lake_episode(1, turns=[Turn("S F", response="What?", valid=False)], success=False)
+    write_trajectories(
+        stored / "train_000010.parquet", [Group([lake_episode(), unusable, lake_episode(2)])], "train", 10
+    )
+    write_trajectories(
+        stored / "eval_000010.parquet", [Group([lake_episode()]), Group([lake_episode(success=False)])], "eval", 10
+    )
+    monkeypatch.chdir(tmp_path)
+
+
+def blocks_of_the_page(language: str) -> list[str]:
+    page = Path(__file__).resolve().parents[2] / "docs" / "trajectories.md"
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.usefixtures("in_a_project")
+def test_duckdb_answers_the_queries_of_the_page() -> None:
+    duckdb = pytest.importorskip("duckdb")
+    (block,) = blocks_of_the_page("sql")
+    by_step, unusable = [duckdb.sql(query).fetchall() for query in block.split(";") if query.strip()]
+    assert by_step == [(10, 0.5, 2)]
+    assert unusable == [(10, "What?")]
+
+
+@pytest.mark.usefixtures("in_a_project")
+def test_the_python_of_the_page_reads_the_files(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pandas")
+    printed = []
+    for block in blocks_of_the_page("python"):
+        exec(block, {})
+        printed.append(capsys.readouterr().out)
+    objects, frame, arrays = printed
+    assert objects.splitlines() == ["SFFG True [[]]", "SFFG False [[]]"]
+    assert frame.split() == ["success", "reward", "phase", "step", "eval", "10", "0.500000", "1.000000", "train", "10",
+                             "0.666667", "0.666667"]  # fmt: skip
+    assert arrays.split() == 3 * ["-0.375"]
 
 
 def test_arrays_that_come_back_can_be_written_to(tmp_path: Path) -> None:
