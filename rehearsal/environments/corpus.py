@@ -242,7 +242,7 @@ def _in_file(documents: Sequence[Document], path: Path) -> sqlite3.Connection:
         # At once: another process that reads the file sees the old index or the new one.
         os.replace(aside, path)
     except OSError as error:
-        raise ToolError(f"The index {path} cannot be written: {error}.") from error
+        raise ToolError(f"The index {path} cannot be written: {error.strerror or error}.") from error
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)

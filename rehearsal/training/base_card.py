@@ -51,7 +51,8 @@ Held-out loss, in nats a token, on {heldout} episodes of the same players with t
 
 ## Limits
 
-It knows the environments that are named above and nothing else: no general language, no facts, no other tasks.
+It knows the environments that are named above and nothing else: no general language, no facts, no other tasks. Of the
+built-in environments `repair` is not among them, so on it this model starts from nothing.
 It is meant for learning, tests and demonstrations. Names of bandit arms that it has not met mean nothing to it,
 arithmetic beyond small numbers is unreliable, and positions beyond a few hundred tokens were hardly seen in training.
 """

@@ -93,7 +93,8 @@ def make_base(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RecipeError(f"The base model cannot be written to {folder}: {error}.") from error
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or type(error).__name__
+        raise RecipeError(f"The base model cannot be written to {folder}: {reason}; name a folder.") from error
     began = time.monotonic()
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn(),

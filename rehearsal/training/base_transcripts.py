@@ -207,7 +207,7 @@ def save_transcripts(path: str | Path, trajectories: Sequence[Trajectory]) -> No
     try:
         np.savez_compressed(path, allow_pickle=False, **arrays)
     except OSError as error:
-        raise CheckpointError(f"The transcripts cannot be written to {path}: {error}.") from error
+        raise CheckpointError(f"The transcripts cannot be written to {path}: {error.strerror or error}.") from error
 
 
 def load_transcripts(path: str | Path) -> list[Trajectory]:

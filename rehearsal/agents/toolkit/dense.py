@@ -242,7 +242,7 @@ def _write(file: Path, embeddings_ND: np.ndarray) -> None:
         # At once: another process finds nothing or all of it.
         os.replace(aside, file)
     except OSError as error:
-        raise ToolError(f"The embeddings cannot be written to {file.parent}: {error}.") from error
+        raise ToolError(f"The embeddings cannot be written to {file.parent}: {error.strerror or error}.") from error
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
