@@ -4,8 +4,8 @@ import contextlib
 import errno
 import json
 import math
-import re
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ def test_columns_are_those_that_the_page_promises(tmp_path: Path) -> None:
     assert frame["turns"][0][0]["observation"] == "S F\nF G"
 
 
-@pytest.fixture()
+@pytest.fixture
 def in_a_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder with the files that the page reads: three episodes trained on, of which one answer was of no use, and
     two held out, of which one succeeded."""
