@@ -15,10 +15,10 @@ from torch import Tensor
 
 from rehearsal.algorithms.aggregation import Aggregation
 from rehearsal.algorithms.batch import PolicyOutput, TokenBatch, TokenLoss
-from rehearsal.algorithms.ratios import ImportanceCorrection, log_ratio, sequence_sums
+from rehearsal.algorithms.ratios import LOG_RATIO_LIMIT, ImportanceCorrection, log_ratio, sequence_sums
 from rehearsal.errors import RecipeError
 
-Importance = Literal["token", "sequence"]
+Importance = Literal["token", "sequence", "sequence_product"]
 IMPORTANCES: tuple[str, ...] = get_args(Importance)
 
 KLEstimator = Literal["k1", "k2", "k3", "k3+"]
@@ -76,6 +76,9 @@ class PolicyLoss(PolicyObjective):
       so observations do not dilute it. Use it with ``sequence_mean``, as published, and with a ``sequence_*``
       correction: only with one weight for all tokens of a sequence is it the gradient of s_i A. With ``constant`` a
       sequence counts by its length, which is LUSPO (arXiv:2602.05261), up to the scale;
+    - ``importance="sequence_product"``: the same with the sum in place of the mean, so every token has the ratio of the
+      probabilities of its whole sequence. With ``constant`` the gradient is that of the clipped s_i A of a sequence,
+      which is TRL's loss for RLOO. Such ratios leave the clip quickly where sequences are long;
     - the loss is multiplied by the weights of ``correction`` (no gradient, 1 when the step is on-policy).
 
     A log-ratio beyond +-20 counts as +-20 and has no gradient. With one update for each rollout r is 1, nothing is
@@ -89,7 +92,7 @@ class PolicyLoss(PolicyObjective):
         clip_low: how far below 1 the ratio still counts where A < 0. From 1 on there is no bound.
         clip_high: how far above 1 the ratio still counts where A > 0.
         dual_clip: cap of the ratio where A < 0, above 1; None for none.
-        importance: "token" or "sequence".
+        importance: "token", "sequence" or "sequence_product".
 
     Raises:
         RecipeError: for values out of range.
@@ -139,11 +142,12 @@ class PolicyLoss(PolicyObjective):
         return TokenLoss(zeroed(-surrogate_N * correction_N, mask_N), mask_N, metrics_N)
 
     def _sequence_log(self, token_log_N: Tensor, batch: TokenBatch) -> Tensor:
-        """log s_{i,t}: the value of the sequence's mean, the gradient of the token's own log-probability."""
+        """log s_{i,t}: the value of the sequence's mean or sum, the gradient of the token's own log-probability."""
         fixed_N = token_log_N.detach()
-        tokens_S = sequence_sums(self.mask(batch).to(fixed_N.dtype), batch).clamp(min=1)
-        means_S = sequence_sums(fixed_N, batch) / tokens_S
-        return means_S[batch.sequence_N] + (token_log_N - fixed_N)
+        logs_S = sequence_sums(fixed_N, batch)
+        if self.importance == "sequence":
+            logs_S = logs_S / sequence_sums(self.mask(batch).to(fixed_N.dtype), batch).clamp(min=1)
+        return logs_S.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)[batch.sequence_N] + (token_log_N - fixed_N)
 
 
 @dataclass(frozen=True)

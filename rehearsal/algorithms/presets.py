@@ -7,7 +7,8 @@ Where a preset departs from the publication it is named after:
 
 - ``grpo``: no KL term (the paper has 0.04 times k3; most of today's recipes have none). Set ``kl_coefficient``.
 - ``rloo``: token ratios with PPO's clip instead of plain REINFORCE. With one update for each rollout the ratio is 1 and
-  the gradient is the paper's over ``constant``. No KL in the reward.
+  the gradient is the paper's over ``constant``; afterwards ``importance="sequence_product"`` has the ratio of whole
+  sequences, as TRL does. No KL in the reward.
 - ``reinforce_pp``: no KL in the reward; set ``kl_coefficient`` for a KL term in the loss instead.
 - ``dapo``: the overlong penalty is off until ``overlong_max_tokens`` is set, as it depends on the task.
 - ``cispo``: the absolute cap of 5 that ScaleRL recommends, with GRPO's advantages.

@@ -32,6 +32,7 @@ OBJECTIVES = {
     "ppo": PolicyLoss(),
     "ppo dual": PolicyLoss(dual_clip=3.0, clip_high=0.28),
     "gspo": PolicyLoss(importance="sequence", clip_low=3e-4, clip_high=4e-4),
+    "whole sequences": PolicyLoss(importance="sequence_product"),
     "cispo": CISPOLoss(),
     "sapo": SAPOLoss(),
     "vespo": VESPOLoss(),
@@ -111,13 +112,15 @@ def test_gspo_by_hand():
     assert not gradient(clipped.loss_N, output.logprobs_N).any()
 
 
-def test_sequence_ratio_looks_at_the_tokens_of_the_mask_only(make_batch):
+@pytest.mark.parametrize("importance", ["sequence", "sequence_product"])
+def test_sequence_ratio_looks_at_the_tokens_of_the_mask_only(make_batch, importance):
     batch, output = make_batch((6, 4))
-    objective = PolicyLoss(importance="sequence", clip_low=1.0, clip_high=10.0)
+    objective = PolicyLoss(importance=importance, clip_low=1.0, clip_high=10.0)
     ratio_N = objective(batch, output).metrics_N["ratio"]
     for sequence in range(2):
         chosen = (batch.sequence_N == sequence) & batch.policy_mask_N
-        expected = (output.logprobs_N - batch.old_logprobs_N)[chosen].mean().exp()
+        logs_N = (output.logprobs_N - batch.old_logprobs_N)[chosen]
+        expected = (logs_N.mean() if importance == "sequence" else logs_N.sum()).exp()
         torch.testing.assert_close(ratio_N[chosen], expected.detach().expand(int(chosen.sum())))
 
 

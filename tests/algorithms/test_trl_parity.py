@@ -195,6 +195,40 @@ def test_sequence_level_importance(loss_type):
     assert_same(t, theirs, our_loss(t, [objective]))
 
 
+def trl_rloo_loss(t, low, high):
+    """The scalar loss of TRL's trainer for RLOO, which knows no tool tokens."""
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (t.logprobs, t.entropy.detach(), None),
+        accelerator=StandInAccelerator(), model=SimpleNamespace(training=True), aux_loss_enabled=False,
+        epsilon_low=low, epsilon_high=high, _metrics={"train": defaultdict(list)},
+    )  # fmt: skip
+    ids = torch.zeros(ROWS, COLUMNS, dtype=torch.long)
+    inputs = {
+        "prompt_ids": ids[:, :1], "prompt_mask": torch.ones_like(ids[:, :1]), "completion_ids": ids,
+        "completion_mask": t.completion_mask, "advantages": t.advantages, "old_logps": (t.old * t.mask).sum(1),
+    }  # fmt: skip
+    return rloo_trainer.RLOOTrainer._compute_loss(trainer, None, inputs)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.05, 0.4])
+@pytest.mark.parametrize("importance", ["sequence_product", "token"])
+def test_rloo(spread, importance):
+    t = tensors(spread=spread)
+    t.tool_mask[:] = 1
+    t.mask = t.completion_mask.bool()
+    objective = PolicyLoss(
+        0.2, 0.28, importance=importance, correction=NONE, aggregation=Aggregation("constant", constant=1)
+    )
+    (theirs,) = torch.autograd.grad(trl_rloo_loss(t, 0.2, 0.28), [t.logprobs])
+    (ours,) = torch.autograd.grad(our_loss(t, [objective]), [t.logprobs])
+    assert theirs.any()
+    if importance == "sequence_product" or spread == 0.0:
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    else:
+        # Where we differ: our preset has the ratios of tokens, which are those of a sequence only as long as all are 1.
+        assert not torch.allclose(ours, theirs, rtol=1e-2)
+
+
 @pytest.mark.parametrize("high", [1.1, 5.0])
 def test_cispo(high):
     t = tensors()
