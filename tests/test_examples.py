@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import sys
@@ -108,6 +109,19 @@ def test_training_in_the_own_environment(own_environment: ModuleType, tiny_model
     assert run.summary["environment"] == "own_environment:Corridor"
     assert run.summary["steps"] == 1
     assert (run.path / "policy" / "config.json").is_file()
+
+
+def test_training_in_a_cell_of_a_notebook(own_environment: ModuleType, tiny_model: Path, tmp_path: Path) -> None:
+    """There an event loop is running already."""
+    overrides = {
+        "environment.name": "own_environment:Corridor", "model.path": str(tiny_model), "training.steps": 1,
+        "training.groups": 2, "training.group_size": 2, "evaluation.episodes": 4, "agent.max_tokens_per_turn": 8,
+    }  # fmt: skip
+
+    async def cell() -> Any:
+        return rh.train("frozenlake", output=tmp_path / "run", overrides=overrides)
+
+    assert asyncio.run(cell()).summary["steps"] == 1
 
 
 def test_own_model_makes_a_model_and_trains_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 
 Those about cutting a step into micro-batches are in test_aggregation.py, those about turns read off non-zero rewards in
 test_advantages.py, failed episodes and segments in the baseline in test_credit.py, and weights counted twice in
-test_objectives.py.
+test_objectives.py. A table of all, with the threads they were told in, is in tests/test_peers_mistakes.py.
 """
 
 from __future__ import annotations

@@ -102,11 +102,6 @@ def model(request: pytest.FixtureRequest) -> Any:
     return tiny(request.param)
 
 
-@pytest.fixture(params=["qwen3", "gemma3"])
-def windowed_or_not(request: pytest.FixtureRequest) -> Any:
-    return tiny(request.param)
-
-
 @pytest.fixture
 def qwen3() -> Any:
     return tiny("qwen3")
@@ -288,9 +283,9 @@ class TestForks:
 
         run(main())
 
-    def test_forks_in_the_middle_of_an_episode(self, windowed_or_not: Any) -> None:
+    def test_forks_in_the_middle_of_an_episode(self, model: Any) -> None:
         async def main() -> None:
-            engine = engine_of(windowed_or_not)
+            engine = engine_of(model)
             parent = started(engine, prompts_of(6)[0], 1)
             await parent.sample(WARM)
             parent.extend([7, 8, 9])
@@ -298,7 +293,7 @@ class TestForks:
             ids = parent.token_ids[: parent.length].copy()
             both = await gathered(parent.sample(WARM), *(fork.sample(WARM) for fork in forks))
             for key, answer in zip((1, 10, 11), both, strict=True):
-                assert same(answer, await self._fresh(windowed_or_not, ids, key))
+                assert same(answer, await self._fresh(model, ids, key))
 
         run(main())
 
@@ -333,29 +328,29 @@ class TestForks:
 
         run(main())
 
-    def test_forks_of_forks(self, windowed_or_not: Any) -> None:
+    def test_forks_of_forks(self, model: Any) -> None:
         async def main() -> None:
-            engine = engine_of(windowed_or_not)
+            engine = engine_of(model)
             root = started(engine, prompts_of(10)[0])
             child = root.fork(1)
             child.extend([11, 12])
             grandchild = child.fork(2)
             ids = grandchild.token_ids[: grandchild.length].copy()
-            assert same(await grandchild.sample(WARM), await self._fresh(windowed_or_not, ids, 2))
-            assert same(await child.sample(WARM), await self._fresh(windowed_or_not, ids, 1))
+            assert same(await grandchild.sample(WARM), await self._fresh(model, ids, 2))
+            assert same(await child.sample(WARM), await self._fresh(model, ids, 1))
             late = child.fork(3)
             ids = late.token_ids[: late.length].copy()
             later = late.fork(4)
             answers = await gathered(later.sample(WARM), late.sample(WARM))
             for key, answer in zip((4, 3), answers, strict=True):
-                assert same(answer, await self._fresh(windowed_or_not, ids, key))
+                assert same(answer, await self._fresh(model, ids, key))
 
         run(main())
 
     @pytest.mark.parametrize("sampled_before", [False, True])
-    def test_a_parent_that_closes_at_once(self, windowed_or_not: Any, sampled_before: bool) -> None:
+    def test_a_parent_that_closes_at_once(self, model: Any, sampled_before: bool) -> None:
         async def main() -> None:
-            engine = engine_of(windowed_or_not)
+            engine = engine_of(model)
             parent = started(engine, prompts_of(10)[0])
             if sampled_before:
                 await parent.sample(WARM)
@@ -365,21 +360,21 @@ class TestForks:
             others = [started(engine, prompt, 9) for prompt in prompts_of(30, 31, seed=4)]
             answers = await gathered(*(other.sample(WARM) for other in others), *(fork.sample(WARM) for fork in forks))
             for key, answer in enumerate(answers[2:]):
-                assert same(answer, await self._fresh(windowed_or_not, ids, key))
+                assert same(answer, await self._fresh(model, ids, key))
 
         run(main())
 
     @pytest.mark.parametrize("capacity", [1, 2])
-    def test_with_few_places(self, windowed_or_not: Any, capacity: int) -> None:
+    def test_with_few_places(self, model: Any, capacity: int) -> None:
         async def main() -> None:
-            engine = engine_of(windowed_or_not, max_sessions=capacity)
+            engine = engine_of(model, max_sessions=capacity)
             parent = started(engine, prompts_of(10)[0], 50)
             await parent.sample(WARM)
             forks = [parent.fork(key) for key in range(5)]
             ids = parent.token_ids[: parent.length].copy()
             answers = await gathered(*(fork.sample(WARM) for fork in forks))
             for key, answer in enumerate(answers):
-                assert same(answer, await self._fresh(windowed_or_not, ids, key))
+                assert same(answer, await self._fresh(model, ids, key))
             assert engine.stats.evictions >= 5 - capacity
 
         run(main())
@@ -453,13 +448,13 @@ class TestCompany:
             assert all(same(a, b) for a, b in zip(first, second, strict=True))
         assert narrow.stats.peak_sessions <= capacity
 
-    def test_alone_is_as_in_company(self, windowed_or_not: Any) -> None:
-        for i, answers in list(enumerate(self._with_room_for_all(windowed_or_not)))[1::3]:
-            alone = run(episode(engine_of(windowed_or_not), i))
+    def test_alone_is_as_in_company(self, model: Any) -> None:
+        for i, answers in list(enumerate(self._with_room_for_all(model)))[1::3]:
+            alone = run(episode(engine_of(model), i))
             assert all(same(a, b) for a, b in zip(alone, answers, strict=True))
 
-    def test_idle_sessions_that_hold_all_places_give_way(self, windowed_or_not: Any) -> None:
-        engine = engine_of(windowed_or_not, max_sessions=2)
+    def test_idle_sessions_that_hold_all_places_give_way(self, model: Any) -> None:
+        engine = engine_of(model, max_sessions=2)
 
         async def main() -> None:
             sessions = [started(engine, prompt, i) for i, prompt in enumerate(prompts_of(9, 12, 5, 7))]
@@ -472,8 +467,8 @@ class TestCompany:
             assert engine.stats.evictions >= 4
             for key, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
                 prompt = ids[key][: -2 - len(first.token_ids)]
-                assert same(first, await started(engine_of(windowed_or_not), prompt, key).sample(WARM))
-                assert same(second, await started(engine_of(windowed_or_not), ids[key], key).sample(WARM))
+                assert same(first, await started(engine_of(model), prompt, key).sample(WARM))
+                assert same(second, await started(engine_of(model), ids[key], key).sample(WARM))
 
         run(main())
 

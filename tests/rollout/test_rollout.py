@@ -16,6 +16,7 @@ import pytest
 
 from rehearsal.agents.agent import Agent, Limits
 from rehearsal.agents.protocol import Protocol
+from rehearsal.algorithms.advantages import dr_grpo
 from rehearsal.environments import make
 from rehearsal.environments.base import TextEnv
 from rehearsal.errors import EnvironmentFault, GenerationError, RecipeError
@@ -802,6 +803,20 @@ def test_a_group_may_have_different_openings(play: Callable[..., Rollout]) -> No
     for group in groups:
         assert [t.turns[0].observation for t in group] == [f"Start {k % 2} of {t.seed}." for k, t in enumerate(group)]
         assert not any(trajectory.failed for trajectory in group)
+
+
+def test_a_group_is_the_samples_of_one_task_and_of_no_other(play: Callable[..., Rollout]) -> None:
+    """Groups made by an id of the prompt have held one sample each, where every sample had an id of its own, and the
+    baseline was then no baseline; or samples of tasks that differ and read alike. Here seeds 1 and 8 read alike."""
+    groups = play(Walk).play([Task(1), Task(8), Task(2)], 3)
+    assert [[(t.seed, t.task, t.sample) for t in group] for group in groups] == [
+        [(seed, str(seed), sample) for sample in range(3)] for seed in (1, 8, 2)
+    ]
+    first = [{t.turns[0].observation for t in group} for group in groups]
+    assert first == [{"Start 1."}, {"Start 1."}, {"Start 2."}]
+    rewards_PG = rewards_matrix(groups)
+    advantages_PG = dr_grpo(rewards_PG)
+    assert np.allclose(advantages_PG, rewards_PG - rewards_PG.mean(axis=1, keepdims=True))
 
 
 def test_members_that_share_an_opening_read_it_once(play: Callable[..., Rollout]) -> None:

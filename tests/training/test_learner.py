@@ -431,6 +431,29 @@ def test_the_first_ratio_is_one(temperature: float, family: str, build_family: C
     assert other["policy/kl_sampling"] > 1e-4
 
 
+def test_experts_are_the_same_in_sampling_and_in_learning(build_family: Callable[[str], Any]) -> None:
+    """Elsewhere a tenth of the routers chose other experts when a token was learnt from than when it was sampled."""
+    model = build_family("qwen3_moe")
+    chosen: dict[str, list[Tensor]] = {}
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            module.register_forward_hook(
+                lambda _module, _inputs, found, name=name: chosen.setdefault(name, []).append(found[2].clone())
+            )
+    groups = sampled_groups(model, 1.0, groups=1, size=1)
+    sampling = {name: torch.cat(parts).tolist() for name, parts in chosen.items()}
+    chosen.clear()
+    learner_of(model).logprobs(groups)
+    learning = {name: torch.cat(parts).tolist() for name, parts in chosen.items()}
+    assert len(sampling) == 2
+    tokens = len(groups[0].trajectories[0].segments[0])
+    for name, experts in sampling.items():
+        # The last sampled token is read by nobody who samples. What comes before is the engine's look at the model.
+        read = experts[-(tokens - 1) :]
+        assert len({tuple(both) for both in read}) > 1, "routers that always choose the same tell nothing"
+        assert learning[name][: tokens - 1] == read
+
+
 def test_log_probs_of_the_learner_are_those_of_the_engine(model: Any) -> None:
     groups = sampled_groups(model, 0.7)
     groups[1].trajectories[2].stop_reason = StopReason.ERROR
