@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rehearsal.models.packed import additive_mask, attention
+from rehearsal.models.packed import additive_mask, attention, visible_keys
 
 
 @dataclass(frozen=True)
@@ -219,8 +219,8 @@ class CachePlan:
             key = keys[..., :k].transpose(2, 3).index_select(0, slots)
             value = values[:, :, :k].index_select(0, slots)
             if (number, window) not in self._prefill_biases:
-                distance = query_positions_nq[:, :, None] - torch.arange(k, device=self._device)
-                visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+                key_positions_1k = torch.arange(k, device=self._device)[None]
+                visible = visible_keys(query_positions_nq, key_positions_1k, window)
                 self._prefill_biases[number, window] = additive_mask(visible, shared, query.dtype)
             bias = self._prefill_biases[number, window]
             out = attention(query, key.transpose(1, 2), value.transpose(1, 2), bias, scaling, softcap)

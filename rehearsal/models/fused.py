@@ -45,6 +45,27 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
+class _PlainRMSNorm(torch.autograd.Function):
+    """``x / sqrt(mean(x^2) + eps)``: the weight is part of the matrix behind it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        scale = _inverse_rms(x, eps)
+        normed = x * scale
+        ctx.save_for_backward(normed, scale)
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        normed, scale = ctx.saved_tensors
+        along = (grad * normed).sum(-1, keepdim=True).div_(normed.shape[-1])
+        return torch.addcmul(grad, normed, along, value=-1).mul_(scale), None
+
+
+def _plainly_normed(x: Tensor, eps: float) -> Tensor:
+    return x * _inverse_rms(x, eps)
+
+
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.addcmul(norm.new_full((), eps), norm, norm, value=1.0 / x.shape[-1]).rsqrt_()
@@ -92,7 +113,8 @@ class _GatedUnit(torch.autograd.Function):
         out_T2I = torch.empty_like(both_T2I)
         to_gate_TI, to_up_TI = out_T2I.chunk(2, dim=-1)
         torch.mul(grad_TI, F.silu(gate_TI), out=to_up_TI)
-        to_gate_TI.copy_(torch.ops.aten.silu_backward(grad_TI * up_TI, gate_TI))
+        torch.mul(grad_TI, up_TI, out=to_gate_TI)
+        torch.ops.aten.silu_backward.grad_input(to_gate_TI, gate_TI, grad_input=to_gate_TI)
         return out_T2I
 
 
@@ -103,13 +125,13 @@ def _gated(both_T2I: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Layer:
-    before_attention: Tensor
+    """The weights of the norms before attention and feed-forward are part of ``qkv`` and ``gate_up``."""
+
     qkv: Tensor
     qkv_bias: Tensor | None
     qk_norm: Tensor | None
     """(H + G, D)"""
     out: Tensor
-    before_mlp: Tensor
     gate_up: Tensor
     down: Tensor
     scaling: float
@@ -146,13 +168,12 @@ class FusedDecoder:
             queries, keys = attention.q_norm.weight, attention.k_norm.weight
             qk_norm = torch.cat([queries.expand(self._heads, -1), keys.expand(self._kv_heads, -1)])
         return _Layer(
-            before_attention=layer.input_layernorm.weight,
-            qkv=torch.cat([full_weight(part) for part in parts]),
+            qkv=torch.cat([full_weight(part) for part in parts]) * layer.input_layernorm.weight,
             qkv_bias=None if biases[0] is None else torch.cat([bias for bias in biases if bias is not None]),
             qk_norm=qk_norm,
             out=full_weight(attention.o_proj).t(),
-            before_mlp=layer.post_attention_layernorm.weight,
-            gate_up=torch.cat([full_weight(mlp.gate_proj), full_weight(mlp.up_proj)]),
+            gate_up=torch.cat([full_weight(mlp.gate_proj), full_weight(mlp.up_proj)])
+            * layer.post_attention_layernorm.weight,
             down=full_weight(mlp.down_proj).t(),
             scaling=float(attention.scaling),
             window=getattr(attention, "sliding_window", None),
@@ -177,21 +198,24 @@ class FusedDecoder:
         T = len(token_ids_T)
         # Without gradients the functions themselves are called: a third of a small operation's time is autograd's.
         if torch.is_grad_enabled():
-            norm, rotate, gated = _RMSNorm.apply, _Rotation.apply, _GatedUnit.apply
+            norm, plain_norm = _RMSNorm.apply, _PlainRMSNorm.apply
+            rotate, gated = _Rotation.apply, _GatedUnit.apply
         else:
-            norm, rotate, gated = _normed, _rotated, _gated
+            norm, plain_norm, rotate, gated = _normed, _plainly_normed, _rotated, _gated
         for index, layer in enumerate(self._layers):
-            normed_TW = norm(hidden_TW, layer.before_attention, eps)
+            normed_TW = plain_norm(hidden_TW, eps)
             all_THD = F.linear(normed_TW, layer.qkv, layer.qkv_bias).view(T, H + 2 * G, D)
-            qk_THD, value_TGD = all_THD[:, : H + G], all_THD[:, H + G :]
+            # Parts of a split have one gradient in common; slices have one each, as large as the whole.
+            qk_THD, value_TGD = all_THD.split((H + G, G), dim=1)
             if layer.qk_norm is not None:
                 qk_THD = norm(qk_THD, layer.qk_norm, eps)
             qk_THD = rotate(qk_THD, cos_T1D, sin_T1D)
-            mixed_THD = plan.attend(index, qk_THD[:, :H], qk_THD[:, H:], value_TGD, layer.scaling, layer.window, None)
+            query_THD, key_TGD = qk_THD.split((H, G), dim=1)
+            mixed_THD = plan.attend(index, query_THD, key_TGD, value_TGD, layer.scaling, layer.window, None)
             if rows_N is not None and index == len(self._layers) - 1:
                 hidden_TW, mixed_THD = hidden_TW.index_select(0, rows_N), mixed_THD.index_select(0, rows_N)
             hidden_TW = torch.addmm(hidden_TW, mixed_THD.flatten(1), layer.out)
-            normed_TW = norm(hidden_TW, layer.before_mlp, eps)
+            normed_TW = plain_norm(hidden_TW, eps)
             hidden_TW = torch.addmm(hidden_TW, gated(F.linear(normed_TW, layer.gate_up)), layer.down)
         return norm(hidden_TW, self._norm, eps)
 

@@ -16,7 +16,7 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from rehearsal.errors import ModelError
 from rehearsal.models.fused import FusedDecoder, fits
+from rehearsal.models.packed_kernel import Layout, Piece, packed_kernel, serves
 
 IMPLEMENTATION = "rehearsal_packed"
 
@@ -85,17 +86,15 @@ def additive_mask(visible_nqk: Tensor, shared: int, dtype: torch.dtype) -> Tenso
         shared: query heads of each key head; their rows follow one another.
         dtype: of the queries.
     """
-    bias_nqk = torch.zeros(visible_nqk.shape, dtype=dtype, device=visible_nqk.device)
-    bias_nqk = bias_nqk.masked_fill_(~visible_nqk, float("-inf"))
-    return bias_nqk.repeat_interleave(shared, dim=1)[:, None]
+    seen, unseen = (torch.tensor(value, dtype=dtype, device=visible_nqk.device) for value in (0.0, float("-inf")))
+    return torch.where(visible_nqk, seen, unseen).repeat_interleave(shared, dim=1)[:, None]
 
 
-class Piece(NamedTuple):
-    """Queries of a bucket, from ``start`` to ``stop``, and how many of the keys any of them sees."""
-
-    start: int
-    stop: int
-    n_keys: int
+def visible_keys(query_positions_nq: Tensor, key_positions_nk: Tensor, window: int | None) -> Tensor:
+    """Which keys each query sees, (n, q, k): those that are not behind it, and with a window the last ones of those."""
+    query_nq1, key_n1k = query_positions_nq[:, :, None], key_positions_nk[:, None, :]
+    visible_nqk = query_nq1 >= key_n1k
+    return visible_nqk if window is None else visible_nqk & (query_nq1 - window < key_n1k)
 
 
 def attention(
@@ -164,13 +163,12 @@ class _Bucket:
     def bias(self, window: int | None, shared: int, dtype: torch.dtype) -> Tensor:
         key = (window, shared, dtype)
         if key not in self.biases:
-            distance = self.query_positions_nq[:, :, None] - self.key_positions_nk[:, None, :]
-            visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+            visible = visible_keys(self.query_positions_nq, self.key_positions_nk, window)
             self.biases[key] = additive_mask(visible, shared, dtype)
         return self.biases[key]
 
 
-_PIECE = 192
+_PIECE = 128
 """Queries of a piece: fewer leave the kernel too little to do at a time, more have it compute more than is seen."""
 
 
@@ -190,9 +188,9 @@ class PackedPlan:
     """
 
     # A bucket may compute at most this many times the score entries that its sequences need.
-    _WASTE = 1.3
+    _WASTE = 1.2
     # More sequences at once bring nothing once a bucket's scores fill the processor's cache.
-    _BUCKET_SCORES = 1 << 21
+    _BUCKET_SCORES = 1 << 20
 
     def __init__(self, spans: Sequence[Span], n_tokens: int, device: torch.device | str = "cpu") -> None:
         self.n_tokens = n_tokens
@@ -207,6 +205,9 @@ class PackedPlan:
         self._query_index = torch.cat([bucket.query_index for bucket in self._buckets])
         self._key_index = torch.cat([bucket.key_index for bucket in self._buckets])
         self._rows_T = torch.from_numpy(self._rows(parts)).to(device)
+        sizes = [(part.n, part.query_positions_nq.shape[1], part.key_positions_nk.shape[1]) for part in self._buckets]
+        pieces = [bucket.pieces for bucket in self._buckets]
+        self._layout = Layout(sizes, self._query_index, self._key_index, self._rows_T, pieces)
 
     def forget(self) -> None:
         """Let go of the masks: they take more room than all else that a pack keeps, and are made anew if need be."""
@@ -249,8 +250,8 @@ class PackedPlan:
         k = max(span.n_keys for span in spans)
         query_index, key_index = np.zeros((n, q), np.int64), np.zeros((n, k), np.int64)
         # A padded query sees the first key (a softmax needs one); a padded key is seen by no query.
-        query_positions = np.zeros((n, q), np.int64)
-        key_positions = np.full((n, k), np.iinfo(np.int64).max // 2, np.int64)
+        query_positions = np.zeros((n, q), np.int32)
+        key_positions = np.full((n, k), np.iinfo(np.int32).max, np.int32)
         for i, span in enumerate(spans):
             own = span.stop - span.start
             query_index[i, :own] = np.arange(span.start, span.stop)
@@ -277,6 +278,10 @@ class PackedPlan:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
+        if softcap is None and serves(query_THD, key_TGD, value_TGD):
+            shared = query_THD.shape[1] // key_TGD.shape[1]
+            biases = [bucket.bias(window, shared, query_THD.dtype) for bucket in self._buckets]
+            return packed_kernel(query_THD, key_TGD, value_TGD, self._layout, biases, scaling)
         # All buckets are gathered at once: the gradient of each gathering is as long as the pack.
         queries = query_THD.index_select(0, self._query_index).split(self._n_queries)
         keys = key_TGD.index_select(0, self._key_index).split(self._n_keys)

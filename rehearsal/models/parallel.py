@@ -7,6 +7,7 @@ taken in the order of the packs, so the result does not depend on which thread w
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -107,12 +108,25 @@ def accumulate_gradients(
             return found, rest
 
     for gradients, rest in map_packs(models, work, packs, workers):
-        for parameter, gradient in zip(flat, gradients, strict=True):
-            if gradient is None:
-                continue
-            holder = onto(parameter)
-            if holder.grad is None:
-                holder.grad = gradient.to(holder.dtype)
-            else:
-                holder.grad += gradient
+        # While packs keep all threads busy, more of them for a sum would only take turns with those.
+        with _threads(1) if workers > 1 else contextlib.nullcontext():
+            for parameter, gradient in zip(flat, gradients, strict=True):
+                if gradient is None:
+                    continue
+                holder = onto(parameter)
+                if holder.grad is None:
+                    holder.grad = gradient.to(holder.dtype)
+                else:
+                    holder.grad += gradient
         yield rest
+
+
+@contextlib.contextmanager
+def _threads(n: int) -> Iterator[None]:
+    """So many threads for the operators that this thread calls inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

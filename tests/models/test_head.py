@@ -99,6 +99,54 @@ def test_chunks_change_nothing(n: int, build_family: Callable[[str], Any], monke
         torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("wanted", ["both", "log-probs", "entropies"])
+@pytest.mark.parametrize("warmth", ["one", "0.7", "each its own"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_plain_head_is_what_autograd_makes_of_it(
+    wanted: str, warmth: str, frozen: bool, build_family: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "_CHUNK_ENTRIES", 1)
+    model = build_family("llama")
+    weight = model.get_output_embeddings().weight.requires_grad_(not frozen)
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(100, 32, generator=generator, requires_grad=True)
+    targets = torch.randint(0, 97, (100,), generator=generator)
+    by_value, by_entropy = torch.randn(2, 100, generator=generator)
+    temperature = {"one": 1.0, "0.7": 0.7, "each its own": 0.5 + torch.rand(100, generator=generator)}[warmth]
+    leaves = [hidden] if frozen else [hidden, weight]
+    found = []
+    for plain in (True, False):
+        if plain:
+            assert head._plain_head(model, hidden) is weight
+        else:
+            monkeypatch.setattr(head, "_plain_head", lambda *_: None)
+        logprobs, entropies = token_logprobs(
+            model, hidden, targets, temperature=temperature, entropy=wanted != "log-probs"
+        )
+        terms = [] if wanted == "entropies" else [(by_value * logprobs).sum()]
+        if wanted != "log-probs":
+            assert entropies is not None
+            terms.append((by_entropy * entropies).sum())
+        found.append((logprobs.detach(), *torch.autograd.grad(torch.stack(terms).sum(), leaves)))
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["granite", "cohere", "gemma2"])
+def test_heads_that_do_more_are_left_to_autograd(name: str, build_family: Callable[[str], Any]) -> None:
+    assert head._plain_head(build_family(name), torch.randn(3, 32)) is None
+
+
+def test_a_head_with_a_hook_or_in_half_precision_is_left_to_autograd(build_family: Callable[[str], Any]) -> None:
+    model, hidden = build_family("llama"), torch.randn(3, 32)
+    assert head._plain_head(model, hidden) is not None
+    with torch.autocast("cpu"):
+        assert head._plain_head(model, hidden) is None
+    assert head._plain_head(model, hidden.bfloat16()) is None
+    model.get_output_embeddings().register_forward_hook(lambda *_: None)
+    assert head._plain_head(model, hidden) is None
+
+
 def test_the_backward_pass_keeps_no_logits(build_family: Callable[[str], Any]) -> None:
     """What stays for the backward pass is one hidden state a token, not a row of logits."""
     model = build_family("llama")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rehearsal.errors import ModelError
-from rehearsal.models import packed
+from rehearsal.models import packed, packed_kernel
 from rehearsal.models.packed import (
     IMPLEMENTATION,
     PackedPlan,
@@ -193,6 +193,70 @@ def test_any_plan_attends_as_written_down(
             for head in range(4):
                 weights = (key[seen, head // 2] @ query[row, head] * 0.5).softmax(-1)
                 assert torch.allclose(out[row, head], weights @ value[seen, head // 2], atol=1e-5)
+
+
+def heads_of(layout: str, n: int, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
+    """Leaves, and queries, keys and values of 4 and 2 heads made of them: alone, or parts of one tensor."""
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    if layout == "joined":
+        both = drawn(n, 8, 4)
+        return [both], list(both.split((4, 2, 2), dim=1))
+    if layout == "heads first":
+        leaves = [drawn(heads, n, 4) for heads in (4, 2, 2)]
+        return leaves, [leaf.transpose(0, 1) for leaf in leaves]
+    leaves = [drawn(n, heads, 4) for heads in (4, 2, 2)]
+    return leaves, leaves
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    case=span_lists(), window=st.sampled_from([None, 1, 4]), piece=st.sampled_from([192, 2]), seed=st.integers(0, 100),
+    layout=st.sampled_from(["apart", "joined", "heads first"]),
+)  # fmt: skip
+def test_the_kernel_has_the_gradient_of_the_plain_way(
+    case: tuple[list[Span], int], window: int | None, piece: int, seed: int, layout: str
+) -> None:
+    """Without it autograd follows each gathering, each piece and each change of layout."""
+    spans, n = case
+    generator = torch.Generator().manual_seed(seed)
+    leaves, heads = heads_of(layout, n, generator)
+    weights = torch.randn(n, 4, 4, generator=generator, dtype=torch.float64)
+    found = []
+    for kernel in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(packed, "_PIECE", piece)
+            if kernel:
+                assert packed.serves(*heads)
+            else:
+                patch.setattr(packed, "serves", lambda *_: False)
+            out = PackedPlan(spans, n).attend(0, *heads, 0.5, window, None)
+            with torch.no_grad():
+                assert torch.allclose(PackedPlan(spans, n).attend(0, *heads, 0.5, window, None), out)
+        found.append((out.detach(), *torch.autograd.grad((out * weights).sum(), leaves, retain_graph=True)))
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_one_token_alone_and_values_without_a_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 4, generator=generator) for heads in (4, 2, 2))
+    query.requires_grad_()
+    out = PackedPlan([Span(0, 1)], 1).attend(0, query, key, value, 0.5, None, None)
+    torch.testing.assert_close(out, value.repeat_interleave(2, dim=1))
+    (gradient,) = torch.autograd.grad(out.sum(), [query])
+    assert torch.allclose(gradient, torch.zeros(()), atol=1e-6)
+
+
+def test_an_old_pytorch_goes_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = (torch.randn(5, heads, 4) for heads in (4, 2, 2))
+    plan = PackedPlan([Span(0, 2), Span(2, 5)], 5)
+    expected = plan.attend(0, query, key, value, 0.5, None, None)
+    monkeypatch.setattr(packed_kernel, "_BACKWARD", None)
+    assert not packed.serves(query, key, value)
+    torch.testing.assert_close(plan.attend(0, query, key, value, 0.5, None, None), expected)
 
 
 @settings(deadline=None, max_examples=60)
