@@ -132,7 +132,7 @@ class CachePlan:
     """
 
     # Below this share of decoding places it is cheaper to copy their keys together than to read past the others'.
-    _DENSE = 0.6
+    _DENSE = 0.4
     _ROWS_PER_PREFILL = 32
 
     def __init__(
