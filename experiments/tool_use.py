@@ -15,13 +15,15 @@ questions:
 - ``abandoned``: sums that nobody guesses, with a calculator that costs 0.3 a call and is out of order in four of five
   calls for the first steps, when a call is not worth its price, and works ever after, when it is worth twice that. An
   agent that has stopped calling by then never finds out. Arms: one whose calculator always works (what could be had);
-  the broken one; and four cures, which are there all the time if nothing else is said: an entropy bonus
+  the broken one; and six cures, which are there all the time if nothing else is said: an entropy bonus
   (``exploration``); a ladder (``curriculum``), on which lines of one digit come first and the tool is locked until they
   are mastered or do not get better any more, whatever its state; credit for the first call of an episode that brought a
-  result (``credit``), which pays for use itself, so that arm is judged by success; and a world model learnt from
-  results (``world``). The last has adapters, and so have its controls: ``working_lora``, ``broken_lora``, and
-  ``placebo``, whose world model learns results that were dealt out among episodes. What the price does and what the
-  failures do is told apart by calls that cost nothing and fail as often (``free_broken``, with ``free_working``).
+  result (``credit``), which pays for use itself, so that arm is judged by success; a world model learnt from results
+  (``world``); and two that were added when these four had been seen: twice the credit (``high_credit``), and calls that
+  cost nothing until the calculator works (``late_price``, which has to know when that is). The world model has
+  adapters, and so have its controls: ``working_lora``, ``broken_lora``, and ``placebo``, whose world model learns
+  results that were dealt out among episodes. What the price does and what the failures do is told apart by calls that
+  cost nothing and fail as often (``free_broken``, with ``free_working``).
 
 Held-out play before and after training is with the tools, and the state that they are in, of the end. Differences are
 paired by seed. The best cure is chosen for each seed by the other seeds, so that it is not judged on the luck that it
