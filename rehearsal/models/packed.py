@@ -86,7 +86,7 @@ def additive_mask(visible_nqk: Tensor, shared: int, dtype: torch.dtype) -> Tenso
         shared: query heads of each key head; their rows follow one another.
         dtype: of the queries.
     """
-    seen, unseen = (torch.tensor(value, dtype=dtype, device=visible_nqk.device) for value in (0.0, float("-inf")))
+    seen, unseen = (visible_nqk.new_full((), value, dtype=dtype) for value in (0.0, float("-inf")))
     return torch.where(visible_nqk, seen, unseen).repeat_interleave(shared, dim=1)[:, None]
 
 
