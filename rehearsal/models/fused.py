@@ -236,7 +236,7 @@ def fits(model: Any) -> bool:
     if getattr(config, "hidden_act", "") != "silu" or getattr(config, "mlp_bias", False):
         return False
     eps = decoder.norm.variance_epsilon
-    return all(_is_plain(module, eps) for module in _modules(decoder)) and all(
+    return all(is_plain(module, eps) for module in _modules(decoder)) and all(
         full_bias(layer.self_attn.o_proj) is None and full_bias(layer.mlp.down_proj) is None for layer in decoder.layers
     )
 
@@ -249,8 +249,8 @@ def _modules(decoder: Any) -> Iterator[nn.Module]:
         yield from layer.mlp.children()
 
 
-def _is_plain(module: Any, eps: float) -> bool:
-    """No hook, no adapter, no forward of its own, nothing but float32."""
+def is_plain(module: Any, eps: float = 0.0) -> bool:
+    """No hook, no adapter, no forward of its own, nothing but float32; of a norm also whether its eps is this one."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return False
     if "forward" in module.__dict__:

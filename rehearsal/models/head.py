@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rehearsal.models.fused import is_plain
 from rehearsal.models.packed import causal_lm, logits_of
 
 _CHUNK_ENTRIES = 1 << 20
@@ -42,11 +43,10 @@ def _plain_head(model: Any, hidden_ND: Tensor) -> Tensor | None:
     changed = any(
         getattr(config, name, None) is not None for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
     )
-    hooks = getattr(head, "_forward_hooks", None) or getattr(head, "_forward_pre_hooks", None)
-    if changed or hooks or type(head) is not torch.nn.Linear or head.bias is not None or "forward" in head.__dict__:
+    if changed or type(head) is not torch.nn.Linear or head.bias is not None or not is_plain(head):
         return None
-    plain = head.weight.dtype == hidden_ND.dtype == torch.float32
-    return head.weight if plain and not torch.is_autocast_enabled(hidden_ND.device.type) else None
+    same = hidden_ND.dtype == torch.float32 and not torch.is_autocast_enabled(hidden_ND.device.type)
+    return head.weight if same else None
 
 
 class _PlainHead(torch.autograd.Function):

@@ -151,8 +151,7 @@ class _PackedAttention(torch.autograd.Function):
                 to_query[:, :, start:stop] = found[0]
                 for sums, part in ((to_key, found[1]), (to_value, found[2])):
                     if number == 0:
-                        sums[:, :, :n_keys] = part
-                        sums[:, :, n_keys:] = 0.0
+                        sums.copy_(part)
                     else:
                         sums[:, :, :n_keys] += part
         to_query_THD = to_query_RD.index_select(0, own_R).view(grad_THD.shape)
