@@ -502,8 +502,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "tool_abandoned", "Tool abandoned",
         "An agent whose first calls fail or bring nothing stops calling, and what it does not try it cannot learn.",
-        "See in the report why its calls failed. Then let calls cost nothing until they work (tools.cost = 0) or pay for "
-        "those that bring a result (rewards.call), and begin again from a policy that still calls it.",
+        "See in the report why its calls failed. Then let calls cost nothing until they work (tools.cost = 0) or pay "
+        "for those that bring a result (rewards.call), and begin again from a policy that still calls it.",
         f"{TOOL_FIGURES}calls", _tool_abandoned, begins_after=5,
     ),
 )  # fmt: skip
