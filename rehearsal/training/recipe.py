@@ -6,6 +6,7 @@ import contextlib
 import copy
 import datetime
 import difflib
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -265,7 +266,7 @@ def option_names(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str,
 
 
 def parse_value(text: str) -> Any:
-    """The value of an option from the command line: TOML where it is valid TOML, else text.
+    """The value of an option from the command line: TOML where it is valid TOML, a JSON object, or else text.
 
     ``none`` is None, and what TOML would take for a date stays text.
     """
@@ -273,6 +274,9 @@ def parse_value(text: str) -> Any:
         values = tomllib.loads(f"value = {text}")
         if len(values) == 1 and not isinstance(values["value"], datetime.date | datetime.time):
             return values["value"]
+    if text.startswith("{"):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(text)
     return {"none": None, "True": True, "False": False}.get(text, text)
 
 

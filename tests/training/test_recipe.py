@@ -118,6 +118,13 @@ def test_words_stay_words(text: str) -> None:
     assert parse_value(text) == text
 
 
+def test_an_object_may_be_toml_or_json() -> None:
+    wanted = {"source": "tasks.jsonl", "k": {"x": None}}
+    assert parse_value('{"source": "tasks.jsonl", "k": {"x": null}}') == wanted
+    assert parse_value('{source = "tasks.jsonl"}') == {"source": "tasks.jsonl"}
+    assert parse_value('{"source": ') == '{"source": '
+
+
 def test_one_line_cannot_smuggle_in_another() -> None:
     assert parse_value("1\nother = 2") == "1\nother = 2"
 
