@@ -304,7 +304,7 @@ def _draw_line(frame: _Frame, series: Series, unit: Unit) -> dict[str, object]:
     mean = running_mean(series.y, window_of(len(series.x))) if smooth else []
     for run in _runs(series, series.y):
         points = [(x, y) for _, x, y in run]
-        style, radius = "faint" if smooth else "line", 4 if series.markers else 2
+        style, radius = "faint" if smooth else "line", 4 if series.markers else 3
         if len(points) > 1:
             frame.parts.append(f'<path class="{style} c{series.colour}" d="{_path(frame, points)}"/>')
         if series.markers or len(points) == 1:
