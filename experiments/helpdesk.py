@@ -81,14 +81,17 @@ WITHOUT_CHANCE = SamplingParams(temperature=0.0)
 COMMON: dict[str, Any] = {
     "environment.name": "helpdesk", "agent.max_tokens_per_turn": 64, "agent.max_context": 1024,
     "algorithm.name": "reinforce_pp", "sampling.temperature": 0.7,
-    "training.group_size": 1, "training.learning_rate": 1e-3, "training.beta2": 0.95,
+    "training.group_size": 1, "training.learning_rate": 1e-3, "training.beta2": 0.999,
     "training.max_grad_norm": 0.5, "training.pack_tokens": 2048, "training.steps": 1000,
     "evaluation.episodes": 0, "evaluation.every": 0, "diagnostics.every": 0, "diagnostics.gradients_every": 0,
     "engine.processes": 1, "adapters.policy_rank": 32, "adapters.world_rank": 32,
 }  # fmt: skip
 HEARD = {"world.foreseeable": False}
 ALONE = {"adapters.policy_rank": 64, "adapters.world_rank": 0}
-REHEARSE: dict[str, Any] = {"agent.rehearse": True, "world.horizon": 8, "world.replay": 16, "world.updates": 16}
+REHEARSE: dict[str, Any] = {
+    "agent.rehearse": True, "world.horizon": 8, "world.replay": 8, "world.updates": 24,
+    "world.learning_rate_ratio": 2.0,
+}  # fmt: skip
 ARMS: dict[str, dict[str, Any]] = {
     "policy_only": {"world.mode": "policy_only", **ALONE},
     "shared": {"world.mode": "shared", **ALONE, **HEARD},

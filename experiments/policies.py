@@ -24,10 +24,16 @@ def origin(recipe: str) -> dict[str, str]:
 
 
 def resolved(recipe: str | None, overrides: Mapping[str, Any]) -> str:
-    """Digest of a recipe with all of its options, so that a cell is not taken for one with another default."""
+    """Digest of a recipe with all of its options, so that a cell is not taken for one with another default.
+
+    Options that cells without them could not have had are left out where they do nothing.
+    """
     from rehearsal.training.recipe import resolve_recipe
 
-    return digest(resolve_recipe(recipe, overrides).model_dump(mode="json"))
+    found = resolve_recipe(recipe, overrides).model_dump(mode="json")
+    if found["world"]["updates"] == 1:
+        del found["world"]["hold"]
+    return digest(found)
 
 
 def train_cell(settings: Mapping[str, Any], kind: Any = None, policy: Any = None) -> tuple[Any, dict[str, Any]]:

@@ -125,11 +125,13 @@ class Prediction:
         actions: to these actions.
         text: the expected answer.
         position: index in the segment of the first token behind the tag that opens the prediction.
+        end: index of the first token behind the tag that closes it, or behind the last token where it was cut off.
     """
 
     actions: tuple[str, ...]
     text: str
     position: int
+    end: int
 
 
 @dataclass(frozen=True)

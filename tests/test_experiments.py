@@ -288,14 +288,14 @@ def test_a_company_is_served_where_two_tests_running_say_so() -> None:
 
 def test_what_an_agent_foretold_is_compared_with_what_is_wanted() -> None:
     def episode(text: str, *executed: str) -> Trajectory:
-        first = Turn("", executed=list(executed), predictions=[Prediction(("call",), text, 5)])
+        first = Turn("", executed=list(executed), predictions=[Prediction(("call",), text, 5, 9)])
         return Trajectory("helpdesk", 0, turns=[first], success=False)
 
     found = helpdesk.outcome_of(episode("Clerk: We need your PIN code and the card.", "ask pin"), ("card", "pin"))
     assert found == helpdesk.Outcome(settled=False, gathered=False, foretold=True)
     found = helpdesk.outcome_of(episode("Clerk: We need a pinboard.", "ask pin", "look up card"), ("card", "pin"))
     assert found == helpdesk.Outcome(settled=False, gathered=True, foretold=False)
-    silent = Trajectory("helpdesk", 0, turns=[Turn("", predictions=[Prediction(("ask pin",), "the pin", 5)])])
+    silent = Trajectory("helpdesk", 0, turns=[Turn("", predictions=[Prediction(("ask pin",), "the pin", 5, 9)])])
     assert helpdesk.outcome_of(silent, ("pin",)).foretold is None, "what a customer says is no company's wish"
 
 

@@ -201,7 +201,7 @@ class Agent:
         turn.stop = stop
         turn.response = self.renderer.decode(sampled_ids)
         turn.predictions = [
-            replace(prediction, position=begin + prediction.position)
+            replace(prediction, position=begin + prediction.position, end=begin + prediction.end)
             for prediction in self.protocol.predictions_of(sampled_ids, self.renderer.decode)
         ]
         parsed = self.protocol.parse(turn.response, opened)

@@ -86,17 +86,20 @@ def find_predictions(
         actions = tuple(part.strip() for part in parts if part.strip())
         if not line or not actions:
             continue
-        position = places[number - 1] if places else _place(ids, decode, number)
-        found.append(Prediction(actions, rest.strip(), position))
+        position = places[number - 1] if places else _place(ids, decode, number, (PREDICT_OPEN,))
+        closed = _place(ids[position:], decode, 1, (PREDICT_CLOSE, end))
+        found.append(Prediction(actions, rest.strip(), position, position + closed))
     return found
 
 
-def _place(ids: list[int], decode: Callable[[Sequence[int]], str], number: int) -> int:
-    """How many tokens it takes until ``<predict>`` stands there for the ``number``-th time."""
+def _place(ids: list[int], decode: Callable[[Sequence[int]], str], number: int, marks: Sequence[str]) -> int:
+    """How many tokens it takes until one of these marks stands there for the ``number``-th time; all of them if none
+    ever does."""
     low, high = 0, len(ids)
     while high - low > 1:
         middle = (low + high) // 2
-        if decode(ids[:middle]).count(PREDICT_OPEN) >= number:
+        text = decode(ids[:middle])
+        if any(text.count(mark) >= number for mark in marks):
             high = middle
         else:
             low = middle

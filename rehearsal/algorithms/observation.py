@@ -1,4 +1,4 @@
-"""Learning from what the environment says: the next-token loss on its words."""
+"""Learning from what the environment says: the next-token loss on its words, and what keeps other words as they are."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rehearsal.algorithms.aggregation import Aggregation
 from rehearsal.algorithms.batch import PolicyOutput, TokenBatch, TokenLoss
+from rehearsal.trajectory import SAMPLED_KINDS
 
 
 @dataclass(frozen=True)
@@ -51,4 +52,37 @@ class ObservationLoss:
         loss_N = torch.where(mask_N, -output.logprobs_N, output.logprobs_N.new_zeros(()))
         with torch.no_grad():
             metrics_N = {"prediction_loss": loss_N.detach(), "top_probability": (loss_N < 0.6931).float()}
+        return TokenLoss(loss_N, mask_N, metrics_N)
+
+
+@dataclass(frozen=True)
+class HoldLoss:
+    """max(0, old log p - log p) on the agent's own words: what was said stays as likely as it was.
+
+    A world adapter is summed with the policy's, so learning answers by it moves everything else that is said too: names
+    are copied wrong, thoughts lose their form. The gradient here is that of the words' log-probability as soon as they
+    have become less likely than they were after the policy's own update, and nothing where they have not.
+
+    Metrics: ``lost``, nats a token; ``less_likely``, the share of tokens that lost anything.
+    """
+
+    coefficient: float = 1.0
+    aggregation: Aggregation = field(default_factory=Aggregation)
+    parameters: str = "world"
+    name: str = "hold"
+
+    needs_entropy: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = False
+    needs_values: ClassVar[bool] = False
+
+    def mask(self, batch: TokenBatch) -> Tensor:
+        """The tokens that the policy sampled."""
+        return torch.isin(batch.kinds_N.long(), torch.tensor(SAMPLED_KINDS, device=batch.kinds_N.device))
+
+    def __call__(self, batch: TokenBatch, output: PolicyOutput) -> TokenLoss:
+        mask_N = self.mask(batch)
+        lost_N = torch.where(mask_N, batch.old_logprobs_N - output.logprobs_N, output.logprobs_N.new_zeros(()))
+        loss_N = lost_N.clamp(min=0.0)
+        with torch.no_grad():
+            metrics_N = {"lost": loss_N.detach(), "less_likely": (lost_N > 0).float()}
         return TokenLoss(loss_N, mask_N, metrics_N)

@@ -104,6 +104,12 @@ PLANS: dict[str, list[Plan]] = {
             evaluated="prediction_loss",
         ),
         Plan(
+            "Words held",
+            "Nats a token that the agent's own words lose while the world model goes on learning. Rising: it spoils "
+            "what the policy says.",
+            {"hold/lost": "lost"},
+        ),
+        Plan(
             "Answers to learn from",
             "Tokens of answers that the world model learned in a step. At 0 it stands still.",
             {"world/target_tokens": "tokens"},

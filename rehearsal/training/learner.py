@@ -45,7 +45,7 @@ from rehearsal.training.options import DiagnosticsOptions, TrainingOptions
 from rehearsal.training.passes import Passes
 from rehearsal.training.sequences import collect
 from rehearsal.training.terms import WEIGHT, WEIGHT_SQUARED, PackFigures, term_of
-from rehearsal.training.works import Work, check_at_work, parameter_sets, world_works
+from rehearsal.training.works import Work, check_at_work, hold_work, parameter_sets, world_works
 from rehearsal.training.world import WorldModel, all_objectives, policy_objectives, policy_parameters
 from rehearsal.trajectory import SAMPLED_KINDS, Group, rewards_matrix
 
@@ -153,8 +153,8 @@ class Learner:
         counts: dict[str, float] = defaultdict(float)
         norms: dict[str, list[float]] = defaultdict(list)
         n_tokens = saved = 0
-        for parts in self._parts(works, situations or {}):
-            taken, used, shared = self._update(parts, step, sums, counts)
+        for parts, share in self._parts(works, groups, situations or {}, step):
+            taken, used, shared = self._update(parts, step, share, sums, counts)
             if not norms and counts["policy/mismatch"]:
                 # Later ones differ because the policy has moved; this one only if engine and learner disagree.
                 metrics["policy/mismatch_first"] = sums["policy/mismatch"] / counts["policy/mismatch"]
@@ -208,35 +208,52 @@ class Learner:
         return self.options.learning_rate * scheduled_share(step, self.options)
 
     def _parts(
-        self, works: Sequence[Work], situations: Mapping[str, Sequence[Hindsight]]
-    ) -> Iterator[list[tuple[Work, np.ndarray]]]:
-        """What each update of a step learns: a part of everything, and then what was rehearsed by itself."""
+        self, works: Sequence[Work], groups: Sequence[Group], situations: Mapping[str, Sequence[Hindsight]], step: int
+    ) -> Iterator[tuple[list[tuple[Work, np.ndarray]], float]]:
+        """What each update of a step learns: a part of everything, and then what was rehearsed by itself. With the
+        share of the learning rate that it has.
+
+        In those further updates half of what is new goes with what is replayed, since what comes with every one of them
+        is soon learnt by heart, down to its wording. They hold a part of what the agent said as it is by then: what the
+        policy has unlearnt in this step is not brought back. Their learning rate falls to nothing, because what is
+        played next is played with whatever the last of them left, and an optimiser that goes by the sign of small
+        gradients never comes to rest by itself.
+        """
         for _ in range(self.options.epochs):
             for parts in zip(*(self._minibatches(work) for work in works), strict=True):
-                yield list(zip(works, parts, strict=True))
+                yield list(zip(works, parts, strict=True)), 1.0
         rehearsed = [work for work in works if any(objective.name in situations for objective in work.objectives)]
-        more = self.world.updates - 1 if self.world is not None and rehearsed else 0
-        for _ in range(more):
-            yield [(work, np.arange(len(work.sequences))) for work in rehearsed]
+        if self.world is None or self.world.updates == 1 or not rehearsed:
+            return
+        held = hold_work(self.world, groups, self.passes) if self.world.hold else None
+        rng = np.random.default_rng([self._seed, step, 6])
+        share = FRESH_SHARE if any(work.draws > 1 for work in rehearsed) else 1.0
+        for number in range(1, self.world.updates):
+            parts = [(work, work.drawn(number) if work.draws > 1 else _some(work, share, rng)) for work in rehearsed]
+            if held is not None:
+                parts.append((held, _some(held, HELD_SHARE, rng)))
+            yield parts, 1.0 - number / self.world.updates
 
     def _minibatches(self, work: Work) -> Iterator[np.ndarray]:
-        count = self.options.minibatches
+        count, numbers = self.options.minibatches, work.drawn(0)
         if count == 1:
-            yield np.arange(len(work.sequences))
+            yield numbers
             return
         # Failed episodes are dealt out by themselves: which of the others meet in an update must not depend on whether
         # anybody learns answers. Sorted inside each part, so that members of a group stand together and share their
         # prefix. A part is empty where there are fewer sequences than parts.
-        failed_S = np.asarray(work.sequences.failed, dtype=bool)
+        failed_S = np.asarray(work.sequences.failed, dtype=bool)[numbers]
         others, failed = np.flatnonzero(~failed_S), np.flatnonzero(failed_S)
         for number, part in enumerate(np.array_split(others[work.rng.permutation(len(others))], count)):
             yield np.sort(np.concatenate([part, failed[number::count]]))
 
     def _update(
-        self, parts: Sequence[tuple[Work, np.ndarray]], step: int, sums: dict[str, float], counts: dict[str, float]
-    ) -> tuple[dict[str, float], int, int]:
-        """One update of what these works train, from a part of each work's sequences."""
-        updates = self._updates(step, {objective.parameters for work, _ in parts for objective in work.objectives})
+        self, parts: Sequence[tuple[Work, np.ndarray]], step: int, share: float, sums: dict[str, float],
+        counts: dict[str, float],
+    ) -> tuple[dict[str, float], int, int]:  # fmt: skip
+        """One update of what these works train, from a part of each work's sequences, at a share of the rate."""
+        trained = {objective.parameters for work, _ in parts for objective in work.objectives}
+        updates = self._updates(step, trained, share)
         self.model.train()
         n_tokens, saved = self._gradients(parts, step, updates, sums, counts)
         # Without a gradient an optimiser has no part in the update: it would have nothing to clip and no norm to tell,
@@ -382,9 +399,9 @@ class Learner:
             one_by_one = map_packs([self.model], gradients_of, [p for part in drawn for p in part], self._workers)
             return gradient_figures(drawn, variance_P, one_by_one)
 
-    def _updates(self, step: int, trained: set[str]) -> list[Update]:
+    def _updates(self, step: int, trained: set[str], share: float) -> list[Update]:
         """The optimisers that take a step, the policy's first. The critic's comes with the policy's."""
-        rate = self._learning_rate(step)
+        rate = self._learning_rate(step) * share
         updates = []
         for name, optimiser in self.optimisers.items():
             if name not in trained:
@@ -508,6 +525,10 @@ class Learner:
             self.critic_optimiser.load_state_dict(state["critic_optimiser"])
 
 
+FRESH_SHARE = 0.5
+"""Share of a step's own situations that each of the world model's further updates learns, where others are replayed."""
+HELD_SHARE = 0.25
+"""Share of a step's episodes that each of those updates holds: all of them would cost more than what is learnt."""
 _START_BYTES = 256 << 20
 """What a diagnostic alone may cost: all of a model of 60 million parameters, or the adapters of nearly any."""
 
@@ -525,6 +546,12 @@ def _frozen_copy(model: Any) -> Any:
     frozen = copy.deepcopy(model, memo=dict(shared))
     frozen.requires_grad_(False)
     return frozen.eval()
+
+
+def _some(work: Work, share: float, rng: np.random.Generator) -> np.ndarray:
+    """A share of a work's sequences, at random and in order; one at least."""
+    count = len(work.sequences)
+    return np.sort(rng.permutation(count)[: max(1, round(share * count))])
 
 
 def _alive(objective: Objective, batch: TokenBatch) -> Tensor:

@@ -252,10 +252,16 @@ class WorldOptions(Options):
     )  # fmt: skip
     updates: int = Field(
         default=1, ge=1,
-        description="updates of the world adapter in a step; those after the first learn from what was rehearsed alone",
+        description="updates of the world adapter in a step; those after the first learn from what was rehearsed, at a "
+        "learning rate that falls to nothing",
     )  # fmt: skip
+    hold: float = Field(
+        default=10.0,
+        ge=0,
+        description="in those updates, weight that keeps the agent's own words as likely as they were",
+    )
     replay: int = Field(
-        default=0, ge=0, description="past situations that are learnt again in every step, with agent.rehearse"
+        default=0, ge=0, description="past situations that are learnt again in every update, with agent.rehearse"
     )
     replay_size: int = Field(default=2048, ge=1, description="situations that are kept for that")
 

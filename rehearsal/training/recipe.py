@@ -164,6 +164,10 @@ class Recipe(Options):
                 "world.updates above 1 learns from what was rehearsed, in its own adapter: set agent.rehearse, and "
                 "world.mode to dual"
             )
+        if "hold" in changed and world.updates == 1:
+            raise ValueError(
+                "world.hold is about the updates after the first: set world.updates above 1, or leave it out"
+            )
         for name in ("horizon", "hindsight"):
             if name in changed and not (rehearses and learns):
                 raise ValueError(

@@ -11,6 +11,7 @@ import numpy as np
 from rehearsal.agents.rehearse import Hindsight, hindsight
 from rehearsal.models.chat import ChatRenderer
 from rehearsal.training.recipe import Recipe
+from rehearsal.training.world import REPLAYED
 from rehearsal.trajectory import Group
 
 
@@ -111,7 +112,10 @@ class Memory:
         self.figures: dict[str, float] = {}
 
     def situations(self, groups: Sequence[Group], step: int) -> dict[str, list[Hindsight]]:
-        """What the world model learns in this step beside the answers in its episodes; taken into the memory too."""
+        """What the world model learns in this step beside the answers in its episodes; taken into the memory too.
+
+        Each update has a draw from the memory of its own, all of one length, one after the other.
+        """
         self.figures = {}
         if not self.rehearses:
             return {}
@@ -125,8 +129,9 @@ class Memory:
             self.figures["rehearse/foretold"] = sum(one.foretold for one in fresh) / len(fresh)
         if self.options.mode == "policy_only":
             return {}
-        past = self.replay.draw(self.options.replay, np.random.default_rng([self.seed, step, 5]))
+        rng = np.random.default_rng([self.seed, step, 5])
+        past = [one for _ in range(self.options.updates) for one in self.replay.draw(self.options.replay, rng)]
         if self.options.replay:
             self.replay.add(fresh)
             self.figures["rehearse/kept"] = float(len(self.replay))
-        return {name: some for name, some in (("hindsight", fresh), ("replay", past)) if some}
+        return {name: some for name, some in (("hindsight", fresh), (REPLAYED, past)) if some}

@@ -12,12 +12,14 @@ import torch
 
 from rehearsal.agents.rehearse import Hindsight
 from rehearsal.algorithms.batch import Objective, TokenBatch
+from rehearsal.algorithms.observation import HoldLoss
 from rehearsal.errors import ModelError, RecipeError
-from rehearsal.models.adapters import active_names, check_adapters, trained_parameters
+from rehearsal.models.adapters import active_adapters, active_names, check_adapters, trained_parameters
+from rehearsal.training.passes import Passes
 from rehearsal.training.placebo import with_other_answers, with_shuffled_answers
 from rehearsal.training.sequences import Sequences, collect, collect_situations
-from rehearsal.training.world import WorldModel
-from rehearsal.trajectory import Group, Kind
+from rehearsal.training.world import REPLAYED, WorldModel
+from rehearsal.trajectory import Group
 
 
 @dataclass
@@ -30,6 +32,8 @@ class Work:
         objectives: the terms of the loss.
         adapters: those that the passes run through; None for those that are active anyway.
         rng: for the cut into minibatches.
+        draws: how many draws of situations lie in the sequences, one after the other and all of one length. Each update
+            learns one of them.
     """
 
     sequences: Sequences
@@ -37,6 +41,11 @@ class Work:
     objectives: Sequence[Objective]
     adapters: tuple[str, ...] | None
     rng: np.random.Generator
+    draws: int = 1
+
+    def drawn(self, number: int) -> np.ndarray:
+        """The sequences of a draw, from 0 on."""
+        return np.array_split(np.arange(len(self.sequences)), self.draws)[number]
 
 
 def parameter_sets(model: Any, objectives: Sequence[Objective]) -> dict[str, list[torch.nn.Parameter]]:
@@ -106,29 +115,65 @@ def world_works(
         if world.shuffled:
             some, stayed[name] = with_other_answers(some, rng)
         objective = replace(world.objective, name=name, coefficient=world.hindsight)
-        works.append(_world_work(collect_situations(some), world, objective, rng))
+        work = _world_work(collect_situations(some), world, objective, rng)
+        if work is not None and name == REPLAYED:
+            work.draws = world.updates
+        works.append(work)
     figures = {f"{name}/stayed_true": share for name, share in stayed.items() if not math.isnan(share)}
     return [work for work in works if work is not None], figures
 
 
+def hold_work(world: WorldModel, groups: Sequence[Group], passes: Passes) -> Work | None:
+    """What the agent said in a step, outside of predictions, to be kept as likely as it is; None if it said nothing.
+
+    Args:
+        world: the mode.
+        groups: the episodes of the step.
+        passes: the models as they are now.
+    """
+    sequences = collect(groups)
+    for number, (p, g) in enumerate(sequences.episodes()):
+        trajectory = groups[p].trajectories[g]
+        if len(trajectory.segments) == 1:
+            # What is foretold is what has to change.
+            for prediction in (one for turn in trajectory.turns for one in turn.predictions):
+                wanted = sequences.targets[number]
+                foretold = (wanted >= prediction.position) & (wanted < prediction.end)
+                sequences.targets[number] = wanted[~foretold]
+    if not any(len(wanted) for wanted in sequences.targets):
+        return None
+    batch = _batch(sequences, answers=False)
+    with active_adapters(passes.model, world.adapters):
+        batch.old_logprobs_N = torch.from_numpy(np.concatenate(passes.score(sequences.items())))
+    objective = HoldLoss(world.hold, parameters=world.objective.parameters)
+    return Work(sequences, batch, [objective], world.adapters, np.random.default_rng())
+
+
 def _world_work(sequences: Sequences, world: WorldModel, objective: Objective, rng: np.random.Generator) -> Work | None:
     """Sequences of which all targets are answers: the policy learns from none of them."""
-    pairs = list(zip(sequences.segments, sequences.targets, strict=True))
-    if not any(len(wanted) for _, wanted in pairs):
+    if not any(len(wanted) for wanted in sequences.targets):
         return None
-    token_ids_N = np.concatenate([segment.token_ids[wanted] for segment, wanted in pairs])
-    turns_N = np.concatenate([segment.turns[wanted] for segment, wanted in pairs])
+    return Work(sequences, _batch(sequences, answers=True), [objective], world.adapters, rng)
+
+
+def _batch(sequences: Sequences, answers: bool) -> TokenBatch:
+    """The targets of sequences of which no policy learns: all of them answers, or none."""
+    pairs = list(zip(sequences.segments, sequences.targets, strict=True))
+
+    def flat(name: str) -> np.ndarray:
+        return np.concatenate([getattr(segment, name)[wanted] for segment, wanted in pairs])
+
+    token_ids_N, logprobs_N = flat("token_ids"), torch.from_numpy(flat("logprobs"))
     count = len(token_ids_N)
-    batch = TokenBatch(
+    return TokenBatch(
         token_ids_N=torch.from_numpy(token_ids_N.astype(np.int64)),
-        kinds_N=torch.full((count,), int(Kind.OBSERVATION), dtype=torch.int8),
-        turns_N=torch.from_numpy(turns_N.astype(np.int64)),
+        kinds_N=torch.from_numpy(flat("kinds")),
+        turns_N=torch.from_numpy(flat("turns").astype(np.int64)),
         sequence_N=torch.from_numpy(np.repeat(np.arange(len(pairs)), [len(wanted) for _, wanted in pairs])),
         n_sequences=len(pairs),
         advantages_N=torch.zeros(count),
         policy_mask_N=torch.zeros(count, dtype=torch.bool),
-        rollout_logprobs_N=torch.full((count,), torch.nan),
-        old_logprobs_N=torch.full((count,), torch.nan),
-        observation_mask_N=torch.ones(count, dtype=torch.bool),
+        rollout_logprobs_N=logprobs_N,
+        old_logprobs_N=logprobs_N,
+        observation_mask_N=torch.full((count,), answers),
     )
-    return Work(sequences, batch, [objective], world.adapters, rng)

@@ -28,6 +28,9 @@ MODE_TEXTS: dict[str, str] = {
 }
 """Each mode in a few words."""
 
+REPLAYED = "replay"
+"""What situations of earlier steps are called among those that the world model learns."""
+
 SHARED_COEFFICIENT = 0.05
 """What ECHO (arXiv:2605.24517) found good where policy and world model share their parameters."""
 
@@ -45,6 +48,7 @@ class WorldModel:
         policy: whether the policy learns.
         hindsight: weight of the true answers to what was rehearsed.
         updates: of the world model in a step; those after the first learn from what was rehearsed alone.
+        hold: weight of what keeps the agent's own words as likely as they were in those updates.
         foreseeable: whether answers are learnt that follow from what the agent had been shown.
     """
 
@@ -57,6 +61,7 @@ class WorldModel:
     hindsight: float = 1.0
     updates: int = 1
     foreseeable: bool = True
+    hold: float = 0.0
 
 
 def policy_parameters(adapters: Sequence[str]) -> str:
@@ -89,13 +94,13 @@ def world_of(options: WorldOptions, adapters: Sequence[str]) -> WorldModel | Non
     """What the options of a recipe mean for a model with these adapters; see :func:`world_model`."""
     return world_model(
         options.mode, adapters, coefficient=options.coefficient, learning_rate_ratio=options.learning_rate_ratio,
-        hindsight=options.hindsight, updates=options.updates, foreseeable=options.foreseeable,
+        hindsight=options.hindsight, updates=options.updates, foreseeable=options.foreseeable, hold=options.hold,
     )  # fmt: skip
 
 
 def world_model(
     mode: WorldMode, adapters: Sequence[str], *, coefficient: float | None = None, learning_rate_ratio: float = 1.0,
-    hindsight: float = 1.0, updates: int = 1, foreseeable: bool = True,
+    hindsight: float = 1.0, updates: int = 1, foreseeable: bool = True, hold: float = 0.0,
 ) -> WorldModel | None:  # fmt: skip
     """What a mode means for a model with these adapters; None if answers are not learnt from.
 
@@ -127,7 +132,7 @@ def world_model(
     objective = ObservationLoss(1.0 if coefficient is None else coefficient, parameters=world)
     common = WorldModel(
         objective, learning_rate_ratio=learning_rate_ratio, hindsight=hindsight, updates=updates,
-        foreseeable=foreseeable,
+        foreseeable=foreseeable, hold=hold,
     )  # fmt: skip
     if mode == "shared":
         weight = SHARED_COEFFICIENT if coefficient is None else coefficient

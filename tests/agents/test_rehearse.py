@@ -68,6 +68,8 @@ def test_each_prediction_is_found_with_its_place(renderer: Any) -> None:
         for prediction, text in ((one, "Left\na wall"), (two, "Up || Down\ntwo")):
             assert renderer.decode(ids[: prediction.position]).endswith(PREDICT_OPEN)
             assert renderer.decode(ids[prediction.position :]).startswith(text)
+            assert renderer.decode(ids[prediction.position : prediction.end]).endswith(PREDICT_CLOSE)
+            assert renderer.decode(ids[prediction.position : prediction.end]).count(PREDICT_CLOSE) == 1
 
 
 @pytest.mark.parametrize(
@@ -89,6 +91,7 @@ def test_what_is_no_prediction(answer: str, renderer: Any) -> None:
 def test_one_that_was_cut_off_counts_with_what_it_has(renderer: Any) -> None:
     (one,) = find_predictions(renderer.encode(f"<think>{PREDICT_OPEN}Left\na wa"), renderer.decode)
     assert (one.actions, one.text) == (("Left",), "a wa")
+    assert one.end == len(renderer.encode(f"<think>{PREDICT_OPEN}Left\na wa"))
 
 
 @given(st.lists(st.sampled_from([PREDICT_OPEN, PREDICT_CLOSE, "Left", "\n", "||", "<think>", "</think>", " x"])))
@@ -96,7 +99,7 @@ def test_any_text_can_be_read(renderer: Any, parts: list[str]) -> None:
     ids = renderer.encode("".join(parts))
     fast = find_predictions(ids, renderer.decode, open_id=renderer.single_token(PREDICT_OPEN))
     assert fast == find_predictions(ids, renderer.decode)
-    assert all(0 < prediction.position <= len(ids) for prediction in fast)
+    assert all(0 < prediction.position <= prediction.end <= len(ids) for prediction in fast)
 
 
 SPELT = ["<", "pre", "dict", ">"]

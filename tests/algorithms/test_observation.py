@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from rehearsal.algorithms import Aggregation, StepTotals, token_weights
-from rehearsal.algorithms.observation import ObservationLoss
+from rehearsal.algorithms.observation import HoldLoss, ObservationLoss
+from rehearsal.trajectory import SAMPLED_KINDS
 
 
 def test_it_is_the_mean_nll_of_answers(make_batch):
@@ -52,3 +53,18 @@ def test_a_batch_without_answers_marked_is_a_mistake(make_batch):
     batch, output = make_batch((5,))
     with pytest.raises(ValueError, match="needs observation_mask_N"):
         ObservationLoss()(dataclasses.replace(batch, observation_mask_N=None), output)
+
+
+def test_words_are_held_that_have_become_less_likely_and_no_others(make_batch):
+    batch, output = make_batch((5, 1, 7))
+    sampled_N = torch.isin(batch.kinds_N.long(), torch.tensor(SAMPLED_KINDS))
+    result = HoldLoss()(batch, output)
+    assert torch.equal(result.mask_N, sampled_N)
+    lost_N = (batch.old_logprobs_N - output.logprobs_N).clamp(min=0)[sampled_N]
+    assert 0 < int((lost_N > 0).sum()) < len(lost_N), "the batch has both"
+    assert torch.allclose(result.loss_N[sampled_N], lost_N)
+    assert (result.loss_N[~sampled_N] == 0).all()
+    (gradient_N,) = torch.autograd.grad(result.loss_N.sum(), output.logprobs_N)
+    assert torch.equal(gradient_N != 0, sampled_N & (result.loss_N > 0))
+    assert torch.equal(result.metrics_N["lost"][sampled_N], result.loss_N.detach()[sampled_N])
+    assert torch.equal(result.metrics_N["less_likely"][sampled_N] > 0, lost_N.detach() > 0)

@@ -46,8 +46,9 @@ from rehearsal.training.recipe import Recipe, resolve_recipe
 from rehearsal.training.run import train
 from rehearsal.training.runs import RunFolder
 from rehearsal.training.sequences import answer_mask, collect, surprise_mask
+from rehearsal.training.works import hold_work, world_works
 from rehearsal.training.world import WORLD_MODES, WorldMode, world_model
-from rehearsal.trajectory import Group, Kind, Segment, StopReason
+from rehearsal.trajectory import Group, Kind, Prediction, Segment, StopReason
 
 MakeGroups = Callable[..., list[Group]]
 
@@ -1130,6 +1131,53 @@ def test_further_updates_move_the_world_adapter_alone(
     assert same(weights(plain, WORLD), weights(unchanged, WORLD))
 
 
+@pytest.mark.parametrize("mode", ["dual", "inactive", "placebo", "world_only"])
+def test_what_the_agent_said_is_held_and_what_it_foretold_is_not(
+    mode: WorldMode, build: Callable[..., Any], make_groups: MakeGroups
+) -> None:
+    free, held = build(), build()
+    groups = make_groups(free)
+    for group in groups:
+        for trajectory in group:
+            first = np.flatnonzero(trajectory.segments[0].sampled_mask)[0]
+            trajectory.turns[0].predictions.append(Prediction(("Left",), "", int(first), int(first) + 2))
+    situations = {"hindsight": situations_of(groups)}
+    lost = {}
+    for model, hold in ((free, 1e-9), (held, 20.0)):
+        learner = learner_of(model, mode)
+        learner.world = replace(learner.world, updates=9, hold=hold)  # type: ignore[type-var]
+        assert learner.world is not None
+        work = hold_work(learner.world, groups, learner.passes)
+        assert work is not None
+        for (p, g), targets in zip(work.sequences.episodes(), work.sequences.targets, strict=True):
+            segment = groups[p].trajectories[g].segments[0]
+            assert np.array_equal(targets, np.flatnonzero(segment.sampled_mask)[2:])
+        now_N = np.concatenate([logprobs[2:] for logprobs in learner.logprobs(groups)])
+        assert np.allclose(work.batch.old_logprobs_N.numpy(), now_N, atol=1e-5)
+        lost[hold] = learner.step(groups, 0, situations=situations)["hold/lost"]
+    assert same(weights(free, POLICY), weights(held, POLICY)), "only the world adapter is held"
+    assert lost[20.0] < 0.7 * lost[1e-9]
+
+
+def test_each_further_update_replays_a_draw_of_its_own(build: Callable[..., Any], make_groups: MakeGroups) -> None:
+    model = build()
+    groups = make_groups(model)
+    fresh = situations_of(groups)
+    learner = learner_of(model, "dual")
+    learner.world = replace(learner.world, updates=3)  # type: ignore[type-var]
+    assert learner.world is not None
+    works, _ = world_works(learner.world, groups, {"hindsight": fresh, "replay": [*fresh, *fresh, *fresh]}, 0, 0)
+    of = {work.objectives[0].name: work for work in works}
+    parts = list(learner._parts(works, groups, {"hindsight": fresh, "replay": fresh}, 0))
+    learnt = [{work.objectives[0].name: numbers.tolist() for work, numbers in part} for part, _ in parts]
+    assert [share for _, share in parts] == pytest.approx([1.0, 2 / 3, 1 / 3]), "the last one moves least"
+    count = len(fresh)
+    assert [part["replay"] for part in learnt] == [list(range(k * count, (k + 1) * count)) for k in range(3)]
+    assert learnt[0]["hindsight"] == list(range(count))
+    assert all(len(part["hindsight"]) == max(1, round(count / 2)) for part in learnt[1:])
+    assert of["hindsight"].draws == 1
+
+
 def test_a_placebo_learns_the_answers_of_others(build: Callable[..., Any], make_groups: MakeGroups) -> None:
     situations = situations_of(make_groups(build()))
     dealt, stayed = with_other_answers(situations, np.random.default_rng(0))
@@ -1169,6 +1217,7 @@ REHEARSING = {"agent.rehearse": True, "agent.thinking": True}
         ({"world.mode": "dual", "world.replay_size": 5, **REHEARSING}, "set world.replay above 0"),
         ({"world.foreseeable": False}, "world.foreseeable is about learning from answers"),
         ({"world.coefficient": 0.5}, "world.coefficient is about learning from answers"),
+        ({"world.mode": "dual", "world.hold": 1, **REHEARSING}, "set world.updates above 1"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(changes: dict[str, Any], told: str) -> None:
