@@ -14,7 +14,21 @@ from rehearsal.trajectory import SAMPLED_KINDS
 
 
 @dataclass(frozen=True)
-class ObservationLoss:
+class WorldObjective:
+    """What the objectives of a world model have in common."""
+
+    coefficient: float = 1.0
+    aggregation: Aggregation = field(default_factory=Aggregation)
+    parameters: str = "world"
+    name: str = "world"
+
+    needs_entropy: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = False
+    needs_values: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class ObservationLoss(WorldObjective):
     """-log p(token | what came before) of the environment's own words: a world model.
 
     Its mask is made of answers to the agent's actions: neither templates nor the notices of our own harness, which are
@@ -32,15 +46,6 @@ class ObservationLoss:
     Metrics: ``prediction_loss``, nats a token; ``top_probability``, the share of tokens with a probability above 1/2.
     """
 
-    coefficient: float = 1.0
-    aggregation: Aggregation = field(default_factory=Aggregation)
-    parameters: str = "world"
-    name: str = "world"
-
-    needs_entropy: ClassVar[bool] = False
-    needs_reference: ClassVar[bool] = False
-    needs_values: ClassVar[bool] = False
-
     def mask(self, batch: TokenBatch) -> Tensor:
         """The tokens that the world model learns from."""
         if batch.observation_mask_N is None:
@@ -56,7 +61,7 @@ class ObservationLoss:
 
 
 @dataclass(frozen=True)
-class HoldLoss:
+class HoldLoss(WorldObjective):
     """max(0, old log p - log p) on the agent's own words: what was said stays as likely as it was.
 
     A world adapter is summed with the policy's, so learning answers by it moves everything else that is said too: names
@@ -66,14 +71,7 @@ class HoldLoss:
     Metrics: ``lost``, nats a token; ``less_likely``, the share of tokens that lost anything.
     """
 
-    coefficient: float = 1.0
-    aggregation: Aggregation = field(default_factory=Aggregation)
-    parameters: str = "world"
     name: str = "hold"
-
-    needs_entropy: ClassVar[bool] = False
-    needs_reference: ClassVar[bool] = False
-    needs_values: ClassVar[bool] = False
 
     def mask(self, batch: TokenBatch) -> Tensor:
         """The tokens that the policy sampled."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from rehearsal.algorithms.aggregation import StepTotals, token_weights
 from rehearsal.algorithms.batch import Objective, PolicyOutput, TokenBatch
 from rehearsal.algorithms.objectives import PolicyObjective
-from rehearsal.algorithms.observation import HoldLoss, ObservationLoss
+from rehearsal.algorithms.observation import WorldObjective
 
 WEIGHT, WEIGHT_SQUARED = "policy/weight", "policy/weight_squared"
 
@@ -41,7 +41,7 @@ def term_of(
     result = objective(micro, output)
     weights_N = token_weights(objective.aggregation, result.mask_N, micro.sequence_N, totals)
     loss = objective.coefficient * (result.loss_N * weights_N).sum()
-    world = isinstance(objective, ObservationLoss | HoldLoss)
+    world = isinstance(objective, WorldObjective)
     room = objective.name if world else "policy"
     figures.add_total(f"{room}/loss" if world else f"policy/loss/{objective.name}", float(loss.detach()))
     for name, values_N in result.metrics_N.items():

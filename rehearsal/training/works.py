@@ -146,7 +146,7 @@ def hold_work(world: WorldModel, groups: Sequence[Group], passes: Passes) -> Wor
     with active_adapters(passes.model, world.adapters):
         batch.old_logprobs_N = torch.from_numpy(np.concatenate(passes.score(sequences.items())))
     objective = HoldLoss(world.hold, parameters=world.objective.parameters)
-    return Work(sequences, batch, [objective], world.adapters, np.random.default_rng())
+    return Work(sequences, batch, [objective], world.adapters, np.random.default_rng(0))
 
 
 def _world_work(sequences: Sequences, world: WorldModel, objective: Objective, rng: np.random.Generator) -> Work | None:
